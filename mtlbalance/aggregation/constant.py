@@ -1,0 +1,46 @@
+"""Constant: fixed weights chosen by the user."""
+
+import chex
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs
+from mtlbalance.baselines import SeenState, count_seen
+
+
+def constant(weights: chex.ArrayTree) -> base.Aggregator:
+    r"""The tasks' gradients weighted by fixed numbers.
+
+    .. math:: g = \sum_i w_i g_i
+
+    The weights are taken as they are: their total is yours.
+
+    Args:
+      weights: one real number per task: a vector, or a tree of named numbers. May be traced, so that ``vmap``
+        sweeps weightings.
+
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.
+
+    Raises:
+      ValueError: at ``init``, if there is not one weight per task.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import aggregation
+      >>> method = aggregation.constant(jnp.array([0.5, 2.0]))
+      >>> gradient, state = method.apply(method.init((2, 3)), jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+      >>> print(gradient)
+      [10.   2.5  2.5]
+    """
+
+    def init(m, params, dtype):
+        del params
+        inputs.per_task("weights", weights, (m,), dtype, scalar=False)
+        return SeenState(jnp.zeros(m, jnp.int32))
+
+    def weigh(state, gramian, values, mask):
+        del values
+        fixed = inputs.per_task("weights", weights, mask.shape, gramian.dtype, scalar=False)
+        return fixed, count_seen(state, mask)
+
+    return base.aggregator(init, gramian_weighting=weigh)

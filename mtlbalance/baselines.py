@@ -1,0 +1,44 @@
+"""What the baselines of both families share: their states, and the random weights."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class SeenState(NamedTuple):
+    """State of a method that remembers nothing but who was there.
+
+    Attributes:
+      seen: int32, one per task: the calls in which it was present.
+    """
+
+    seen: chex.Array
+
+
+class RandomState(NamedTuple):
+    """State of random weights.
+
+    Attributes:
+      seen: int32, one per task: the calls in which it was present.
+      key: uint32, the data of the key for the next draw (:func:`jax.random.key_data`).
+    """
+
+    seen: chex.Array
+    key: chex.Array
+
+
+def count_seen(state: SeenState | RandomState, mask: chex.Array):
+    """One more call for every task present; stops at the largest int32."""
+    return state._replace(seen=jnp.where(mask, optax.safe_increment(state.seen), state.seen))
+
+
+def random_weights(state: RandomState, impl, mask: chex.Array) -> tuple[chex.Array, RandomState]:
+    """Softmax of normal draws over the tasks present, and the state with the next key."""
+    key, draw_key = jax.random.split(jax.random.wrap_key_data(state.key, impl=impl))
+    # float32 whatever the state's dtype, so that a seed gives the same weights in either precision.
+    draws = jax.random.normal(draw_key, mask.shape, jnp.float32)
+    weights = jax.nn.softmax(draws, axis=None, where=mask)
+    return weights, count_seen(state, mask)._replace(key=jax.random.key_data(key))

@@ -1,0 +1,95 @@
+"""Contractions of Jacobian trees: the Gramian, and the weighted sum of the rows.
+
+A Jacobian is a tree shaped like the parameters in which every leaf has one more axis in front, the
+task: ``[m, *param.shape]``. A matrix ``[m, n]`` is the tree of one leaf. Every sum over parameters that
+feeds a weight is made here, leaf by leaf: raveling the tree into one vector would gather sharded leaves.
+"""
+
+from collections.abc import Hashable
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def gramian(jacobian: chex.ArrayTree, *, axis_name: Hashable | None = None) -> chex.Array:
+    r"""Inner products of the tasks' gradients, :math:`G = J J^\top`.
+
+    Args:
+      jacobian: tree with leaves ``[m, *param.shape]``, one row per task.
+      axis_name: the mapped axis over which the parameters are split, if any. The partial Gramians are
+        summed over it (:func:`jax.lax.psum`).
+
+    Returns:
+      The Gramian, shape ``[m, m]``, in ``result_type(float32, leaves)`` whatever the leaves' dtype.
+
+    Raises:
+      ValueError: if the tree has no leaves, or if they disagree on the number of tasks.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance.gramian import gramian
+      >>> print(gramian({"w": jnp.array([[3.0, 4.0], [0.0, 1.0]]), "b": jnp.array([1.0, 1.0])}))
+      [[26.  5.]
+       [ 5.  2.]]
+    """
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(jacobian)]
+    if len({leaf.shape[:1] for leaf in leaves}) != 1 or leaves[0].ndim == 0:
+        shapes = [leaf.shape for leaf in leaves]
+        raise ValueError(f"jacobian: expected leaves that share a leading task axis, found shapes {shapes}")
+    total = sum(_leaf_gramian(leaf) for leaf in leaves)
+    return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+
+def combine(weights: chex.Array, jacobian: chex.ArrayTree) -> chex.ArrayTree:
+    r"""Weighted sum of the tasks' gradients, :math:`g = w^\top J`.
+
+    Args:
+      weights: one weight per task, shape ``[m]``.
+      jacobian: tree with leaves ``[m, *param.shape]``.
+
+    Returns:
+      A tree with leaves of shape ``param.shape``, each in its Jacobian leaf's dtype; the sum itself is
+      made in ``result_type(float32, weights, leaf)``.
+
+    Raises:
+      ValueError: if a leaf does not have one row per weight.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance.gramian import combine
+      >>> print(combine(jnp.array([0.5, 2.0]), jnp.array([[2.0, 0.0], [1.0, 1.0]])))
+      [3. 2.]
+    """
+    weights = jnp.asarray(weights)
+
+    def leaf_sum(leaf):
+        leaf = jnp.asarray(leaf)
+        if weights.ndim != 1 or leaf.shape[:1] != weights.shape:
+            raise ValueError(
+                f"jacobian: expected leaves with a leading axis of {weights.shape}, one row per weight, "
+                f"found shape {leaf.shape}"
+            )
+        dtype = jnp.result_type(jnp.float32, weights, leaf)
+        row_axis = (((0,), (0,)), ((), ()))
+        operands = weights.astype(dtype), leaf.astype(dtype)
+        return jax.lax.dot_general(*operands, row_axis, precision="highest").astype(leaf.dtype)
+
+    return jax.tree.map(leaf_sum, jacobian)
+
+
+def _leaf_gramian(leaf):
+    parameter_axes = tuple(range(1, leaf.ndim))
+    mesh = jax.typeof(leaf).sharding.mesh
+    # Contracting a sharded axis is ambiguous on an Explicit mesh: say that the [m, m] result is replicated.
+    explicit = AxisType.Explicit in mesh.axis_types
+    return jax.lax.dot_general(
+        leaf,
+        leaf,
+        ((parameter_axes, parameter_axes), ((), ())),
+        # The default on GPU and TPU is TF32 or bfloat16, and float16 products overflow.
+        precision="highest",
+        preferred_element_type=jnp.result_type(jnp.float32, leaf.dtype),
+        out_sharding=NamedSharding(mesh, PartitionSpec(None, None)) if explicit else None,
+    )

@@ -1,0 +1,283 @@
+"""Reading what the caller gives: shapes, losses, masks, Jacobians, hyperparameters; and saying what is wrong.
+
+A method's file uses :func:`check`, :func:`check_int`, :func:`per_task` and :func:`new_key`; the rest serves ``base``.
+"""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+class Counted(NamedTuple):
+    """A loss summed over ``count`` labels: its value is ``sum / count``, and count 0 means absent.
+
+    It may stand wherever a loss may. Missing labels, accumulation over micro-batches and averaging over
+    devices are one problem, and adding up the sums and the counts separately solves all three.
+
+    Attributes:
+      sum: the loss summed over its labels, floating point, any shape.
+      count: how many labels that was, the same shape, not negative.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import scalarization
+      >>> method = scalarization.mean()
+      >>> seen, unseen = mtl.Counted(jnp.array(6.0), jnp.array(4)), mtl.Counted(jnp.array(0.0), jnp.array(0))
+      >>> losses = {"seen": seen, "unseen": unseen}
+      >>> scalar, state = method.apply(method.init(losses), losses)
+      >>> print(scalar)
+      1.5
+    """
+
+    sum: chex.Array
+    count: chex.Array
+
+
+class Tasks(NamedTuple):
+    """The losses and the mask of one call, as a method's plain functions get them.
+
+    Attributes:
+      values: the losses in the state's dtype, those of absent tasks 1; ``None`` where none were given.
+      mask: booleans of the same shape: which tasks are present.
+      all_present: known while tracing: neither a mask nor counts were given.
+    """
+
+    values: chex.Array | None
+    mask: chex.Array
+    all_present: bool
+
+
+def reject(argument: str, expected: str, found: str, error: type[Exception] = ValueError) -> NoReturn:
+    """Raises ``error`` in the one form that all of the library's errors have."""
+    raise error(f"{argument}: expected {expected}, found {found}")
+
+
+# Hyperparameters.
+
+
+def check(name: str, value: Any, bound: str, holds: Callable[[chex.Array], chex.Array]) -> None:
+    """Raises ``ValueError`` if a hyperparameter breaks its bound. One that is being traced is not looked at."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        if not jnp.all(holds(jnp.asarray(value))):
+            reject(name, bound, f"{value}")
+
+
+def check_int(name: str, value: Any, minimum: int) -> None:
+    """Raises unless ``value`` is an int of at least ``minimum``: it shapes the program, so it cannot be traced."""
+    if not _is_int(value):
+        static = "an int (optax.inject_hyperparams: name it in static_args)"
+        reject(name, static, type(value).__name__, TypeError)
+    if value < minimum:
+        reject(name, f"an int of at least {minimum}", f"{value}")
+
+
+def flatten(name: str, tree: chex.ArrayTree) -> chex.Array:
+    """A single array as it is; any other tree as one vector, in the order of :func:`jax.tree.leaves`."""
+    leaves, treedef = jax.tree.flatten(tree)
+    if not leaves:
+        reject(name, "at least one number", f"{tree!r}")
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return jnp.asarray(leaves[0])
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+
+
+def per_task(
+    name: str, value: chex.ArrayTree, shape: tuple[int, ...], dtype: chex.ArrayDType, *, scalar: bool = True
+) -> chex.Array:
+    """A hyperparameter with one number per task (an array, or a tree like the losses), or one ``scalar`` for all."""
+    array = flatten(name, value)
+    if array.shape != shape and not (scalar and array.ndim == 0):
+        one_for_all = "a scalar or " if scalar else ""
+        reject(name, f"{one_for_all}one number per task, shape {shape}", f"shape {array.shape}")
+    return jnp.broadcast_to(array, shape).astype(dtype)
+
+
+def new_key(key: int | chex.Array) -> chex.PRNGKey:
+    """The typed key that a factory's ``key: int | key`` stands for; the int may be traced."""
+    if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key) if jnp.ndim(key) else jax.random.key(key)
+
+
+# What `init` is given.
+
+
+def read_shape(shape: Any) -> tuple[tuple[int, ...], chex.ArrayDType]:
+    """The shape of the losses, and the dtype of their state, from any form that ``Scalarizer.init`` takes."""
+    dims = (shape,) if _is_int(shape) else shape
+    if isinstance(dims, tuple) and all(map(_is_int, dims)):
+        dtype = jnp.result_type(float)
+    else:
+        leaves, treedef = jax.tree.flatten(sums(shape))
+        for leaf in leaves:
+            _check_floating("shape", leaf)
+        single = jax.tree_util.treedef_is_leaf(treedef)
+        dims = _shape(leaves[0]) if single else (sum(math.prod(_shape(leaf)) for leaf in leaves),)
+        dtype = jnp.result_type(jnp.float32, *map(_dtype, leaves))
+    if any(dim < 1 for dim in dims):
+        reject("shape", "at least one task", f"{shape!r}")
+    return tuple(int(dim) for dim in dims), dtype
+
+
+def read_pair(tasks: Any, *, needs_params: bool) -> tuple[int, chex.ArrayTree, chex.ArrayDType]:
+    """The number of tasks, the parameters and the state's dtype, from what ``Aggregator.init`` takes."""
+    if _is_int(tasks) and not needs_params:
+        tasks = (tasks, ())
+    if not (isinstance(tasks, tuple | list) and len(tasks) == 2 and _is_int(tasks[0])):
+        found = f"({', '.join(type(x).__name__ for x in tasks)})" if isinstance(tasks, tuple) else type(tasks).__name__
+        reject("init", "a pair (number of tasks: int, params), as in init((3, params))", found, TypeError)
+    m, params = tasks
+    check_int("number of tasks", m, 1)
+    if _is_int(params):
+        check_int("number of parameters", params, 0)
+        params = jax.ShapeDtypeStruct((int(params),), jnp.result_type(float))
+    leaves = jax.tree.leaves(params)
+    for leaf in filter(_is_int, leaves):
+        reject("params", "arrays (or one int: the columns of a matrix)", f"the int {leaf} in a tree", TypeError)
+    floating = [_dtype(leaf) for leaf in leaves if jnp.issubdtype(_dtype(leaf), jnp.floating)]
+    return int(m), params, jnp.result_type(*([jnp.float32, *floating] if leaves else [float]))
+
+
+# What `apply` is given.
+
+
+def read_tasks(state: chex.ArrayTree, values: chex.ArrayTree | None, mask: chex.ArrayTree | None) -> Tasks:
+    """Checks one call's losses and mask against the state, and casts them."""
+    shape = jnp.shape(jax.tree.leaves(state)[0])
+    present = jnp.ones(shape, bool)
+    if mask is not None:
+        present = _read_mask(mask, values, shape)
+    if values is None:
+        return Tasks(None, present, mask is None)
+
+    leaves, treedef = jax.tree.flatten(values, is_leaf=_is_counted)
+    for leaf in map(sums, leaves):
+        _check_floating("values", leaf)
+    dtype = state_dtype(state, values)
+    array = flatten("values", treedef.unflatten([_value(leaf, dtype) for leaf in leaves]))
+    if array.shape != shape:
+        reject("values", f"shape {shape}, as given to init", f"shape {array.shape}")
+    if counted := any(map(_is_counted, leaves)):
+        present &= flatten("values", treedef.unflatten([_is_there(leaf) for leaf in leaves]))
+    return Tasks(jnp.where(present, array, 1), present, mask is None and not counted)
+
+
+def read_jacobian(tasks: Tasks, jacobian: chex.ArrayTree) -> chex.ArrayTree:
+    """Checks that every leaf has one row per task; an absent task's row becomes zero."""
+    m = tasks.mask.shape[0]
+
+    def leaf(path, x):
+        name = f"jacobian{jax.tree_util.keystr(path)}"
+        _check_floating(name, x)
+        if jnp.shape(x)[:1] != (m,):
+            hint = " (a gradient of the summed loss has none)"
+            reject(name, f"a leading axis of {m}, one row per task{hint}", f"shape {jnp.shape(x)}")
+        return jnp.asarray(x) if tasks.all_present else jnp.where(rows(tasks.mask, x), x, 0)
+
+    return jax.tree_util.tree_map_with_path(leaf, jacobian)
+
+
+def read_gramian(tasks: Tasks, gramian: chex.Array) -> chex.Array:
+    """Checks a Gramian's shape; an absent task's row and column become zero."""
+    _check_floating("gramian", gramian)
+    if jnp.shape(gramian) != 2 * tasks.mask.shape:
+        reject("gramian", f"shape {2 * tasks.mask.shape}", f"shape {jnp.shape(gramian)}")
+    return jnp.where(tasks.mask & tasks.mask[:, None], gramian, 0)
+
+
+def read_statistics(tasks: Tasks, statistics: chex.ArrayTree) -> chex.ArrayTree:
+    """Checks that the visits' statistics are stacked, one per task."""
+    for leaf in jax.tree.leaves(statistics):
+        if jnp.shape(leaf)[:1] != tasks.mask.shape:
+            reject("statistics", f"a leading axis of {tasks.mask.shape[0]}, one per task", f"shape {jnp.shape(leaf)}")
+    return statistics
+
+
+def read_row(present: chex.Array, row: chex.ArrayTree) -> chex.ArrayTree:
+    """Checks one task's gradient; an absent task's becomes zero."""
+    for leaf in jax.tree.leaves(row):
+        _check_floating("row", leaf)
+    return jax.tree.map(lambda x: jnp.where(present, x, 0), row)
+
+
+def check_params_like(name: str, tree: chex.ArrayTree, params: chex.ArrayTree, skip: int) -> None:
+    """Raises unless two trees have one structure, and one shape a leaf (after ``skip`` axes of ``params``)."""
+    found, expected = jax.tree.structure(tree), jax.tree.structure(params)
+    if found != expected:
+        reject(name, f"the tree given to init, {expected}", f"{found}")
+    for (path, leaf), param in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(params), strict=True):
+        if jnp.shape(leaf) != jnp.shape(param)[skip:]:
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            reject(where, f"shape {jnp.shape(param)[skip:]}", f"shape {jnp.shape(leaf)}")
+
+
+def rows(mask: chex.Array, leaf: chex.Array) -> chex.Array:
+    """``mask`` with trailing axes, so that it selects rows of ``leaf``."""
+    return jnp.reshape(mask, mask.shape + (1,) * (jnp.ndim(leaf) - mask.ndim))
+
+
+def sums(values: chex.ArrayTree) -> chex.ArrayTree:
+    """The losses without their counts."""
+    return jax.tree.map(lambda x: x.sum if _is_counted(x) else x, values, is_leaf=_is_counted)
+
+
+def state_dtype(state: chex.ArrayTree, incoming: chex.ArrayTree) -> chex.ArrayDType:
+    """The dtype that a call computes in: the state's, or for a state without floats float32 or wider."""
+    floating = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return floating[0] if floating else jnp.result_type(jnp.float32, *jax.tree.leaves(sums(incoming)))
+
+
+def _read_mask(mask, values, shape):
+    for leaf in jax.tree.leaves(mask):
+        if jnp.result_type(leaf) != bool:
+            reject("mask", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
+    array, structure = flatten("mask", mask), jax.tree.structure(mask)
+    named = isinstance(mask, dict) and values is not None
+    if named and structure != jax.tree.structure(sums(values)):
+        reject("mask", f"the structure of values, {jax.tree.structure(sums(values))}", f"{structure}")
+    if array.shape != shape:
+        reject("mask", f"shape {shape}, as given to init", f"shape {array.shape}")
+    return array
+
+
+def _value(leaf, dtype):
+    if not _is_counted(leaf):
+        return jnp.asarray(leaf).astype(dtype)
+    if jnp.shape(leaf.sum) != jnp.shape(leaf.count):
+        reject("values", f"a count of the sum's shape {jnp.shape(leaf.sum)}", f"shape {jnp.shape(leaf.count)}")
+    there = _is_there(leaf)
+    # Both parts are replaced before the division, so that neither the value nor its gradient is 0/0.
+    return jnp.where(there, leaf.sum, 0).astype(dtype) / jnp.where(there, leaf.count, 1).astype(dtype)
+
+
+def _is_there(leaf):
+    return jnp.asarray(leaf.count) > 0 if _is_counted(leaf) else jnp.ones(jnp.shape(leaf), bool)
+
+
+def _is_counted(x):
+    return isinstance(x, Counted)
+
+
+def _is_int(x):
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _check_floating(name, leaf):
+    if _is_int(leaf) or not jnp.issubdtype(_dtype(leaf), jnp.floating):
+        reject(name, "floating point numbers", f"dtype {_dtype(leaf)}", TypeError)
+
+
+def _dtype(leaf):
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def _shape(leaf):
+    return leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)

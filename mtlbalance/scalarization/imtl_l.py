@@ -1,0 +1,66 @@
+"""IMTL-L: impartial multi-task learning on the losses, one learned log-scale per task.
+
+Liu et al., "Towards Impartial Multi-Task Learning", ICLR 2021, https://openreview.net/forum?id=IMPnRXEWpvr
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs
+
+
+class IMTLLState(NamedTuple):
+    """State of :func:`imtl_l`.
+
+    Attributes:
+      log_scale: the log-scales :math:`s`, one per task. Learned.
+    """
+
+    log_scale: chex.Array
+
+
+def imtl_l(initial_log_scale: chex.ArrayTree = 0.0) -> base.Scalarizer:
+    r"""Scales each loss towards 1 by a learned factor.
+
+    .. math:: \sum_i e^{s_i} L_i - s_i
+
+    For a fixed loss the optimum is :math:`s_i = -\log L_i`, where the scaled loss is 1. Losses must be positive:
+    a loss of zero drives :math:`s_i` towards infinity and a negative one has no optimum. The weights sum to m
+    at the start. At :math:`s` it equals twice :func:`~mtlbalance.scalarization.uw` at :math:`-s`.
+
+    The log-scales are trained by gradient, in one of two ways: differentiate with respect to the state and
+    give it to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`.
+
+    Args:
+      initial_log_scale: start of :math:`s`: one real number, or one per task (an array or a tree of the same
+        names).
+
+    Returns:
+      A :class:`~mtlbalance.Scalarizer` with state :class:`IMTLLState` and ``learned=("log_scale",)``.
+
+    Raises:
+      ValueError: at ``init``, if ``initial_log_scale`` has another shape than the losses.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtlbalance import scalarization
+      >>> method = scalarization.imtl_l()
+      >>> grad_fn = jax.value_and_grad(method.apply, has_aux=True)  # to the state
+      >>> (scalar, state), grads = grad_fn(method.init(3), jnp.array([1.0, 2.0, 4.0]))
+      >>> print(scalar, grads.log_scale)
+      7.0 [0. 1. 3.]
+
+    References:
+      Liu et al., `Towards Impartial Multi-Task Learning <https://openreview.net/forum?id=IMPnRXEWpvr>`_,
+      ICLR 2021, section 3.2.
+    """
+
+    def init(shape, dtype):
+        return IMTLLState(inputs.per_task("initial_log_scale", initial_log_scale, shape, dtype))
+
+    def apply(state, values, mask):
+        return jnp.sum(jnp.exp(state.log_scale) * values - state.log_scale, where=mask), state
+
+    return base.scalarizer(init, apply, learned=("log_scale",))

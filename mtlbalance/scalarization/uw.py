@@ -1,0 +1,69 @@
+"""UW: uncertainty weighting, one learned log-variance per task.
+
+Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and
+Semantics", CVPR 2018, https://arxiv.org/abs/1705.07115
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs
+
+
+class UWState(NamedTuple):
+    """State of :func:`uw`.
+
+    Attributes:
+      log_var: the log-variances :math:`s`, one per task. Learned.
+    """
+
+    log_var: chex.Array
+
+
+def uw(initial_log_var: chex.ArrayTree = 0.0) -> base.Scalarizer:
+    r"""Weights each loss by a learned uncertainty.
+
+    .. math:: \sum_i \tfrac{1}{2} e^{-s_i} L_i + \tfrac{1}{2} s_i
+
+    For a fixed loss the optimum is :math:`s_i = \log L_i`. Losses must be positive: a loss of zero drives
+    :math:`s_i` towards minus infinity and a negative one has no optimum. The weights sum to m/2 at the start.
+
+    The log-variances are trained by gradient, in one of two ways: differentiate with respect to the state and
+    give it to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`.
+
+    Note:
+      Every task has the regression form, and :math:`s` starts at 0, as in TorchJD. LibMTL starts at -0.5.
+
+    Args:
+      initial_log_var: start of :math:`s`: one real number, or one per task (an array or a tree of the same names).
+
+    Returns:
+      A :class:`~mtlbalance.Scalarizer` with state :class:`UWState` and ``learned=("log_var",)``.
+
+    Raises:
+      ValueError: at ``init``, if ``initial_log_var`` has another shape than the losses.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtlbalance import scalarization
+      >>> method = scalarization.uw()
+      >>> grad_fn = jax.value_and_grad(method.apply, has_aux=True)  # to the state
+      >>> (scalar, state), grads = grad_fn(method.init(3), jnp.array([1.0, 2.0, 4.0]))
+      >>> print(scalar, grads.log_var)
+      3.5 [ 0.  -0.5 -1.5]
+
+    References:
+      Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses
+      <https://arxiv.org/abs/1705.07115>`_, CVPR 2018, eq. 7 with :math:`s = \log \sigma^2`.
+    """
+
+    def init(shape, dtype):
+        return UWState(inputs.per_task("initial_log_var", initial_log_var, shape, dtype))
+
+    def apply(state, values, mask):
+        log_var = state.log_var
+        return jnp.sum(0.5 * jnp.exp(-log_var) * values + 0.5 * log_var, where=mask), state
+
+    return base.scalarizer(init, apply, learned=("log_var",))

@@ -1,0 +1,258 @@
+"""A method in, a method out."""
+
+from collections.abc import Hashable
+from typing import NamedTuple, TypeVar
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtlbalance import base, inputs
+
+Method = TypeVar("Method", base.Scalarizer, base.Aggregator)
+
+
+class LearnState(NamedTuple):
+    """State of :func:`learn`.
+
+    Attributes:
+      inner: the state of the wrapped method.
+      opt_state: the state of the optimizer of its learned fields.
+    """
+
+    inner: chex.ArrayTree
+    opt_state: chex.ArrayTree
+
+
+class SkipNonfiniteState(NamedTuple):
+    """State of :func:`skip_nonfinite`.
+
+    Attributes:
+      inner: the state of the wrapped method.
+      nonfinite: int32, one per task: the calls in which its loss or gradient was not finite.
+      skipped: int32 scalar: the calls that left ``inner`` as it was.
+    """
+
+    inner: chex.ArrayTree
+    nonfinite: chex.Array
+    skipped: chex.Array
+
+
+def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> base.Scalarizer:
+    """Trains a method's learned fields inside its own ``apply``, so that it threads like any other method.
+
+    Each ``apply`` returns the scalar at the old fields and the state after one step of ``optimizer`` down the
+    scalar's gradient with respect to them. That is what one optimizer over ``(params, state)`` does, for
+    optimizers that act leaf by leaf; with a global-norm clip, or weight decay on the parameters, they differ.
+
+    Optimizers that want ``value=``, ``grad=`` or ``value_fn=`` get them. The entries of absent tasks are kept, in
+    the fields and in the optimizer's moments; its step counter counts calls with any task present.
+
+    Args:
+      method: a scalarizer with ``learned`` fields, such as ``scalarization.uw()``.
+      optimizer: any optax optimizer.
+
+    Returns:
+      A :class:`~mtlbalance.Scalarizer` with state :class:`LearnState` and nothing left to learn. The hooks act on
+      the inner state.
+
+    Raises:
+      ValueError: if ``method`` has no learned fields.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import scalarization
+      >>> method = mtl.learn(scalarization.uw(), optax.sgd(0.1))
+      >>> scalar, state = method.apply(method.init(2), jnp.array([1.0, 4.0]))
+      >>> print(scalar, state.inner.log_var)
+      2.5 [0.   0.15]
+    """
+    if not getattr(method, "learned", ()):
+        inputs.reject("method", "a Scalarizer with learned fields", f"learned={getattr(method, 'learned', None)}")
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def learned_fields(state):
+        return {name: optax.tree.get(state, name) for name in method.learned}
+
+    def init(shape, dtype):
+        inner = method.init(jax.ShapeDtypeStruct(shape, dtype))
+        return LearnState(inner, optimizer.init(learned_fields(inner)))
+
+    def apply(state, values, mask):
+        fields = learned_fields(state.inner)
+
+        def scalar_of(fields, values):
+            return method.apply(optax.tree.set(state.inner, **fields), values, mask=mask)
+
+        scalar, inner = scalar_of(jax.lax.stop_gradient(fields), values)
+        fixed_values = jax.lax.stop_gradient(values)
+        grad = jax.grad(lambda fields: scalar_of(fields, fixed_values)[0])(fields)
+        updates, opt_state = optimizer.update(
+            grad,
+            state.opt_state,
+            fields,
+            value=scalar,
+            grad=grad,
+            value_fn=lambda fields: scalar_of(fields, fixed_values)[0],
+        )
+        new_fields = base.select(mask, optax.apply_updates(fields, updates), fields)
+        opt_state = _keep_absent(optimizer, mask, opt_state, state.opt_state)
+        return scalar, LearnState(optax.tree.set(inner, **new_fields), opt_state)
+
+    def end_epoch(state):
+        return state._replace(inner=method.end_epoch(state.inner))
+
+    def observe(state, values, mask):
+        return state._replace(inner=method.observe(state.inner, _masked(values, mask)))
+
+    return base.scalarizer(init, apply, end_epoch=end_epoch, observe=observe)
+
+
+def _keep_absent(optimizer, mask, new, old):
+    """The new optimizer state, but for what it holds of absent tasks: their moments."""
+    present = optax.tree.map_params(
+        optimizer,
+        lambda leaf: mask if jnp.shape(leaf) == mask.shape else True,
+        new,
+        transform_non_params=lambda leaf: True,
+    )
+    return jax.tree.map(jnp.where, present, new, old)
+
+
+def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Method:
+    """Keeps a method's state from being poisoned by a loss or gradient that is not finite.
+
+    On such a call the state stays as it was, and the output is not finite (an aggregator's is NaN throughout), so
+    that ``optax.apply_if_finite`` after it drops the update too. A gradient whose float32 squares overflow (beyond
+    1e19) counts as not finite. So does a call after which the state would not be finite.
+
+    Rows of Jacobian-shaped fields are kept one by one: where one task's gradient is not finite, the other tasks'
+    rows still take theirs in, as they must when rows are visited one at a time and never seen together.
+
+    Args:
+      method: a method of either family.
+      axis_name: under :func:`jax.shard_map`, the axis over which an aggregator's parameters are split.
+
+    Returns:
+      A method of the same family with the same paths and state :class:`SkipNonfiniteState`.
+
+    Raises:
+      TypeError: if ``method`` is of neither family.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import scalarization
+      >>> method = mtl.skip_nonfinite(scalarization.dwa())
+      >>> scalar, state = method.apply(method.init(2), jnp.array([1.0, jnp.nan]))
+      >>> print(scalar, state.nonfinite, state.skipped, state.inner.count)
+      nan [0 1] 1 [0 0]
+    """
+    if isinstance(method, base.Scalarizer):
+        return _skip_scalarizer(method)
+    if isinstance(method, base.Aggregator):
+        return _skip_aggregator(method, axis_name)
+    raise TypeError(f"method: expected a Scalarizer or an Aggregator, found {type(method).__name__}")
+
+
+def _skip_scalarizer(method):
+    def init(shape, dtype):
+        return _guarded(method.init(jax.ShapeDtypeStruct(shape, dtype)), shape)
+
+    def apply(state, values, mask):
+        scalar, inner = method.apply(state.inner, values, mask=mask)
+        state, _ = _advance(state, inner, jnp.isfinite(values) | ~mask)
+        return scalar, state
+
+    return base.scalarizer(init, apply, **_inner_hooks(method), learned=method.learned)
+
+
+def _skip_aggregator(method, axis_name):
+    def init(m, params, dtype):
+        del dtype
+        return _guarded(method.init((m, params)), (m,))
+
+    def finite_rows(state, jacobian, mask):
+        finite = _all_finite(jacobian, inputs.state_dtype(state, jacobian), mask.shape, axis_name)
+        return finite | ~mask
+
+    def advance(state, inner, output, finite, values, mask):
+        if values is not None:
+            finite &= jnp.isfinite(values) | ~mask
+        state, ok = _advance(state, inner, finite, method.jacobian_shaped)
+        return jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), output), state
+
+    def guarded(apply, finite_tasks):
+        def guarded_apply(state, statistic, values, mask):
+            finite = finite_tasks(state, statistic, mask)
+            output, inner = apply(state.inner, statistic, values=values, mask=mask & finite)
+            return advance(state, inner, output, finite, values, mask)
+
+        return guarded_apply
+
+    def finite_diagonal(state, gramian, mask):
+        del state
+        return jnp.isfinite(jnp.diagonal(gramian)) | ~mask
+
+    def visit(state, i, row, mask):
+        finite = _all_finite(row, inputs.state_dtype(state, row), (), axis_name)
+        inner, statistic = method.rowwise.visit(state.inner, i, row, mask=mask.at[i].set(mask[i] & finite))
+        return state._replace(inner=inner), (statistic, finite)
+
+    def weigh(state, statistics, values, mask):
+        statistics, finite = statistics
+        weights, inner = method.rowwise.weigh(state.inner, statistics, values=values, mask=mask & finite)
+        return advance(state, inner, weights, finite | ~mask, values, mask)
+
+    of_gramian = method.gramian_weighting
+    return base.aggregator(
+        init,
+        apply=guarded(method.apply, finite_rows),
+        weighting=method.weighting and guarded(method.weighting.apply, finite_rows),
+        gramian_weighting=of_gramian and guarded(of_gramian.apply, finite_diagonal),
+        rowwise=method.rowwise and base.Rowwise(visit, weigh),
+        **_inner_hooks(method),
+        jacobian_shaped=method.jacobian_shaped,
+    )
+
+
+def _guarded(inner, shape):
+    return SkipNonfiniteState(inner, jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def _advance(state, inner, finite, jacobian_shaped=()):
+    """The state after a call in which the tasks in ``finite`` were so, and whether its inner state has moved."""
+    small = [x for path, x in jax.tree.leaves_with_path(inner) if not base.is_in(jacobian_shaped, path)]
+    ok = jnp.all(finite) & jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in small]))
+    inner = base.select(ok, inner, state.inner, new_anyway=jacobian_shaped)
+    nonfinite = jnp.where(finite, state.nonfinite, optax.safe_increment(state.nonfinite))
+    skipped = jnp.where(ok, state.skipped, optax.safe_increment(state.skipped))
+    return SkipNonfiniteState(inner, nonfinite, skipped), ok
+
+
+def _all_finite(tree, dtype, kept, axis_name):
+    """Whether all squares in ``tree`` are finite, along all axes but the leading ones of shape ``kept``."""
+    finite = jnp.ones(kept, bool)
+    for leaf in jax.tree.leaves(tree):
+        axes = tuple(range(len(kept), leaf.ndim))
+        finite &= jnp.all(jnp.isfinite(jnp.square(leaf.astype(dtype))), axis=axes)
+    return finite if axis_name is None else jax.lax.pmin(finite.astype(jnp.int32), axis_name) > 0
+
+
+def _inner_hooks(method):
+    def end_epoch(state):
+        return state._replace(inner=method.end_epoch(state.inner))
+
+    def observe(state, values, mask):
+        inner = method.observe(state.inner, _masked(values, mask))
+        ok = jnp.all(jnp.isfinite(values) | ~mask)
+        return state._replace(inner=base.select(ok, inner, state.inner))
+
+    return {"end_epoch": end_epoch, "observe": observe}
+
+
+def _masked(values, mask):
+    """Losses that carry their mask, for the hook that takes none."""
+    return inputs.Counted(values, mask.astype(jnp.int32))
