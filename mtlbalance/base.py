@@ -172,7 +172,7 @@ def aggregator(
             products = gramian(jacobian, axis_name=axis_name) if jax.tree.leaves(jacobian) else no_params
             return gramian_weighting(state, products, values, mask)
 
-    if apply is None:
+    if weighting is not None and apply is None:
 
         def apply(state, jacobian, values, mask):
             # The weights are constants of differentiation: an outer grad never enters a solver.
@@ -198,20 +198,15 @@ def aggregator(
 
         return jax.jit(public_weigh)
 
-    def public_visit(state, i, row, *, mask=None):
-        tasks = inputs.read_tasks(state, None, mask)
-        row = jax.lax.stop_gradient(inputs.read_row(tasks.mask[i], row))
-        new_state, statistic = rowwise.visit(state, i, row, tasks.mask)
-        return jax.lax.stop_gradient((new_state, statistic))
-
-    paths = {
-        "weighting": weighting and Weighting(weighting_init, compiled(inputs.read_jacobian, weighting)),
-        "gramian_weighting": gramian_weighting
-        and Weighting(weighting_init, compiled(inputs.read_gramian, gramian_weighting)),
-        "rowwise": rowwise and Rowwise(jax.jit(public_visit), compiled(inputs.read_statistics, rowwise.weigh)),
-    }
-    hooks = _hooks(end_epoch, observe, jacobian_shaped)
-    return Aggregator(public_init, jax.jit(public_apply), *hooks, **paths, jacobian_shaped=jacobian_shaped)
+    return Aggregator(
+        public_init,
+        jax.jit(public_apply),
+        *_hooks(end_epoch, observe, jacobian_shaped),
+        Weighting(weighting_init, compiled(inputs.read_jacobian, weighting)) if weighting else None,
+        Weighting(weighting_init, compiled(inputs.read_gramian, gramian_weighting)) if gramian_weighting else None,
+        Rowwise(_public_visit(rowwise.visit), compiled(inputs.read_statistics, rowwise.weigh)) if rowwise else None,
+        jacobian_shaped,
+    )
 
 
 def rowwise_aggregator(
@@ -296,6 +291,15 @@ def is_in(fields: tuple[str, ...], path: tuple[Any, ...]) -> bool:
     return any(getattr(key, "name", None) in fields for key in path)
 
 
+def _public_visit(visit):
+    def public_visit(state, i, row, *, mask=None):
+        tasks = inputs.read_tasks(state, None, mask)
+        row = jax.lax.stop_gradient(inputs.read_row(tasks.mask[i], row))
+        return jax.lax.stop_gradient(visit(state, i, row, tasks.mask))
+
+    return jax.jit(public_visit)
+
+
 def _finish_weights(weights, mask, dtype):
     return jax.lax.stop_gradient(jnp.where(mask, weights, 0).astype(dtype))
 
@@ -309,7 +313,7 @@ def _settle(tasks, new_state, state, jacobian_shaped=()):
     return jax.lax.stop_gradient(same_dtype)
 
 
-def _hooks(end_epoch, observe, jacobian_shaped=()):
+def _hooks(end_epoch, observe, jacobian_shaped=()) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def public_end_epoch(state):
         return jax.lax.stop_gradient(end_epoch(state))
 

@@ -104,7 +104,8 @@ def new_key(key: int | chex.Array) -> chex.PRNGKey:
     """The typed key that a factory's ``key: int | key`` stands for; the int may be traced."""
     if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    return jax.random.wrap_key_data(key) if jnp.ndim(key) else jax.random.key(key)
+    key = jnp.asarray(key)
+    return jax.random.wrap_key_data(key) if key.ndim else jax.random.key(key)
 
 
 # What `init` is given.
@@ -158,15 +159,14 @@ def read_tasks(state: chex.ArrayTree, values: chex.ArrayTree | None, mask: chex.
     if values is None:
         return Tasks(None, present, mask is None)
 
-    leaves, treedef = jax.tree.flatten(values, is_leaf=_is_counted)
-    for leaf in map(sums, leaves):
+    for leaf in jax.tree.leaves(sums(values)):
         _check_floating("values", leaf)
     dtype = state_dtype(state, values)
-    array = flatten("values", treedef.unflatten([_value(leaf, dtype) for leaf in leaves]))
+    array = flatten("values", jax.tree.map(lambda x: _value(x, dtype), values, is_leaf=_is_counted))
     if array.shape != shape:
         reject("values", f"shape {shape}, as given to init", f"shape {array.shape}")
-    if counted := any(map(_is_counted, leaves)):
-        present &= flatten("values", treedef.unflatten([_is_there(leaf) for leaf in leaves]))
+    if counted := any(map(_is_counted, jax.tree.leaves(values, is_leaf=_is_counted))):
+        present &= flatten("values", jax.tree.map(_is_there, values, is_leaf=_is_counted))
     return Tasks(jnp.where(present, array, 1), present, mask is None and not counted)
 
 
@@ -237,7 +237,7 @@ def state_dtype(state: chex.ArrayTree, incoming: chex.ArrayTree) -> chex.ArrayDT
 
 def _read_mask(mask, values, shape):
     for leaf in jax.tree.leaves(mask):
-        if jnp.result_type(leaf) != bool:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
             reject("mask", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
     array, structure = flatten("mask", mask), jax.tree.structure(mask)
     named = isinstance(mask, dict) and values is not None

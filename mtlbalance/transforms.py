@@ -2,7 +2,7 @@
 
 import optax
 
-from mtlbalance import base
+from mtlbalance import base, inputs
 
 
 def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransformationExtraArgs:
@@ -40,6 +40,8 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
     """
     if not isinstance(aggregator, base.Aggregator):
         raise TypeError(f"aggregator: expected an mtlbalance.Aggregator, found {type(aggregator).__name__}")
+
+    inputs.check_int("n_tasks", n_tasks, 1)
 
     def init(params):
         return aggregator.init((n_tasks, params))

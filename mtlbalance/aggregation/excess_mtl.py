@@ -104,7 +104,7 @@ def excess_mtl(
         squares = jax.tree.map(lambda s, g: s + g * g, squared_gradients, gradient)
         # Eq. 7: the accumulator includes the gradient at hand.
         excess = jax.tree.map(lambda s, g: jnp.sum(g * g * jax.lax.rsqrt(s + 1e-7)), squares, gradient)
-        return squares, jax.tree.reduce(jnp.add, excess, 0.0)
+        return squares, sum(jax.tree.leaves(excess), 0.0)
 
     def weigh(state, excess, values, mask):
         del values

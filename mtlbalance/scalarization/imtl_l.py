@@ -21,7 +21,7 @@ class IMTLLState(NamedTuple):
     log_scale: chex.Array
 
 
-def imtl_l(initial_log_scale: chex.ArrayTree = 0.0) -> base.Scalarizer:
+def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     r"""Scales each loss towards 1 by a learned factor.
 
     .. math:: \sum_i e^{s_i} L_i - s_i

@@ -22,7 +22,7 @@ class UWState(NamedTuple):
     log_var: chex.Array
 
 
-def uw(initial_log_var: chex.ArrayTree = 0.0) -> base.Scalarizer:
+def uw(initial_log_var: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     r"""Weights each loss by a learned uncertainty.
 
     .. math:: \sum_i \tfrac{1}{2} e^{-s_i} L_i + \tfrac{1}{2} s_i
