@@ -1,0 +1,118 @@
+"""Eight simulated devices give what one does, and the state lies where the parameters lie."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from tests.conformance.conftest import PARAMS
+from tests.conformance.test_functions import SAME
+
+SPECS = {"dense": {"w": PartitionSpec("x", None), "b": PartitionSpec("x")}, "scale": PartitionSpec()}
+MESHES = {kind: jax.make_mesh((8,), ("x",), (getattr(AxisType, kind),)) for kind in ("Auto", "Explicit")}
+
+
+def rows_spec(spec):
+    return PartitionSpec(None, *spec)
+
+
+def on(mesh, tree, specs):
+    return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs)
+
+
+@pytest.fixture(params=MESHES)
+def mesh(request):
+    return MESHES[request.param]
+
+
+def place(built, mesh, x):
+    """Losses on every device, a Jacobian as its parameters."""
+    return on(mesh, x, PartitionSpec() if built.is_scalarizer else jax.tree.map(rows_spec, SPECS))
+
+
+def sharded_init(built, mesh):
+    if built.is_scalarizer:
+        return built.method.init(place(built, mesh, built.sample(0)))
+    return built.init(params=on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), SPECS))
+
+
+def test_eight_devices_give_what_one_gives(built, mesh):
+    state, sharded = built.init(), sharded_init(built, mesh)
+    for i in range(3):
+        output, state = built.method.apply(state, built.sample(i))
+        sharded_output, sharded = built.method.apply(sharded, place(built, mesh, built.sample(i)))
+        chex.assert_trees_all_close(jax.device_get(sharded_output), jax.device_get(output), **SAME)
+        chex.assert_trees_all_close(jax.device_get(sharded), jax.device_get(state), **SAME)
+    if not built.is_scalarizer:
+        expected = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+        jax.tree.map(
+            lambda g, s: chex.assert_equal(g.sharding.is_equivalent_to(s, g.ndim), True), sharded_output, expected
+        )
+
+
+def test_state_lies_with_the_parameters_and_compiles_once(built, mesh):
+    state = sharded_init(built, mesh)
+    before = jax.tree.map(lambda leaf: leaf.sharding, state)
+    assert all(sharding.mesh == mesh for sharding in jax.tree.leaves(before))
+    for name in getattr(built.method, "jacobian_shaped", ()):
+        memory = getattr(getattr(state, "inner", state), name)
+        expected = jax.tree.map(lambda spec: NamedSharding(mesh, rows_spec(spec)), SPECS)
+        chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, memory), expected)
+    step = jax.jit(built.method.apply, donate_argnums=0)
+    xs = [place(built, mesh, built.sample(i)) for i in range(3)]
+    compiled = []
+    listener = lambda event, duration, **kw: (
+        compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        for x in xs:
+            _, state = step(state, x)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert len(compiled) == 1
+    after = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jax.tree.map(lambda a, b, leaf: chex.assert_equal(a.is_equivalent_to(b, leaf.ndim), True), after, before, state)
+
+
+def test_init_inside_jit_follows_an_explicit_sharding(aggregator):
+    if not aggregator.method.jacobian_shaped:
+        return
+    mesh = MESHES["Explicit"]
+    params = on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), SPECS)
+    state = jax.jit(lambda params: aggregator.init(params=params))(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, aggregator.init())
+    memory = getattr(getattr(state, "inner", state), aggregator.method.jacobian_shaped[0])
+    expected = jax.tree.map(lambda spec: NamedSharding(mesh, rows_spec(spec)), SPECS)
+    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, memory), expected)
+
+
+def test_shard_map_reduces_over_the_axis_of_the_parameters(aggregator):
+    method = aggregator.case.make(axis_name="x") if aggregator.case.sharded else aggregator.method
+    state, sharded = aggregator.init(), aggregator.init(method)
+
+    def specs(tree):
+        """The Jacobian's where a field is shaped like it, on every device elsewhere."""
+        memory = jax.tree.map(rows_spec, SPECS)
+        replicated = jax.tree.map(lambda _: PartitionSpec(), tree)
+        if not method.jacobian_shaped:
+            return replicated
+        if hasattr(tree, "inner"):
+            return replicated._replace(inner=specs(tree.inner))
+        return replicated._replace(**{method.jacobian_shaped[0]: memory})
+
+    @jax.jit
+    @jax.shard_map(
+        mesh=MESHES["Auto"],
+        in_specs=(specs(sharded), jax.tree.map(rows_spec, SPECS)),
+        out_specs=(SPECS, specs(sharded)),
+    )
+    def step(state, x):
+        return method.apply(state, x)
+
+    for i in range(3):
+        gradient, state = aggregator.method.apply(state, aggregator.sample(i))
+        sharded_gradient, sharded = step(sharded, aggregator.sample(i))
+        chex.assert_trees_all_close(jax.device_get(sharded_gradient), jax.device_get(gradient), **SAME)
+        chex.assert_trees_all_close(jax.device_get(sharded), jax.device_get(state), **SAME)

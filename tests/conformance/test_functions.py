@@ -1,0 +1,240 @@
+"""What makes a method a pair of pure functions: purity, transformations, stable states, compilation."""
+
+import chex
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtlbalance as mtl
+from tests.conformance.conftest import PARAMS
+
+SAME = {"rtol": 1e-5, "atol": 1e-6}  # one computation compiled in two ways, in float32
+
+
+def outputs_and_state(built, state, xs):
+    """A plain Python loop over the leading axis of ``xs``."""
+    outputs = []
+    for i in range(jax.tree.leaves(xs)[0].shape[0]):
+        output, state = built.method.apply(state, built.restrict(xs, i))
+        outputs.append(output)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs), state
+
+
+def test_inputs_stay_and_the_same_call_gives_the_same_answer(built):
+    state, x = built.init(), built.sample(0)
+    before = jax.tree.map(np.array, (state, x))
+    first, second = built.method.apply(state, x), built.method.apply(state, x)
+    chex.assert_trees_all_equal(first, second)
+    chex.assert_trees_all_equal((state, x), before)
+
+
+def test_jit_gives_what_eager_gives(built):
+    state, x = built.method.apply(built.init(), built.sample(0))[1], built.sample(1)
+    jitted = built.method.apply(state, x)
+    with jax.disable_jit():
+        eager = built.method.apply(state, x)
+    chex.assert_trees_all_close(jitted, eager, **SAME)
+
+
+def test_scan_gives_what_a_loop_gives(built):
+    xs = built.stack(5)
+
+    def step(state, x):
+        output, state = built.method.apply(state, x)
+        return built.method.end_epoch(built.method.observe(state, jnp.ones(3))), output
+
+    state, outputs = jax.lax.scan(step, built.init(), xs)
+    loop_state, loop_outputs = built.init(), []
+    for i in range(5):
+        loop_state, output = step(loop_state, built.restrict(xs, i))
+        loop_outputs.append(output)
+    chex.assert_trees_all_close(state, loop_state, **SAME)
+    chex.assert_trees_all_close(outputs, jax.tree.map(lambda *x: jnp.stack(x), *loop_outputs), **SAME)
+
+
+def test_vmap_over_states_and_inputs_gives_what_a_loop_gives(built):
+    xs = built.stack(3)
+    states = jax.tree.map(
+        lambda *x: jnp.stack(x), *[built.method.apply(built.init(), built.sample(9 + i))[1] for i in range(3)]
+    )
+    mapped = jax.vmap(built.method.apply)(states, xs)
+    for i in range(3):
+        single = built.method.apply(built.restrict(states, i), built.restrict(xs, i))
+        chex.assert_trees_all_close(built.restrict(mapped, i), single, **SAME)
+
+
+def test_vmap_over_float_hyperparameters_gives_what_a_loop_gives(built):
+    xs = built.stack(5)
+
+    def run(name, value):
+        method = built.case.make(**{name: value})
+        step = lambda state, x: method.apply(state, x)[::-1]
+        return jax.lax.scan(step, built.init(method), xs)
+
+    for name, values in built.case.hyperparameters.items():
+        mapped = jax.vmap(lambda value, name=name: run(name, value))(jnp.array(values))
+        for i, value in enumerate(values):
+            chex.assert_trees_all_close(built.restrict(mapped, i), run(name, value), **SAME)
+
+
+def test_many_bare_calls_trace_once(built):
+    method, x = built.case.make(), built.sample(0)
+    state = built.init(method)
+    traces = []
+    listener = lambda event, duration, **kw: traces.append(event) if event.endswith("jaxpr_trace_duration") else None
+    _, state = method.apply(state, x)
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        for _ in range(5):
+            _, state = method.apply(state, x)
+        assert not traces
+        jax.jit(lambda: 1.5)()
+        assert traces  # the listener does hear a trace
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_state_keeps_structure_shapes_and_strong_dtypes(built):
+    def check(new):
+        chex.assert_trees_all_equal_structs(new, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+        assert not any(leaf.weak_type for leaf in jax.tree.leaves(new))
+
+    state = built.init()
+    for dtype in jnp.float32, jnp.bfloat16:
+        check(built.method.apply(state, built.sample(0, dtype=dtype))[1])
+    check(built.method.apply(state, built.sample(0), mask=jnp.array([True, False, True]))[1])
+    check(built.method.end_epoch(state))
+    check(built.method.observe(state, jnp.ones(3)))
+    check(jax.eval_shape(built.init))
+
+
+def test_first_leaf_has_one_entry_per_task(built):
+    method = built.method_for(jnp.arange(5))
+    assert jax.tree.leaves(built.init(method, n_tasks=5))[0].shape == (5,)
+
+
+def test_a_donated_state_leaves_init_and_method_usable(built):
+    step = jax.jit(built.method.apply, donate_argnums=0)
+    _, once = step(built.init(), built.sample(0))
+    leaves = jax.tree.leaves(built.init())
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.size}) == len([x for x in leaves if x.size])
+    output, again = step(built.init(), built.sample(0))
+    chex.assert_trees_all_equal(once, again)
+    chex.assert_tree_all_finite(output)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_inputs_are_computed_in_float32(built, dtype):
+    x = built.sample(0, dtype=dtype)
+    state = built.method.apply(built.init(), built.sample(1))[1]
+    output, new_state = built.method.apply(state, x)
+    widened, wide_state = built.method.apply(state, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), x))
+    chex.assert_trees_all_close(new_state, wide_state, **SAME)
+    if built.is_scalarizer:
+        assert output.dtype == jnp.float32
+        chex.assert_trees_all_close(output, widened, **SAME)
+    else:
+        chex.assert_trees_all_equal_dtypes(output, x)
+        one_rounding = float(jnp.finfo(dtype).eps)
+        as_float = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), output)
+        chex.assert_trees_all_close(as_float, widened, rtol=one_rounding, atol=one_rounding)
+
+
+def test_half_precision_does_not_overflow_inside(built):
+    x = jax.tree.map(lambda leaf: jnp.full_like(leaf, 300.0), built.sample(0, dtype=jnp.float16))
+    state = built.init()
+    for _ in range(2):  # 300 squared is beyond float16
+        output, state = built.method.apply(state, x)
+    chex.assert_tree_all_finite((output, state))
+
+
+@pytest.mark.parametrize("made_for", ["float32", "float64"])
+def test_float64_mode(built, made_for):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, made_for), PARAMS)
+        losses = jax.ShapeDtypeStruct((3,), made_for)
+        method = built.case.make()
+        state = method.init(losses) if built.is_scalarizer else built.init(method, params=params)
+        for dtype in jnp.dtype("float64"), jnp.dtype("float32"):
+            output, new_state = method.apply(state, built.sample(0, dtype=dtype))
+            chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
+            assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {dtype}
+        floats = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
+        assert floats <= {jnp.dtype(made_for)}
+
+
+def test_exports_for_cpu_cuda_and_tpu_without_callbacks(built):
+    args = jax.eval_shape(lambda: (built.init(), built.sample(0)))
+    exported = jax.export.export(jax.jit(built.method.apply), platforms=["cpu", "cuda", "tpu"])(*args)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert "callback" not in exported.mlir_module()
+
+
+def test_new_state_is_cut_from_the_inputs_gradient(built):
+    def state_total(x):
+        new_state = built.method.apply(built.init(), x)[1]
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(new_state) if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+    gradient = jax.grad(lambda x: jnp.asarray(state_total(x), jnp.float32))(built.sample(0))
+    chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
+
+
+def test_scalar_is_the_weighted_sum_that_its_gradient_says(scalarizer):
+    """Second derivatives are zero: the weights are constants of differentiation."""
+    state, x = scalarizer.init(), scalarizer.sample(0)
+    scalar = lambda x: scalarizer.method.apply(state, x)[0]
+    chex.assert_tree_all_finite(jax.grad(scalar)(x))
+    chex.assert_trees_all_equal(jax.hessian(scalar)(x), jnp.zeros((3, 3)))
+
+
+def test_aggregators_weights_are_constants_of_differentiation(aggregator):
+    state = aggregator.method.apply(aggregator.init(), aggregator.sample(1))[1]
+    x = aggregator.sample(0)
+    weights, _ = aggregator.method.weighting.apply(state, x)
+    total = lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(aggregator.method.apply(state, x)[0]))
+    expected = jax.tree.map(lambda leaf: jnp.broadcast_to(mtl.inputs.rows(weights, leaf), leaf.shape), x)
+    chex.assert_trees_all_close(jax.grad(total)(x), expected, **SAME)
+
+
+def test_all_paths_of_an_aggregator_agree(aggregator):
+    method, state = aggregator.method, aggregator.init()
+    for i in range(4):
+        x = aggregator.sample(i)
+        gradient, new_state = method.apply(state, x)
+        paths = {"weighting": method.weighting.apply(state, x)}
+        if method.gramian_weighting is not None:
+            paths["gramian_weighting"] = method.gramian_weighting.apply(state, mtl.gramian.gramian(x))
+        if method.rowwise is not None:
+            paths["rowwise"] = by_rows(aggregator, state, x)
+        for weights, path_state in paths.values():
+            chex.assert_trees_all_close(mtl.gramian.combine(weights, x), gradient, **SAME)
+            chex.assert_trees_all_close(path_state, new_state, **SAME)
+        state = new_state
+    chex.assert_trees_all_equal_structs(method.weighting.init((3, PARAMS)), aggregator.init())
+
+
+def by_rows(aggregator, state, x, mask=None):
+    """The rowwise path as an engine runs it: visits in a loop, then the weights."""
+
+    def body(carry, i):
+        return aggregator.method.rowwise.visit(carry, i, aggregator.restrict(x, i), mask=mask)
+
+    state, statistics = jax.lax.scan(body, state, jnp.arange(3))
+    return aggregator.method.rowwise.weigh(state, statistics, mask=mask)
+
+
+def test_checkpoint_and_resume_is_a_straight_run(built, tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    xs = built.stack(6)
+    straight = outputs_and_state(built, built.init(), xs)[1]
+    halfway = outputs_and_state(built, built.init(), built.restrict(xs, slice(3)))[1]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", halfway)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(built.init))
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, halfway)
+    resumed = outputs_and_state(built, restored, built.restrict(xs, slice(3, None)))[1]
+    chex.assert_trees_all_equal(resumed, straight)

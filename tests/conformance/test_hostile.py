@@ -1,0 +1,143 @@
+"""Hostile inputs stay finite; wrong ones raise an error that says what is wrong."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance.inputs import rows
+
+LOSSES = {
+    "zero": jnp.zeros(3),
+    "tiny": jnp.full(3, 1e-30),
+    "huge": jnp.full(3, 1e30),
+    "twelve decades": jnp.array([1e-6, 1.0, 1e6]),
+    "negative": jnp.array([-1.0, -2.0, -0.5]),
+    "zero at first": jnp.array([0.0, 1.0, 1.0]),
+}
+
+# Rows of the Jacobian as multiples of one row and another.
+ROWS = {
+    "zero": [(0.0, 0.0)] * 3,
+    "one zero": [(0.0, 0.0), (1.0, 0.0), (0.5, 1.0)],
+    "duplicates": [(1.0, 0.0), (1.0, 0.0), (0.0, 1.0)],
+    "opposite": [(1.0, 0.0), (-1.0, 0.0), (0.0, 1.0)],
+    "norm ratio 1e6": [(1e-3, 0.0), (1e3, 0.0), (0.0, 1.0)],
+    "rank one": [(1.0, 0.0), (2.0, 0.0), (-3.0, 0.0)],
+    "tiny": [(1e-10, 0.0), (0.0, 1e-10), (1e-10, 1e-10)],
+    "huge": [(1e10, 0.0), (0.0, 1e10), (1e10, 1e10)],
+}
+
+
+def assert_stays_finite(built, method, state, x, n_calls=4):
+    for _ in range(n_calls):
+        output, state = method.apply(state, x)
+        state = method.end_epoch(state)
+        chex.assert_tree_all_finite((output, state))
+
+
+@pytest.mark.parametrize("losses", LOSSES.values(), ids=LOSSES.keys())
+def test_losses_without_sign_or_scale_stay_finite(scalarizer, losses):
+    assert_stays_finite(scalarizer, scalarizer.method, scalarizer.init(), losses)
+    gradient = jax.grad(lambda x: scalarizer.method.apply(scalarizer.init(), x)[0])(losses)
+    chex.assert_tree_all_finite(gradient)
+
+
+@pytest.mark.parametrize("combination", ROWS.values(), ids=ROWS.keys())
+def test_degenerate_jacobians_stay_finite(aggregator, combination):
+    one, other = aggregator.sample(0, n_tasks=1), aggregator.sample(1, n_tasks=1)
+    first, second = jnp.array(combination).T
+    x = jax.tree.map(lambda a, b: rows(first, a) * a + rows(second, b) * b, one, other)
+    assert_stays_finite(aggregator, aggregator.method, aggregator.init(), x)
+
+
+@pytest.mark.parametrize("n_tasks", [1, 40])
+def test_one_task_and_forty(built, n_tasks):
+    method = built.method_for(jnp.arange(n_tasks))
+    state = built.init(method, n_tasks=n_tasks)
+    assert_stays_finite(built, method, state, built.sample(0, n_tasks=n_tasks))
+
+
+def test_a_jacobian_without_parameters(aggregator):
+    """optax.partition hands an empty group to its transformation."""
+    for params in {}, {"w": jax.ShapeDtypeStruct((0,), jnp.float32)}:
+        state = aggregator.init(params=params)
+        x = jax.tree.map(lambda p: jnp.zeros((3, *p.shape)), params)
+        gradient, new_state = aggregator.method.apply(state, x)
+        assert jax.tree.structure(gradient) == jax.tree.structure(params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
+        chex.assert_tree_all_finite(new_state)
+
+
+def test_wrong_losses_raise(scalarizer):
+    state, apply = scalarizer.init(), scalarizer.method.apply
+    with pytest.raises(ValueError, match=r"values: expected shape \(3,\), as given to init, found shape \(4,\)"):
+        apply(state, jnp.ones(4))
+    with pytest.raises(ValueError, match=r"values: expected shape \(3,\).*found shape \(1,\)"):
+        apply(state, jnp.ones(1))  # no broadcast
+    with pytest.raises(ValueError, match=r"values.*found shape \(2,\)"):
+        apply(state, {"left": 1.0, "right": 2.0})
+    for wrong in jnp.ones(3, int), jnp.ones(3, bool), jnp.ones(3, complex):
+        with pytest.raises(TypeError, match=rf"values: expected floating point numbers, found dtype {wrong.dtype}"):
+            apply(state, wrong)
+    with pytest.raises(ValueError, match="values: expected a count of the sum's shape"):
+        apply(state, mtl.Counted(jnp.ones(3), jnp.ones(())))
+
+
+def test_wrong_masks_raise(built):
+    state, x = built.init(), built.sample(0)
+    with pytest.raises(TypeError, match="mask: expected booleans, found dtype int32"):
+        built.method.apply(state, x, mask=jnp.ones(3, jnp.int32))
+    with pytest.raises(ValueError, match=r"mask: expected shape \(3,\), as given to init, found shape \(2,\)"):
+        built.method.apply(state, x, mask=jnp.ones(2, bool))
+
+
+def test_a_mask_of_other_names_raises(scalarizer):
+    losses = {"left": 1.0, "right": 2.0, "sum": 3.0}
+    with pytest.raises(ValueError, match="mask: expected the structure of values"):
+        scalarizer.method.apply(scalarizer.init(), losses, mask={"left": True, "right": True, "total": True})
+
+
+def test_wrong_jacobians_raise(aggregator):
+    state, x, apply = aggregator.init(), aggregator.sample(0), aggregator.method.apply
+    with pytest.raises(ValueError, match=r"jacobian\['dense'\]\['b'\]: expected a leading axis of 3.*\(4, 8\)"):
+        apply(state, aggregator.sample(0, n_tasks=4))
+    with pytest.raises(ValueError, match=r"summed loss.*found shape \(\)"):
+        apply(state, aggregator.restrict(x, 0))
+    with pytest.raises(TypeError, match=r"jacobian\['scale'\]: expected floating point numbers, found dtype int32"):
+        apply(state, x | {"scale": jnp.ones(3, jnp.int32)})
+    if aggregator.method.jacobian_shaped:
+        with pytest.raises(ValueError, match="jacobian: expected the tree given to init"):
+            apply(state, x["dense"])
+        with pytest.raises(ValueError, match=r"jacobian\['scale'\]: expected shape \(3,\), found shape \(3, 2\)"):
+            apply(state, x | {"scale": jnp.ones((3, 2))})
+    if aggregator.method.gramian_weighting is not None:
+        with pytest.raises(ValueError, match=r"gramian: expected shape \(3, 3\), found shape \(2, 2\)"):
+            aggregator.method.gramian_weighting.apply(state, jnp.eye(2))
+    if aggregator.method.rowwise is not None:
+        with pytest.raises(ValueError, match=r"row\['scale'\]: expected shape \(\), found shape \(2,\)"):
+            aggregator.method.rowwise.visit(state, 0, aggregator.restrict(x, 0) | {"scale": jnp.ones(2)})
+        with pytest.raises(ValueError, match="statistics: expected a leading axis of 3"):
+            aggregator.method.rowwise.weigh(state, jnp.ones(2))
+
+
+def test_wrong_shapes_for_init_raise(scalarizer):
+    init = scalarizer.method.init
+    for empty in 0, (3, 0), -1, {}:
+        with pytest.raises(ValueError, match="shape: expected at least one task"):
+            init(empty)
+    for not_losses in {"left": 3}, jnp.ones(3, int), True:
+        with pytest.raises(TypeError, match="shape: expected floating point numbers"):
+            init(not_losses)
+
+
+def test_wrong_pairs_for_init_raise(aggregator):
+    init = aggregator.method.init
+    for slip in {"w": jnp.ones(3)}, (jnp.ones(3), jnp.ones(3)), 3, (2.0, 3), (1, 2, 3):
+        with pytest.raises(TypeError, match=r"init: expected a pair \(number of tasks: int, params\)"):
+            init(slip)
+    with pytest.raises(ValueError, match="number of tasks: expected an int of at least 1, found 0"):
+        init((0, 3))
+    with pytest.raises(TypeError, match="params: expected arrays"):
+        init((3, (4, 5)))

@@ -1,0 +1,155 @@
+"""Absent tasks, counted losses, named losses: what the boundary does for every method."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtlbalance as mtl
+from tests.conformance.conftest import PARAMS
+from tests.conformance.test_functions import SAME, by_rows
+
+ALL, NONE, SOME = jnp.ones(3, bool), jnp.zeros(3, bool), jnp.array([True, False, True])
+
+
+def warmed_up(built):
+    """A state that has seen something."""
+    return built.method.apply(built.init(), built.sample(7))[1]
+
+
+def per_task_leaves(state, n_tasks=3):
+    """Leaves with one row per task; PARAMS has no axis of length 3 itself."""
+    return [leaf for leaf in jax.tree.leaves(state) if leaf.shape[:1] == (n_tasks,)]
+
+
+def test_all_true_mask_is_no_mask(built):
+    state, x = warmed_up(built), built.sample(0)
+    chex.assert_trees_all_close(built.method.apply(state, x, mask=ALL), built.method.apply(state, x), **SAME)
+
+
+def test_all_false_mask_gives_zero_and_the_same_state(built):
+    state, x = warmed_up(built), built.sample(0)
+    for value in 1.0, jnp.nan:
+        output, new_state = built.method.apply(state, built.poison(x, NONE, value), mask=NONE)
+        chex.assert_trees_all_equal(output, jax.tree.map(jnp.zeros_like, output))
+        chex.assert_trees_all_equal(new_state, state)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf, 1e30])
+def test_an_absent_tasks_value_changes_nothing(built, value):
+    state, x = warmed_up(built), built.sample(0)
+    clean = built.method.apply(state, x, mask=SOME)
+    poisoned = built.method.apply(state, built.poison(x, SOME, value), mask=SOME)
+    chex.assert_trees_all_equal(poisoned, clean)
+    chex.assert_tree_all_finite(poisoned)
+
+
+def test_masked_is_the_method_on_the_present_tasks_alone(built):
+    tasks = jnp.array([0, 2])
+    alone = built.method_for(tasks)
+    masked_state, alone_state = built.init(), built.init(alone, n_tasks=2)
+    for i in range(6):
+        x = built.sample(i)
+        if built.case.draws:  # equal tasks: whatever is drawn, the total must be that of the present ones
+            x = jax.tree.map(jnp.ones_like, x)
+        masked, masked_state = built.method.apply(masked_state, x, mask=SOME)
+        expected, alone_state = alone.apply(alone_state, built.restrict(x, tasks))
+        chex.assert_trees_all_close(masked, expected, **SAME)
+        if i == 2:
+            masked_state, alone_state = built.method.end_epoch(masked_state), alone.end_epoch(alone_state)
+
+
+def test_statistics_advance_only_while_present(built):
+    """Over 50 random masks an absent task's part of the state is bit-identical, a present one's finite."""
+    masks = jax.random.bernoulli(jax.random.key(0), 0.5, (50, 3))
+    state = built.init()
+    for i, mask in enumerate(masks):
+        x = built.poison(built.sample(i), mask, jnp.nan)
+        _, new_state = built.method.apply(state, x, mask=mask)
+        for new, old in zip(per_task_leaves(new_state), per_task_leaves(state), strict=True):
+            np.testing.assert_array_equal(new[~mask], old[~mask])
+        chex.assert_tree_all_finite(new_state)
+        state = new_state
+
+
+def test_gradient_to_an_absent_value_is_zero_and_to_the_others_finite(scalarizer):
+    state, x = warmed_up(scalarizer), scalarizer.poison(scalarizer.sample(0), SOME, jnp.nan)
+    gradient = jax.grad(lambda x: scalarizer.method.apply(state, x, mask=SOME)[0])(x)
+    assert gradient[1] == 0
+    assert jnp.all(jnp.isfinite(gradient))
+
+
+def test_paths_of_an_aggregator_agree_under_a_mask(aggregator):
+    method, state = aggregator.method, warmed_up(aggregator)
+    x = aggregator.poison(aggregator.sample(0), SOME, jnp.nan)
+    gradient, new_state = method.apply(state, x, mask=SOME)
+    paths = [method.weighting.apply(state, x, mask=SOME)]
+    if method.gramian_weighting is not None:
+        paths.append(method.gramian_weighting.apply(state, mtl.gramian.gramian(x), mask=SOME))
+    if method.rowwise is not None:
+        paths.append(by_rows(aggregator, state, x, mask=SOME))
+    for weights, path_state in paths:
+        assert weights[1] == 0
+        clean = aggregator.poison(x, SOME, 0.0)
+        chex.assert_trees_all_close(mtl.gramian.combine(weights, clean), gradient, **SAME)
+        chex.assert_trees_all_close(path_state, new_state, **SAME)
+
+
+def test_counted_losses_are_value_and_mask(scalarizer):
+    state, values = warmed_up(scalarizer), scalarizer.sample(0)
+    counts = jnp.array([4, 0, 7])
+    sums = jnp.where(counts > 0, values * counts, jnp.nan)
+
+    def counted(sums):
+        return scalarizer.method.apply(state, mtl.Counted(sums, counts))
+
+    masked = scalarizer.method.apply(state, values, mask=SOME)
+    chex.assert_trees_all_close(counted(sums), masked, **SAME)
+    gradient, _ = jax.grad(counted, has_aux=True)(sums)
+    expected, _ = jax.grad(lambda v: scalarizer.method.apply(state, v, mask=SOME), has_aux=True)(values)
+    chex.assert_trees_all_close(gradient, expected / jnp.maximum(counts, 1), **SAME)
+    absent = mtl.Counted(sums, jnp.zeros(3, int))
+    chex.assert_trees_all_equal(scalarizer.method.apply(state, absent), (jnp.zeros(()), state))
+
+
+def test_counted_and_masked_values_reach_an_aggregator(aggregator):
+    state, x = warmed_up(aggregator), aggregator.sample(0)
+    masked = aggregator.method.apply(state, x, mask=SOME)
+    counted = mtl.Counted(jnp.array([1.0, jnp.nan, 3.0]), jnp.array([2, 0, 5]))
+    chex.assert_trees_all_close(aggregator.method.apply(state, x, values=counted), masked, **SAME)
+    names = {"b": mtl.Counted(jnp.array([1.0, jnp.nan]), jnp.array([2, 0])), "c": jnp.array(3.0)}
+    chex.assert_trees_all_close(aggregator.method.apply(state, x, values=names), masked, **SAME)
+
+
+def test_named_losses_are_the_array(scalarizer):
+    names = {"left": jnp.array(0.7), "right": jnp.array(1.9), "sum": jnp.array(31.0)}
+    array = jnp.array([0.7, 1.9, 31.0])
+    method = scalarizer.method
+    named_state, state = method.init(names), method.init(3)
+    chex.assert_trees_all_equal(named_state, state)
+    for mask in None, {"left": True, "right": False, "sum": True}:
+        flat_mask = None if mask is None else SOME
+        grad_fn = jax.value_and_grad(method.apply, argnums=1, has_aux=True)
+        (named, named_state), named_gradient = grad_fn(named_state, names, mask=mask)
+        (scalar, state), gradient = grad_fn(state, array, mask=flat_mask)
+        chex.assert_trees_all_equal((named, named_state), (scalar, state))
+        chex.assert_trees_all_equal(named_gradient, dict(zip(names, gradient, strict=True)))
+    chex.assert_trees_all_equal(method.observe(named_state, names), method.observe(state, array))
+
+
+@pytest.mark.parametrize("shape", [(), (2, 2)])
+def test_losses_of_any_shape(scalarizer, shape):
+    method = scalarizer.method
+    if scalarizer.case.per_task:
+        method = mtl.scalarization.constant(jnp.full(shape, 0.5))
+    values = jnp.full(shape, 1.5)
+    scalar, state = method.apply(method.init(shape), values)
+    assert scalar.shape == ()
+    assert jax.tree.leaves(state)[0].shape == shape
+    chex.assert_tree_all_finite((scalar, state))
+
+
+def test_one_loss_given_as_an_aggregators_values_is_checked(aggregator):
+    with pytest.raises(ValueError, match=r"values: expected shape \(3,\).*found shape \(2,\)"):
+        aggregator.method.apply(aggregator.init(params=PARAMS), aggregator.sample(0), values=jnp.ones(2))

@@ -1,0 +1,149 @@
+"""One record of ``record.py`` against this library in float32, on inputs that float32 holds exactly.
+
+Everything is compared relative to the size of what was added up: a sum of terms of both signs may come out
+near zero, and float32 (6e-8 for each rounding) knows it only to a fraction of its terms. A few roundings, the
+one of ``exp`` among them, and up to 24 terms stay below 1e-6.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtlbalance import aggregation, scalarization
+
+ROUNDING = 1e-6
+
+
+def check_uw(case):
+    (log_var,) = arrays(case, "learned")
+    check_learned(case, scalarization.uw(log_var), regulariser=0.5)
+
+
+def check_imtl_l(case):
+    log_scale, losses = arrays(case, "learned", "losses")
+    method = scalarization.imtl_l(log_scale)
+    check_learned(case, method, regulariser=1.0)
+
+    value, _ = method.apply(method.init(losses), losses)
+    uw = scalarization.uw(-log_scale)
+    half, _ = uw.apply(uw.init(losses), losses)
+    assert_near(value, 2 * half, ROUNDING * case["terms"])
+
+
+def check_learned(case, method, regulariser):
+    (losses,) = arrays(case, "losses")
+    grad_fn = jax.value_and_grad(method.apply, argnums=(0, 1), has_aux=True)
+    (value, _), (state_grad, losses_grad) = grad_fn(method.init(losses), losses)
+    assert_near(value, case["value"], ROUNDING * case["terms"])
+    assert_near(losses_grad, case["losses_grad"], ROUNDING * np.abs(case["losses_grad"]))
+    # d/ds of the weighted loss, and of s itself.
+    learned_terms = np.abs(np.multiply(case["losses_grad"], losses)) + regulariser
+    assert_near(getattr(state_grad, *method.learned), case["learned_grad"], ROUNDING * learned_terms)
+
+
+def check_baseline_scalarizer(case):
+    losses, weights = arrays(case, "losses", "weights")
+    method = baseline(scalarization, case["method"], weights)
+    (value, _), losses_grad = jax.value_and_grad(method.apply, argnums=1, has_aux=True)(method.init(losses), losses)
+    terms = np.sum(np.abs(np.multiply(case["losses_grad"], losses)))
+    assert_near(value, case["value"], ROUNDING * terms)
+    assert_near(losses_grad, case["losses_grad"], ROUNDING * np.abs(case["losses_grad"]))
+
+
+def check_baseline_aggregator(case):
+    jacobian, weights = arrays(case, "jacobian", "weights")
+    method = baseline(aggregation, case["method"], weights)
+    gradient, _ = method.apply(method.init(jacobian.shape), jacobian)
+    ones = np.ones(len(weights))
+    size = {"mean": ones / len(weights), "sum": ones, "constant": np.abs(weights)}[case["method"]]
+    assert_near(gradient, case["gradient"], ROUNDING * (size @ np.abs(jacobian)))
+
+
+def baseline(family, name, weights):
+    return family.constant(weights) if name == "constant" else getattr(family, name)()
+
+
+def check_dwa(case):
+    """Every call, with ``end_epoch`` after each epoch."""
+    method = scalarization.dwa(case["temperature"])
+    (losses,) = arrays(case, "losses")
+    call, state = jax.jit(dwa_call(method)), method.init(losses[0])
+    outputs = []
+    ends = np.cumsum(case["epoch_lengths"])
+    for n_calls, call_losses in enumerate(losses, start=1):
+        state, output = call(state, call_losses)
+        outputs.append(output)
+        if n_calls in ends:
+            state = method.end_epoch(state)
+    check_dwa_calls(case, *zip(*outputs, strict=True))
+
+
+def check_dwa_with_steps_per_epoch(case):
+    """The same where all epochs are of one length and ``apply`` closes them: in one ``lax.scan``, and in a loop."""
+    (epoch_length,) = set(case["epoch_lengths"])
+    method = scalarization.dwa(case["temperature"], steps_per_epoch=epoch_length)
+    (losses,) = arrays(case, "losses")
+    for run in (jax.lax.scan, python_scan):
+        _, outputs = run(jax.jit(dwa_call(method)), method.init(losses[0]), losses)
+        check_dwa_calls(case, *outputs)
+
+
+def python_scan(call, state, inputs):
+    outputs = []
+    for x in inputs:
+        state, output = call(state, x)
+        outputs.append(output)
+    return state, tuple(zip(*outputs, strict=True))
+
+
+def dwa_call(method):
+    grad_fn = jax.value_and_grad(method.apply, argnums=1, has_aux=True)
+
+    def call(state, losses):
+        (value, state), grad = grad_fn(state, losses)
+        return state, (value, grad)
+
+    return call
+
+
+def check_dwa_calls(case, values, grads):
+    # All terms are positive. A rate is at most 10 and is divided by at least 0.5: softmax turns the few roundings of
+    # its argument, 6e-8 * 20 each, into the same relative error of a weight.
+    np.testing.assert_allclose(values, case["values"], rtol=1e-5)
+    np.testing.assert_allclose(grads, case["losses_grads"], rtol=1e-5)
+
+
+def check_excess_mtl(jacobians, run):
+    """The weights, and the gradient, of every call in a row."""
+    method = aggregation.excess_mtl(
+        run["robust_step_size"],
+        run["n_warmup_steps"],
+        # Without a warm-up TorchJD moves its weights on the first call already.
+        normalize_first_step=run["n_warmup_steps"] > 0,
+    )
+
+    def call(states, jacobian):
+        weights, of_weighting = method.weighting.apply(states[0], jacobian)
+        gradient, of_aggregator = method.apply(states[1], jacobian)
+        return (of_weighting, of_aggregator), (weights, gradient)
+
+    jacobians = jnp.array(jacobians)
+    state = method.init(jacobians[0].shape)
+    _, (weights, gradients) = jax.lax.scan(call, (state, state), jacobians)
+    # The logarithms of the weights add up to 15 ratios' worth over 50 calls. Their rounding errors, 6e-8 of up to 15
+    # in each call, add up to a few 1e-6, and so do those of the weights, which are at most 1.
+    assert_near(weights, run["weights"], 1e-5)
+    assert_near(gradients, run["gradients"], 1e-5 * np.linalg.norm(jacobians, axis=(1, 2))[:, None])
+
+
+def arrays(case, *names):
+    return [jnp.array(case[name], jnp.float32) for name in names]
+
+
+def assert_near(actual, expected, tolerance):
+    """Elementwise, with one absolute tolerance per element, or one for all."""
+    actual = np.asarray(actual)
+    assert actual.dtype == np.float32
+    assert actual.shape == np.shape(expected), (actual.shape, np.shape(expected))
+    excess = np.abs(actual.astype(np.float64) - expected) / tolerance
+    assert np.all(excess <= 1), f"{np.max(excess):.3g} times the tolerance: {actual} is not {expected}"

@@ -1,0 +1,153 @@
+"""This library against numbers of its peers, held as data: no peer is needed here.
+
+``torchjd.json`` was recorded by ``record.py``; ``comparisons.py`` states the tolerances. ``official.json`` holds the
+numbers that LibMTL and the official ExcessMTL code print.
+"""
+
+import json
+from pathlib import Path
+
+import comparisons
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtlbalance import aggregation, scalarization
+
+TORCHJD, OFFICIAL = (
+    json.loads(Path(__file__).with_name(name).read_text()) for name in ("torchjd.json", "official.json")
+)
+PROBLEM, LIBMTL, EXCESS_MTL = OFFICIAL["problem"], OFFICIAL["libmtl"], OFFICIAL["excess_mtl"]
+
+
+def shaped(case):
+    return f"{case.get('method', '')}{list(np.shape(case['losses']))}"
+
+
+def epochs(case):
+    return f"{list(np.shape(case['losses'])[1:])}-T{case['temperature']}-epochs{case['epoch_lengths'][0]}"
+
+
+# TorchJD.
+
+
+@pytest.mark.parametrize("case", TORCHJD["uw"], ids=shaped)
+def test_uw(case):
+    comparisons.check_uw(case)
+
+
+@pytest.mark.parametrize("case", TORCHJD["imtl_l"], ids=shaped)
+def test_imtl_l(case):
+    comparisons.check_imtl_l(case)
+
+
+@pytest.mark.parametrize("case", TORCHJD["scalarizers"], ids=shaped)
+def test_baseline_scalarizers(case):
+    comparisons.check_baseline_scalarizer(case)
+
+
+@pytest.mark.parametrize("case", TORCHJD["aggregators"], ids=lambda case: case["method"])
+def test_baseline_aggregators(case):
+    comparisons.check_baseline_aggregator(case)
+
+
+@pytest.mark.parametrize("case", TORCHJD["dwa"], ids=epochs)
+def test_dwa(case):
+    comparisons.check_dwa(case)
+
+
+@pytest.mark.parametrize("case", [c for c in TORCHJD["dwa"] if len(set(c["epoch_lengths"])) == 1], ids=epochs)
+def test_dwa_with_steps_per_epoch(case):
+    comparisons.check_dwa_with_steps_per_epoch(case)
+
+
+@pytest.mark.parametrize("run", range(6))
+@pytest.mark.parametrize("case", TORCHJD["excess_mtl"], ids=lambda case: f"{len(case['jacobians'][0])}-tasks")
+def test_excess_mtl(case, run):
+    comparisons.check_excess_mtl(case["jacobians"], case["runs"][run])
+
+
+# LibMTL and the official ExcessMTL code.
+
+# Six significant digits are printed: half a unit of the last is at most 5e-6 of the number.
+SIX_DIGITS = 5e-6
+# Six decimals are printed: 5e-7 of rounding. float32 adds a few 6e-8 for a number near 1.
+SIX_DECIMALS = 2e-6
+
+
+def problem_losses(x):
+    centers, curvatures, offsets = (jnp.array(PROBLEM[name]) for name in ("centers", "curvatures", "offsets"))
+    return 0.5 * curvatures * jnp.sum((x - centers) ** 2, axis=1) + offsets
+
+
+START = jnp.array(PROBLEM["start"])
+
+
+def test_problem():
+    """Its losses and Jacobian as the reference prints them: the other tests rest on it."""
+    np.testing.assert_allclose(problem_losses(START), PROBLEM["losses"], rtol=SIX_DIGITS)
+    np.testing.assert_allclose(jax.jacrev(problem_losses)(START), PROBLEM["jacobian"], rtol=SIX_DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (scalarization.sum(), "equal_weights"),
+        (scalarization.uw(initial_log_var=-0.5), "uw"),
+        (scalarization.imtl_l(), "imtl_l"),
+        (scalarization.dwa(temperature=2.0), "dwa"),
+    ],
+    ids=lambda argument: argument if isinstance(argument, str) else "",
+)
+def test_libmtl_scalarizers(method, name):
+    """Weights, gradient of the parameters, and gradient of what is learned, on the problem above."""
+    expected = LIBMTL[name]
+    state = method.init(3)
+    for losses in expected.get("epochs", []):
+        _, state = method.apply(state, jnp.array(losses, jnp.float32))
+        state = method.end_epoch(state)
+
+    def scalar_of(x, state):
+        return method.apply(state, problem_losses(x))[0]
+
+    found = {
+        "gradient": jax.grad(scalar_of)(START, state),
+        "weights": jax.grad(lambda losses: method.apply(state, losses)[0])(problem_losses(START)),
+    }
+    for field in method.learned:
+        found[f"{field}_gradient"] = getattr(jax.grad(scalar_of, argnums=1)(START, state), field)
+    compared = found.keys() & expected.keys()
+    assert compared
+    for key in compared:
+        np.testing.assert_allclose(found[key], expected[key], rtol=SIX_DIGITS, err_msg=key)
+
+
+@pytest.mark.parametrize("trajectory", EXCESS_MTL["trajectories"], ids=lambda case: f"eta{case['robust_step_size']}")
+def test_official_excess_mtl(trajectory):
+    """Four steps of gradient descent: the excess risks and the weights of each.
+
+    The official weights sum to m and ours to 1.
+    """
+    method = aggregation.excess_mtl(trajectory["robust_step_size"])
+    x, state = START, method.init((3, START))
+    for excess, weights in zip(trajectory["excess"], trajectory["weights"], strict=True):
+        jacobian = jax.jacrev(problem_losses)(x)
+        found_excess = [method.rowwise.visit(state, i, jacobian[i])[1] for i in range(3)]
+        gradient, state = method.apply(state, jacobian)
+        np.testing.assert_allclose(3 * jnp.exp(state.log_weights), weights, rtol=0, atol=SIX_DECIMALS)
+        # Up to 19.2, where float32 is spaced by 2e-6.
+        np.testing.assert_allclose(found_excess, excess, rtol=2e-7, atol=SIX_DECIMALS)
+        x = x - EXCESS_MTL["learning_rate"] * 3 * gradient
+
+
+@pytest.mark.parametrize("source", ["official", "torchjd"])
+def test_first_call_of_excess_mtl(source):
+    """Where TorchJD departs from the official code, by default we do not."""
+    method = aggregation.excess_mtl(normalize_first_step=source == "official")
+    state = method.init((2, 2))
+    for jacobian, weights in zip(
+        EXCESS_MTL["two_matrices"]["jacobians"], EXCESS_MTL["two_matrices"][source], strict=True
+    ):
+        _, state = method.apply(state, jnp.array(jacobian, jnp.float32))
+        np.testing.assert_allclose(jnp.exp(state.log_weights), weights, rtol=0, atol=SIX_DECIMALS)

@@ -1,0 +1,35 @@
+"""The comparisons of ``test_golden.py`` against TorchJD itself, on new inputs. Skipped where it is not installed."""
+
+import comparisons
+import pytest
+
+pytest.importorskip("torch", reason="needs the parity extra")
+pytest.importorskip("torchjd", reason="needs the parity extra")
+
+import record
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def fresh(request):
+    return record.record(seed=request.param)
+
+
+def test_uw(fresh):
+    for case in fresh["uw"]:
+        comparisons.check_uw(case)
+
+
+def test_imtl_l(fresh):
+    for case in fresh["imtl_l"]:
+        comparisons.check_imtl_l(case)
+
+
+def test_dwa(fresh):
+    for case in fresh["dwa"]:
+        comparisons.check_dwa(case)
+
+
+def test_excess_mtl(fresh):
+    for case in fresh["excess_mtl"]:
+        for run in case["runs"]:
+            comparisons.check_excess_mtl(case["jacobians"], run)
