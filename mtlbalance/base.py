@@ -155,7 +155,7 @@ def aggregator(
       end_epoch: ``(state) -> new_state``.
       observe: ``(state, values, mask) -> new_state``.
       jacobian_shaped: state fields with leaves ``[m, *param.shape]``, whose absent rows the functions keep.
-      axis_name: mapped axis over which the parameters are split, for the Gramian's sum.
+      axis_name: mapped axis over which parameters are split, for the Gramian.
     """
 
     def public_init(tasks, needs_params=True):

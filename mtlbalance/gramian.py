@@ -18,8 +18,8 @@ def gramian(jacobian: chex.ArrayTree, *, axis_name: Hashable | None = None) -> c
 
     Args:
       jacobian: tree with leaves ``[m, *param.shape]``, one row per task.
-      axis_name: the mapped axis over which the parameters are split, if any. The partial Gramians are
-        summed over it (:func:`jax.lax.psum`).
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split, if any: the partial
+        Gramians are summed over it. A leaf that is whole on every device would count once for each.
 
     Returns:
       The Gramian, shape ``[m, m]``, in ``result_type(float32, leaves)`` whatever the leaves' dtype.

@@ -120,7 +120,7 @@ def read_shape(shape: Any) -> tuple[tuple[int, ...], chex.ArrayDType]:
         leaves, treedef = jax.tree.flatten(sums(shape))
         for leaf in leaves:
             _check_floating("shape", leaf)
-        single = jax.tree_util.treedef_is_leaf(treedef)
+        single = leaves and jax.tree_util.treedef_is_leaf(treedef)
         dims = _shape(leaves[0]) if single else (sum(math.prod(_shape(leaf)) for leaf in leaves),)
         dtype = jnp.result_type(jnp.float32, *map(_dtype, leaves))
     if any(dim < 1 for dim in dims):

@@ -133,7 +133,7 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
 
     Args:
       method: a method of either family.
-      axis_name: under :func:`jax.shard_map`, the axis over which an aggregator's parameters are split.
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter of an aggregator is split.
 
     Returns:
       A method of the same family with the same paths and state :class:`SkipNonfiniteState`.

@@ -10,6 +10,7 @@ import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
 WEIGHTS = jnp.array([0.5, 2.0, 1.25, -0.5])
+THREE = jnp.arange(3)
 
 
 class Case(NamedTuple):
@@ -39,7 +40,7 @@ def _weights(tasks):
 SCALARIZERS = [
     Case("mean", scalarization.mean),
     Case("sum", scalarization.sum),
-    Case("constant", lambda tasks=jnp.arange(3): scalarization.constant(_weights(tasks)), per_task=True),
+    Case("constant", lambda tasks=THREE: scalarization.constant(_weights(tasks)), per_task=True),
     Case("random", lambda: scalarization.random(key=3), draws=True),
     Case("uw", scalarization.uw, {"initial_log_var": (-0.5, 0.0, 1.5)}),
     Case("imtl_l", scalarization.imtl_l, {"initial_log_scale": (-0.5, 0.0, 1.5)}),
@@ -55,12 +56,12 @@ SCALARIZERS = [
 AGGREGATORS = [
     Case("mean", aggregation.mean),
     Case("sum", aggregation.sum),
-    Case("constant", lambda tasks=jnp.arange(3): aggregation.constant(_weights(tasks)), per_task=True),
+    Case("constant", lambda tasks=THREE: aggregation.constant(_weights(tasks)), per_task=True),
     Case("random", lambda: aggregation.random(key=3), draws=True),
     Case("excess_mtl", aggregation.excess_mtl, {"robust_step_size": (0.01, 0.3, 1.0)}, sharded=True),
     Case("excess_mtl-warmup", lambda **kw: aggregation.excess_mtl(n_warmup_steps=2, **kw), sharded=True),
     Case("excess_mtl-raw", lambda **kw: aggregation.excess_mtl(0.1, normalize_first_step=False, **kw), sharded=True),
-    Case("skip-random", lambda: mtl.skip_nonfinite(aggregation.random(key=3)), draws=True),
+    Case("skip-random", lambda **kw: mtl.skip_nonfinite(aggregation.random(key=3), **kw), draws=True, sharded=True),
     Case(
         "skip-excess_mtl",
         lambda axis_name=None, **kw: mtl.skip_nonfinite(

@@ -66,7 +66,7 @@ def excess_mtl(
       robust_step_size: :math:`\eta > 0`. May be traced.
       n_warmup_steps: calls that only gather the baseline, at least 0. They are counted for each task.
       normalize_first_step: ``False`` uses the raw excess as the exponent on a call that sets a baseline.
-      axis_name: under :func:`jax.shard_map`, the axis over which the parameters are split.
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`ExcessMTLState`, ``weighting`` and ``rowwise``.

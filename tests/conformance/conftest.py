@@ -4,8 +4,6 @@ A check takes ``built`` (or ``scalarizer``, ``aggregator``): ``built.method``, `
 ``built.sample(seed)``, losses or a Jacobian, so that one check serves both families.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -24,10 +22,7 @@ class Built:
     def __init__(self, case, family):
         self.case, self.family = case, family
         self.is_scalarizer = family == "scalarization"
-
-    @functools.cached_property
-    def method(self):
-        return self.case.make()
+        self.method = case.make()
 
     def method_for(self, tasks):
         """The method for some of the tasks alone, in that order."""

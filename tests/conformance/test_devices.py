@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from mtlbalance.base import is_in
 from tests.conformance.conftest import PARAMS
 from tests.conformance.test_functions import SAME
 
@@ -29,6 +30,11 @@ def mesh(request):
 def place(built, mesh, x):
     """Losses on every device, a Jacobian as its parameters."""
     return on(mesh, x, PartitionSpec() if built.is_scalarizer else jax.tree.map(rows_spec, SPECS))
+
+
+def assert_lies_as(tree, shardings):
+    for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
 def sharded_init(built, mesh):
@@ -72,8 +78,7 @@ def test_state_lies_with_the_parameters_and_compiles_once(built, mesh):
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
     assert len(compiled) == 1
-    after = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jax.tree.map(lambda a, b, leaf: chex.assert_equal(a.is_equivalent_to(b, leaf.ndim), True), after, before, state)
+    assert_lies_as(state, before)
 
 
 def test_init_inside_jit_follows_an_explicit_sharding(aggregator):
@@ -81,7 +86,8 @@ def test_init_inside_jit_follows_an_explicit_sharding(aggregator):
         return
     mesh = MESHES["Explicit"]
     params = on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), SPECS)
-    state = jax.jit(lambda params: aggregator.init(params=params))(params)
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda params: aggregator.init(params=params))(params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, aggregator.init())
     memory = getattr(getattr(state, "inner", state), aggregator.method.jacobian_shaped[0])
     expected = jax.tree.map(lambda spec: NamedSharding(mesh, rows_spec(spec)), SPECS)
@@ -89,30 +95,26 @@ def test_init_inside_jit_follows_an_explicit_sharding(aggregator):
 
 
 def test_shard_map_reduces_over_the_axis_of_the_parameters(aggregator):
+    """Every parameter is split: the replicated scale is left out."""
     method = aggregator.case.make(axis_name="x") if aggregator.case.sharded else aggregator.method
-    state, sharded = aggregator.init(), aggregator.init(method)
+    params, rows = PARAMS["dense"], jax.tree.map(rows_spec, SPECS["dense"])
+    state, sharded = aggregator.init(params=params), aggregator.init(method, params=params)
 
-    def specs(tree):
+    def spec(path, leaf):
         """The Jacobian's where a field is shaped like it, on every device elsewhere."""
-        memory = jax.tree.map(rows_spec, SPECS)
-        replicated = jax.tree.map(lambda _: PartitionSpec(), tree)
-        if not method.jacobian_shaped:
-            return replicated
-        if hasattr(tree, "inner"):
-            return replicated._replace(inner=specs(tree.inner))
-        return replicated._replace(**{method.jacobian_shaped[0]: memory})
+        del leaf
+        return rows[path[-1].key] if is_in(method.jacobian_shaped, path) else PartitionSpec()
+
+    state_specs = jax.tree_util.tree_map_with_path(spec, sharded)
 
     @jax.jit
-    @jax.shard_map(
-        mesh=MESHES["Auto"],
-        in_specs=(specs(sharded), jax.tree.map(rows_spec, SPECS)),
-        out_specs=(SPECS, specs(sharded)),
-    )
+    @jax.shard_map(mesh=MESHES["Auto"], in_specs=(state_specs, rows), out_specs=(SPECS["dense"], state_specs))
     def step(state, x):
         return method.apply(state, x)
 
     for i in range(3):
-        gradient, state = aggregator.method.apply(state, aggregator.sample(i))
-        sharded_gradient, sharded = step(sharded, aggregator.sample(i))
+        x = aggregator.sample(i)["dense"]
+        gradient, state = aggregator.method.apply(state, x)
+        sharded_gradient, sharded = step(sharded, x)
         chex.assert_trees_all_close(jax.device_get(sharded_gradient), jax.device_get(gradient), **SAME)
         chex.assert_trees_all_close(jax.device_get(sharded), jax.device_get(state), **SAME)

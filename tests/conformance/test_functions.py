@@ -1,5 +1,7 @@
 """What makes a method a pair of pure functions: purity, transformations, stable states, compilation."""
 
+import re
+
 import chex
 import jax
 import jax.monitoring
@@ -170,7 +172,7 @@ def test_exports_for_cpu_cuda_and_tpu_without_callbacks(built):
     args = jax.eval_shape(lambda: (built.init(), built.sample(0)))
     exported = jax.export.export(jax.jit(built.method.apply), platforms=["cpu", "cuda", "tpu"])(*args)
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    assert "callback" not in exported.mlir_module()
+    assert not re.search(r"custom_call @\S*callback", exported.mlir_module())
 
 
 def test_new_state_is_cut_from_the_inputs_gradient(built):
