@@ -97,7 +97,7 @@ def task_losses(params, batch):
     }
 
 
-def test_metrics(params, pairs):
+def evaluate(params, pairs):
     """Accuracy of the two digits; mean absolute error of the sum."""
     outputs = predict(params, pairs["image"])
     return {
@@ -178,7 +178,7 @@ def print_table(metrics):
     table = Table(
         title="On the test images",
         caption="left, right: accuracy. sum: mean absolute error, in raw units. Δm: relative change against equal "
-        "weights, averaged over the three columns; worse is positive. One seed: another can move it by two points.",
+        "weights, averaged over the three columns; worse is positive. One seed: another can move it by three points.",
         caption_justify="left",
     )
     table.add_column("method")
@@ -235,7 +235,7 @@ def main(argv=None):
         for name, method in methods.items():
             progress.set_description(f"{name:13}")
             params, history[name] = train(method, train_digits, args.epochs, args.seed, progress)
-            metrics[name] = test_metrics(params, test_pairs)
+            metrics[name] = evaluate(params, test_pairs)
 
     print_table(metrics)
     draw_weights(history, args.output)

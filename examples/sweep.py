@@ -15,7 +15,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from quickstart import draw_pairs, init_params, load_images, task_losses, test_metrics
+from quickstart import draw_pairs, evaluate, init_params, load_images, task_losses
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -24,12 +24,13 @@ from mtlbalance import scalarization
 
 TEMPERATURES = np.geomspace(0.02, 20, 8)
 SEEDS = np.arange(8)
+STEPS_PER_EPOCH = 50
 
 
 def train(temperature, seed, digits, test_pairs, n_steps):
     """One training from start to end: its test metrics, and its losses at every step."""
     # With `steps_per_epoch`, DWA closes its epochs itself: no Python loop has to stop and do it.
-    method = scalarization.dwa(temperature=temperature, steps_per_epoch=50)
+    method = scalarization.dwa(temperature=temperature, steps_per_epoch=STEPS_PER_EPOCH)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, n_steps))
     init_key, data_key = jax.random.split(jax.random.key(seed))
     params = init_params(init_key, width=32)
@@ -49,7 +50,7 @@ def train(temperature, seed, digits, test_pairs, n_steps):
 
     carry = params, optimizer.init(params), method.init(3)
     (params, _, _), losses = jax.lax.scan(step, carry, jax.random.split(data_key, n_steps))
-    metrics = test_metrics(params, test_pairs)
+    metrics = evaluate(params, test_pairs)
     return {"digits": (metrics["left"] + metrics["right"]) / 2, "sum": metrics["sum"]}, losses
 
 
@@ -70,14 +71,15 @@ def print_comparison(seconds, together, in_loop):
     (_, run_together), (_, run_loop) = seconds.values()
     print(f"The loop runs {run_loop / run_together:.1f} times as long as the one program.")
 
-    # float32 rounds differently in the two programs, and training magnifies that, most at low temperatures. So the
-    # strict comparison is that of the first steps.
+    # The two programs round differently, and training magnifies that in the long run. So the strict comparison is
+    # early: four epochs of DWA, of which its weights are equal in the first two and differ in the others.
     (metrics, losses), (loop_metrics, loop_losses) = together, in_loop
-    early = max(np.max(np.abs(losses[task] / loop_losses[task] - 1)[..., :100]) for task in losses)
+    early_steps = 4 * STEPS_PER_EPOCH
+    early = max(np.max(np.abs(losses[task] / loop_losses[task] - 1)[..., :early_steps]) for task in losses)
     late = {name: np.max(np.abs(metrics[name] - loop_metrics[name])) for name in metrics}
-    print(f"Largest difference between them: losses of the first 100 steps {early:.0e}, relative;")
-    print(f"test metrics at the end: digits {late['digits']:.1%}, sum {late['sum']:.3f}.")
-    assert early < 1e-3, "the two programs do not train the same models"
+    print(f"Largest difference between them: {early:.0e} (relative) in the losses of the first {early_steps} steps;")
+    print(f"at the end, in the metrics below: digits {late['digits']:.1%}, sum {late['sum']:.3f}.")
+    assert early < 1e-2, "the two programs do not train the same models"
 
 
 def print_metrics(metrics):

@@ -98,7 +98,7 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
             value_fn=lambda fields: scalar_of(fields, fixed_values)[0],
         )
         new_fields = base.select(mask, optax.apply_updates(fields, updates), fields)
-        opt_state = _keep_absent(optimizer, mask, opt_state, state.opt_state)
+        opt_state = _keep_absent(mask, opt_state, state.opt_state)
         return scalar, LearnState(optax.tree.set(inner, **new_fields), opt_state)
 
     def end_epoch(state):
@@ -110,15 +110,13 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
     return base.scalarizer(init, apply, end_epoch=end_epoch, observe=observe)
 
 
-def _keep_absent(optimizer, mask, new, old):
-    """The new optimizer state, but for what it holds of absent tasks: their moments."""
-    present = optax.tree.map_params(
-        optimizer,
-        lambda leaf: mask if jnp.shape(leaf) == mask.shape else True,
-        new,
-        transform_non_params=lambda leaf: True,
-    )
-    return jax.tree.map(jnp.where, present, new, old)
+def _keep_absent(mask, new, old):
+    """The new optimizer state, but for what it holds of absent tasks: the entries of leaves with one per task."""
+
+    def leaf(new, old):
+        return jnp.where(mask if jnp.shape(new) == mask.shape else True, new, old)
+
+    return jax.tree.map(leaf, new, old)
 
 
 def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Method:

@@ -220,11 +220,8 @@ def test_all_paths_of_an_aggregator_agree(aggregator):
 
 def by_rows(aggregator, state, x, mask=None):
     """The rowwise path as an engine runs it: visits in a loop, then the weights."""
-
-    def body(carry, i):
-        return aggregator.method.rowwise.visit(carry, i, aggregator.restrict(x, i), mask=mask)
-
-    state, statistics = jax.lax.scan(body, state, jnp.arange(3))
+    visit = lambda state, ix: aggregator.method.rowwise.visit(state, *ix, mask=mask)
+    state, statistics = jax.lax.scan(visit, state, (jnp.arange(3), x))
     return aggregator.method.rowwise.weigh(state, statistics, mask=mask)
 
 

@@ -1,0 +1,27 @@
+"""Every code block of the README runs as it stands, and its tables name every method."""
+
+import pathlib
+import re
+
+import pytest
+
+from mtlbalance import aggregation, scalarization
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"block-{i}" for i in range(len(BLOCKS))])
+def test_code_block_runs_on_its_own(block):
+    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_there_are_code_blocks():
+    assert len(BLOCKS) >= 4
+
+
+@pytest.mark.parametrize("family", [scalarization, aggregation], ids=["scalarization", "aggregation"])
+def test_method_table_names_every_method(family):
+    name = family.__name__.rpartition(".")[-1]
+    methods = {public for public in family.__all__ if public.islower()}
+    assert {row for row in re.findall(rf"^\| `{name}\.(\w+)\(", README, re.MULTILINE)} == methods

@@ -1,0 +1,124 @@
+"""``aggregate`` beside the rest of optax."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization
+
+PARAMS = {"trunk": {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}, "head": jnp.ones(4)}
+
+
+def jacobian(seed, n_tasks=3, params=PARAMS):
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return treedef.unflatten([jax.random.normal(k, (n_tasks, *p.shape)) for k, p in zip(keys, leaves, strict=True)])
+
+
+def run(optimizer, n_steps=4, params=PARAMS):
+    state, path = optimizer.init(params), []
+    for i in range(n_steps):
+        updates, state = jax.jit(optimizer.update)(jacobian(i), state, params)
+        path.append(updates)
+    return path, state
+
+
+def test_matrix_tree_rows_and_chain_give_the_same_update():
+    method = aggregation.excess_mtl(robust_step_size=0.3)
+    adam = optax.adam(1e-3)
+    chained, _ = run(optax.chain(mtl.aggregate(method, n_tasks=3), adam))
+
+    flat = lambda tree: jnp.concatenate([leaf.reshape(3, -1) for leaf in jax.tree.leaves(tree)], axis=1)
+    matrix_state, tree_state, rows_state = method.init((3, 12)), method.init((3, PARAMS)), method.init((3, PARAMS))
+    adam_state = adam.init(PARAMS)
+    for i, expected in enumerate(chained):
+        x = jacobian(i)
+        from_matrix, matrix_state = method.apply(matrix_state, flat(x))
+        from_tree, tree_state = method.apply(tree_state, x)
+        row = lambda i, x=x: jax.tree.map(lambda leaf: leaf[i], x)
+        rows_state, excess = jax.lax.scan(
+            lambda s, i, row=row: method.rowwise.visit(s, i, row(i)), rows_state, jnp.arange(3)
+        )
+        weights, rows_state = method.rowwise.weigh(rows_state, excess)
+        from_rows = mtl.gramian.combine(weights, x)
+        chex.assert_trees_all_close(from_rows, from_tree, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            from_matrix, jnp.concatenate([g.ravel() for g in jax.tree.leaves(from_tree)]), rtol=1e-5, atol=1e-6
+        )
+        updates, adam_state = adam.update(from_tree, adam_state, PARAMS)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_values_and_mask_reach_the_method_and_unknown_arguments_do_not():
+    optimizer = optax.chain(mtl.aggregate(aggregation.mean(), n_tasks=3), optax.sgd(1.0))
+    x = jacobian(0)
+    mask = jnp.array([True, False, True])
+    updates, _ = optimizer.update(x, optimizer.init(PARAMS), PARAMS, values=jnp.ones(3), mask=mask, other=1)
+    expected = jax.tree.map(lambda leaf: -(leaf[0] + leaf[2]) / 2, x)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
+def test_map_params_sees_the_accumulator_as_parameters():
+    optimizer = mtl.aggregate(aggregation.excess_mtl(), n_tasks=3)
+    state = optimizer.init(PARAMS)
+    marked = optax.tree.map_params(optimizer, lambda leaf: leaf + 1, state, transform_non_params=lambda leaf: leaf)
+    chex.assert_trees_all_equal(
+        marked, state._replace(squared_gradients=jax.tree.map(lambda s: s + 1, state.squared_gradients))
+    )
+
+
+def test_partition_with_an_aggregated_a_plain_and_an_empty_group():
+    groups = {
+        "shared": optax.chain(mtl.aggregate(aggregation.excess_mtl(), n_tasks=3), optax.sgd(1.0)),
+        "heads": optax.sgd(1.0),
+        "nothing": optax.chain(mtl.aggregate(aggregation.excess_mtl(), n_tasks=3), optax.sgd(1.0)),
+    }
+    labels = {"trunk": "shared", "head": "heads"}
+    optimizer = optax.partition(groups, labels)
+    x = {"trunk": jacobian(0)["trunk"], "head": jnp.ones(4)}
+    state = optimizer.init(PARAMS)
+    for _ in range(2):
+        updates, state = jax.jit(optimizer.update)(x, state, PARAMS)
+    expected = jax.tree.map(lambda leaf: -leaf.mean(0), x["trunk"])
+    chex.assert_trees_all_equal(updates["head"], -x["head"])
+    chex.assert_trees_all_equal_shapes(updates["trunk"], expected)
+
+
+def test_masked_and_named_chain():
+    masked = optax.masked(mtl.aggregate(aggregation.mean(), n_tasks=3), {"trunk": True, "head": False})
+    optimizer = optax.named_chain(("aggregate", masked), ("step", optax.sgd(1.0)))
+    x = jacobian(0)["trunk"]
+    updates, _ = optimizer.update({"trunk": x, "head": jnp.ones(4)}, optimizer.init(PARAMS), PARAMS)
+    chex.assert_trees_all_close(updates["trunk"], jax.tree.map(lambda leaf: -leaf.mean(0), x), rtol=1e-6)
+
+
+def test_inject_hyperparams_under_jit():
+    build = lambda robust_step_size: mtl.aggregate(aggregation.excess_mtl(robust_step_size), n_tasks=3)
+    injected, state = run(optax.inject_hyperparams(build)(robust_step_size=0.3))
+    plain, _ = run(build(0.3))
+    chex.assert_trees_all_close(injected, plain, rtol=1e-5, atol=1e-6)
+    state.hyperparams["robust_step_size"] = jnp.array(2.0)
+    changed, _ = optax.inject_hyperparams(build)(robust_step_size=2.0).update(jacobian(9), state, PARAMS)
+    chex.assert_tree_all_finite(changed)
+
+
+def test_n_tasks_must_be_static():
+    build = lambda n_tasks: mtl.aggregate(aggregation.mean(), n_tasks)
+    with pytest.raises(TypeError, match=r"n_tasks: expected an int .*static_args"):
+        optax.inject_hyperparams(build)(n_tasks=3).init(PARAMS)
+    assert optax.inject_hyperparams(build, static_args="n_tasks")(n_tasks=3).init(PARAMS)
+
+
+def test_state_is_found_by_name_in_a_chain():
+    optimizer = optax.chain(mtl.aggregate(aggregation.excess_mtl(), n_tasks=3), optax.adam(1e-3))
+    state = optimizer.init(PARAMS)
+    np.testing.assert_allclose(jnp.exp(optax.tree.get(state, "log_weights")), jnp.full(3, 1 / 3), rtol=1e-6)
+
+
+def test_a_scalarizer_is_refused():
+    with pytest.raises(TypeError, match=r"aggregator: expected an mtlbalance.Aggregator, found Scalarizer"):
+        mtl.aggregate(scalarization.mean(), n_tasks=3)

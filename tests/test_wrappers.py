@@ -1,0 +1,185 @@
+"""``learn`` trains as one optimizer would; ``skip_nonfinite`` keeps states clean."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization
+
+
+def smooth_losses(params):
+    """Three positive losses of one vector, of different curvature and scale."""
+    targets = jnp.array([[1.0, -1.0], [0.0, 2.0], [3.0, 0.5]])
+    return jnp.array([0.5, 2.0, 20.0]) * (0.1 + jnp.sum((params - targets) ** 2, axis=1))
+
+
+@pytest.mark.parametrize("factory", [scalarization.uw, scalarization.imtl_l])
+@pytest.mark.parametrize(("optimizer", "tolerance"), [(optax.sgd(1e-2), 1e-6), (optax.adam(1e-2), 1e-5)])
+def test_learn_and_joint_training_agree_over_200_steps(factory, optimizer, tolerance):
+    """Tolerances: one update rule in two programs, 200 float32 roundings apart."""
+    method = factory()
+    learned = mtl.learn(method, optimizer)
+
+    def joint_step(carry, _):
+        trained, opt_state = carry
+        scalar = lambda trained: method.apply(trained[1], smooth_losses(trained[0]))
+        grads, _ = jax.grad(scalar, has_aux=True)(trained)
+        updates, opt_state = optimizer.update(grads, opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
+        return (trained, opt_state), trained
+
+    def learn_step(carry, _):
+        params, state, opt_state = carry
+        scalar = lambda params: learned.apply(state, smooth_losses(params))
+        grads, state = jax.grad(scalar, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state, opt_state), (params, state.inner)
+
+    params = jnp.array([0.3, -0.7])
+    joint = (params, method.init(3))
+    _, joint_path = jax.lax.scan(joint_step, (joint, optimizer.init(joint)), length=200)
+    _, learn_path = jax.lax.scan(learn_step, (params, learned.init(3), optimizer.init(params)), length=200)
+    chex.assert_trees_all_close(learn_path, joint_path, rtol=tolerance, atol=tolerance)
+    assert jnp.abs(joint_path[0][-1] - params).max() > 0.1  # something was learned
+
+
+def test_learn_gives_optimizers_the_value_the_gradient_and_the_function():
+    def update(updates, state, params, *, value, grad, value_fn, **extra_args):
+        del extra_args
+        return jax.tree.map(jnp.negative, updates), (value, grad["log_var"], value_fn(params))
+
+    asks = optax.GradientTransformationExtraArgs(lambda params: (jnp.zeros(()), jnp.zeros(2), jnp.zeros(())), update)
+    method = mtl.learn(scalarization.uw(), asks)
+    scalar, state = method.apply(method.init(2), jnp.array([1.0, 4.0]))
+    value, grad, again = state.opt_state
+    assert value == again == scalar == 2.5
+    np.testing.assert_array_equal(grad, [0.0, -1.5])
+
+
+def test_learn_works_with_a_line_search_and_with_injected_hyperparameters():
+    for optimizer in optax.lbfgs(), optax.inject_hyperparams(optax.adam)(learning_rate=0.1), optax.polyak_sgd():
+        method = mtl.learn(scalarization.uw(), optimizer)
+        state = method.init(2)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, method.apply(state, jnp.ones(2))[1])
+        scalars = []
+        for _ in range(20):
+            scalar, state = method.apply(state, jnp.array([1.0, 4.0]))
+            scalars.append(scalar)
+        assert scalars[-1] < scalars[0]
+
+
+def test_learn_keeps_an_absent_tasks_field_and_moments():
+    method = mtl.learn(scalarization.uw(), optax.adam(0.1))
+    _, state = method.apply(method.init(2), jnp.array([3.0, 5.0]))
+    _, new = method.apply(state, jnp.array([3.0, jnp.nan]), mask=jnp.array([True, False]))
+    moments = lambda state: (state.opt_state[0].mu["log_var"], state.opt_state[0].nu["log_var"], state.inner.log_var)
+    for after, before in zip(moments(new), moments(state), strict=True):
+        assert after[1] == before[1]
+        assert after[0] != before[0]
+
+
+def test_learn_needs_learned_fields():
+    for wrong in scalarization.mean(), aggregation.mean(), mtl.learn(scalarization.uw(), optax.sgd(0.1)):
+        with pytest.raises(ValueError, match="method: expected a Scalarizer with learned fields"):
+            mtl.learn(wrong, optax.sgd(0.1))
+
+
+def test_learn_finds_fields_inside_another_wrapper():
+    values = jnp.array([1.0, 4.0])
+    outer = mtl.learn(mtl.skip_nonfinite(scalarization.uw()), optax.sgd(0.1))
+    inner = mtl.skip_nonfinite(mtl.learn(scalarization.uw(), optax.sgd(0.1)))
+    outer_state, inner_state = outer.apply(outer.init(2), values)[1], inner.apply(inner.init(2), values)[1]
+    np.testing.assert_array_equal(outer_state.inner.inner.log_var, inner_state.inner.inner.log_var)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_bad_loss_leaves_the_state_and_shows_in_the_output(bad):
+    method = mtl.skip_nonfinite(scalarization.dwa(steps_per_epoch=2))
+    good = method.apply(method.init(3), jnp.array([1.0, 2.0, 3.0]))[1]
+    scalar, state = method.apply(good, jnp.array([1.0, bad, 3.0]))
+    assert not jnp.isfinite(scalar)
+    chex.assert_trees_all_equal(state.inner, good.inner)
+    np.testing.assert_array_equal(state.nonfinite, [0, 1, 0])
+    assert state.skipped == 1
+    assert jnp.isfinite(method.apply(state, jnp.ones(3))[0])
+
+
+def test_without_the_guard_a_bad_loss_poisons():
+    method = scalarization.dwa(steps_per_epoch=1)
+    state = method.apply(method.init(2), jnp.array([1.0, jnp.nan]))[1]
+    assert not jnp.isfinite(method.apply(method.apply(state, jnp.ones(2))[1], jnp.ones(2))[0])
+
+
+def test_a_bad_loss_does_not_reach_the_hooks():
+    observing = scalarization.mean()._replace(observe=lambda state, values: state._replace(seen=values.sum))
+    method = mtl.skip_nonfinite(observing)
+    state = method.init(2)
+    chex.assert_trees_all_equal(method.observe(state, jnp.array([1.0, jnp.nan])), state)
+
+
+def jacobian(bad=0.0):
+    """Two tasks' gradients; ``bad`` is added to one entry of the second."""
+    return {"w": jnp.array([[1.0, 2.0], [3.0, 4.0 + bad]]), "b": jnp.array([0.5, -0.25])}
+
+
+PARAMS = {"w": jnp.zeros(2), "b": jnp.zeros(())}
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 1e25])  # the square of the last overflows
+def test_a_bad_gradient_leaves_the_small_state_and_its_own_row(bad):
+    method = mtl.skip_nonfinite(aggregation.excess_mtl())
+    bare = aggregation.excess_mtl()
+    good = method.apply(method.init((2, PARAMS)), jacobian())[1]
+    gradient, state = method.apply(good, jacobian(bad))
+    assert all(jnp.all(jnp.isnan(leaf)) for leaf in jax.tree.leaves(gradient))
+    small = lambda state: state._replace(squared_gradients=None)
+    chex.assert_trees_all_equal(small(state.inner), small(good.inner))
+    squares, before = state.inner.squared_gradients, good.inner.squared_gradients
+    np.testing.assert_array_equal(squares["w"][1], before["w"][1])
+    np.testing.assert_array_equal(squares["w"][0], 2 * before["w"][0])  # the good row took its gradient in
+    np.testing.assert_array_equal(state.nonfinite, [0, 1])
+    assert state.skipped == 1
+    recovered, _ = method.apply(state, jacobian())
+    chex.assert_tree_all_finite(recovered)
+    assert jnp.isnan(bare.apply(good.inner, jacobian(bad))[1].log_weights).any()  # what the guard is for
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, 1e25])
+def test_all_guarded_paths_agree_on_a_bad_gradient(bad):
+    for method in mtl.skip_nonfinite(aggregation.excess_mtl()), mtl.skip_nonfinite(aggregation.mean()):
+        start = method.apply(method.init((2, PARAMS)), jacobian())[1]
+        x = jacobian(bad)
+        _, state = method.apply(start, x)
+        states = [method.weighting.apply(start, x)]
+        if method.gramian_weighting is not None:
+            states.append(method.gramian_weighting.apply(start, mtl.gramian.gramian(x)))
+        if method.rowwise is not None:
+            visited, statistics = start, []
+            for i in range(2):
+                visited, statistic = method.rowwise.visit(visited, i, jax.tree.map(lambda leaf, i=i: leaf[i], x))
+                statistics.append(statistic)
+            statistics = jax.tree.map(lambda *leaves: jnp.stack(leaves), *statistics)
+            states.append(method.rowwise.weigh(visited, statistics))
+        for weights, path_state in states:
+            assert jnp.all(jnp.isnan(weights))
+            chex.assert_trees_all_equal(path_state, state)
+
+
+def test_a_bad_gradient_is_dropped_by_apply_if_finite_after_the_guard():
+    guarded = mtl.aggregate(mtl.skip_nonfinite(aggregation.excess_mtl()), n_tasks=2)
+    optimizer = optax.chain(guarded, optax.apply_if_finite(optax.adam(0.1), max_consecutive_errors=3))
+    state = optimizer.init(PARAMS)
+    updates, state = optimizer.update(jacobian(jnp.nan), state, PARAMS)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+    updates, state = optimizer.update(jacobian(), state, PARAMS)
+    assert all(jnp.all(leaf != 0) for leaf in jax.tree.leaves(updates))
+
+
+def test_skip_nonfinite_takes_methods_only():
+    with pytest.raises(TypeError, match="method: expected a Scalarizer or an Aggregator, found GradientTransf"):
+        mtl.skip_nonfinite(optax.sgd(0.1))
