@@ -132,7 +132,7 @@ def aggregated_gradient(method, params, state, batch):
 
     jacobian = jax.jacrev(loss_vector)(params)  # a tree like params, each leaf with one row per task
     gradient, new_state = method.apply(state, jacobian)
-    return gradient, new_state, jnp.exp(new_state.log_weights)
+    return gradient, new_state, jnp.exp(new_state.log_weights)  # ExcessMTL keeps its weights in its state
 
 
 # The training, the same for every method.
@@ -140,8 +140,8 @@ def aggregated_gradient(method, params, state, batch):
 
 def train(method, digits, epochs, seed, progress):
     """Trains one model; returns its parameters, and the weights of every step."""
-    key = jax.random.key(seed)
-    params = init_params(key)
+    init_key, data_key = jax.random.split(jax.random.key(seed))
+    params = init_params(init_key)
     if isinstance(method, mtl.Scalarizer):
         gradient_fn, state = scalarized_gradient, method.init(len(TASKS))
     else:
@@ -163,7 +163,7 @@ def train(method, digits, epochs, seed, progress):
     carry, history = (params, optimizer.init(params), state), []
     for epoch in range(epochs):
         # The keys depend on the seed and the epoch alone, so every method sees the same batches.
-        carry, weights = run_epoch(carry, digits, jax.random.fold_in(key, epoch))
+        carry, weights = run_epoch(carry, digits, jax.random.fold_in(data_key, epoch))
         params, opt_state, state = carry
         carry = params, opt_state, method.end_epoch(state)  # for DWA; the others return the state as it is
         history.append(weights)

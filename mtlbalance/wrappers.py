@@ -81,22 +81,15 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
         return LearnState(inner, optimizer.init(learned_fields(inner)))
 
     def apply(state, values, mask):
+        state, fixed_values = jax.lax.stop_gradient((state, values))
         fields = learned_fields(state.inner)
 
-        def scalar_of(fields, values):
-            return method.apply(optax.tree.set(state.inner, **fields), values, mask=mask)
+        def value_fn(fields):
+            return method.apply(optax.tree.set(state.inner, **fields), fixed_values, mask=mask)[0]
 
-        scalar, inner = scalar_of(jax.lax.stop_gradient(fields), values)
-        fixed_values = jax.lax.stop_gradient(values)
-        grad = jax.grad(lambda fields: scalar_of(fields, fixed_values)[0])(fields)
-        updates, opt_state = optimizer.update(
-            grad,
-            state.opt_state,
-            fields,
-            value=scalar,
-            grad=grad,
-            value_fn=lambda fields: scalar_of(fields, fixed_values)[0],
-        )
+        value, grad = jax.value_and_grad(value_fn)(fields)
+        updates, opt_state = optimizer.update(grad, state.opt_state, fields, value=value, grad=grad, value_fn=value_fn)
+        scalar, inner = method.apply(state.inner, values, mask=mask)
         new_fields = base.select(mask, optax.apply_updates(fields, updates), fields)
         opt_state = _keep_absent(mask, opt_state, state.opt_state)
         return scalar, LearnState(optax.tree.set(inner, **new_fields), opt_state)

@@ -24,4 +24,4 @@ def test_there_are_code_blocks():
 def test_method_table_names_every_method(family):
     name = family.__name__.rpartition(".")[-1]
     methods = {public for public in family.__all__ if public.islower()}
-    assert {row for row in re.findall(rf"^\| `{name}\.(\w+)\(", README, re.MULTILINE)} == methods
+    assert set(re.findall(rf"^\| `{name}\.(\w+)\(", README, re.MULTILINE)) == methods
