@@ -138,10 +138,8 @@ def aggregated_gradient(method, params, state, batch):
 # The training, the same for every method.
 
 
-def train(method, digits, epochs, seed, progress):
+def train(method, params, digits, epochs, key, progress):
     """Trains one model; returns its parameters, and the weights of every step."""
-    init_key, data_key = jax.random.split(jax.random.key(seed))
-    params = init_params(init_key)
     if isinstance(method, mtl.Scalarizer):
         gradient_fn, state = scalarized_gradient, method.init(len(TASKS))
     else:
@@ -160,10 +158,11 @@ def train(method, digits, epochs, seed, progress):
 
         return jax.lax.scan(step, carry, jax.random.split(key, STEPS_PER_EPOCH))
 
+    params = jax.tree.map(jnp.copy, params)  # donated below, and the next method starts from the same ones
     carry, history = (params, optimizer.init(params), state), []
     for epoch in range(epochs):
-        # The keys depend on the seed and the epoch alone, so every method sees the same batches.
-        carry, weights = run_epoch(carry, digits, jax.random.fold_in(data_key, epoch))
+        # The same keys for every method, so the same batches.
+        carry, weights = run_epoch(carry, digits, jax.random.fold_in(key, epoch))
         params, opt_state, state = carry
         carry = params, opt_state, method.end_epoch(state)  # for DWA; the others return the state as it is
         history.append(weights)
@@ -218,8 +217,10 @@ def main(argv=None):
 
     train_digits, test_digits = load_images()
     test_pairs = draw_pairs(jax.random.key(0), test_digits, 4000)
-    start = task_losses(init_params(jax.random.key(args.seed)), test_pairs)
-    print("losses before training:", ", ".join(f"{name} {loss:.1f}" for name, loss in start.items()))
+    init_key, data_key = jax.random.split(jax.random.key(args.seed))
+    start = init_params(init_key)
+    losses = task_losses(start, test_pairs)
+    print("losses before training:", ", ".join(f"{name} {loss:.1f}" for name, loss in losses.items()))
 
     # Some methods give weights that sum to 1, some to 3, some to anything. Under Adam, which divides the scale
     # of a gradient out, only each task's share matters; with another optimizer, retune the learning rate.
@@ -234,7 +235,7 @@ def main(argv=None):
     with tqdm(total=len(methods) * args.epochs, unit="epoch") as progress:
         for name, method in methods.items():
             progress.set_description(f"{name:13}")
-            params, history[name] = train(method, train_digits, args.epochs, args.seed, progress)
+            params, history[name] = train(method, start, train_digits, args.epochs, data_key, progress)
             metrics[name] = evaluate(params, test_pairs)
 
     print_table(metrics)

@@ -1,7 +1,8 @@
 """Training steps of this library and of TorchJD, side by side: ``python tests/benchmarks/train_step.py``.
 
 The same work in both: an MLP 16-64-64-3 with one mean squared error per output, batches of 64, Adam at 1e-3, two
-threads, the same initial weights and data. Needs the ``parity`` extra.
+threads, the same initial weights and data. Needs the ``parity`` extra, and a machine with nothing else to do: under load
+TorchJD's two threads wait for each other and it looks ten times slower than it is.
 """
 
 import argparse
@@ -251,7 +252,7 @@ def each_batch(batches, to_array):
 
 def assert_same_training(losses, expected):
     """That it is the same work: the first losses agree, and so does the training as far as Adam lets roundings."""
-    losses, expected = np.array(losses), np.array(expected)
+    losses, expected = np.array(losses), expected.numpy()
     np.testing.assert_allclose(losses[0], expected[0], rtol=1e-4)
     np.testing.assert_allclose(losses, expected, rtol=1e-2)
 
@@ -259,7 +260,7 @@ def assert_same_training(losses, expected):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     print(HEADER)

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mtlbalance.base import is_in
 from tests.conformance.conftest import PARAMS
 from tests.conformance.test_functions import SAME
+from tests.events import compilations, recorded
 
 SPECS = {"dense": {"w": PartitionSpec("x", None), "b": PartitionSpec("x")}, "scale": PartitionSpec()}
 MESHES = {kind: jax.make_mesh((8,), ("x",), (getattr(AxisType, kind),)) for kind in ("Auto", "Explicit")}
@@ -67,17 +68,10 @@ def test_state_lies_with_the_parameters_and_compiles_once(built, mesh):
         chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, memory), expected)
     step = jax.jit(built.method.apply, donate_argnums=0)
     xs = [place(built, mesh, built.sample(i)) for i in range(3)]
-    compiled = []
-    listener = lambda event, duration, **kw: (
-        compiled.append(event) if event.endswith("backend_compile_duration") else None
-    )
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
+    with recorded() as events:
         for x in xs:
             _, state = step(state, x)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    assert len(compiled) == 1
+    assert compilations(events) == 1
     assert_lies_as(state, before)
 
 

@@ -4,13 +4,13 @@ import re
 
 import chex
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mtlbalance as mtl
 from tests.conformance.conftest import PARAMS
+from tests.events import compilations, recorded, traces
 
 SAME = {"rtol": 1e-5, "atol": 1e-6}  # one computation compiled in two ways, in float32
 
@@ -84,18 +84,14 @@ def test_vmap_over_float_hyperparameters_gives_what_a_loop_gives(built):
 def test_many_bare_calls_trace_once(built):
     method, x = built.case.make(), built.sample(0)
     state = built.init(method)
-    traces = []
-    listener = lambda event, duration, **kw: traces.append(event) if event.endswith("jaxpr_trace_duration") else None
-    _, state = method.apply(state, x)
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
+    with recorded() as events:
+        _, state = method.apply(state, x)
+    assert traces(events) > 0
+    assert compilations(events) == 1
+    with recorded() as events:
         for _ in range(5):
             _, state = method.apply(state, x)
-        assert not traces
-        jax.jit(lambda: 1.5)()
-        assert traces  # the listener does hear a trace
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
+    assert traces(events) == compilations(events) == 0
 
 
 def test_state_keeps_structure_shapes_and_strong_dtypes(built):
