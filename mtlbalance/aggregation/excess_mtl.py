@@ -56,9 +56,13 @@ def excess_mtl(
     The squared gradients are as large as the Jacobian. Gradients beyond 1e19 overflow their float32 squares: wrap
     the method in :func:`mtlbalance.skip_nonfinite` where that can happen.
 
+    With a constant gradient the ratio falls like one over the root of the call, so the weights move by up to
+    :math:`2 \eta \sqrt{t}` in t calls: with the default step a run of thousands ends with nearly all weight on one or
+    two tasks. The official code's default is 0.01.
+
     Note:
       The official code and LibMTL start at weight 1 and keep the total m: their gradient is m times this one's.
-      Their default step size is 0.01. They have no warm-up and no :math:`10^{-7}` in the ratio. TorchJD up to
+      They have no warm-up and no :math:`10^{-7}` in the ratio. TorchJD up to
       0.18 moves the weights on the first call already, by the excess itself instead of a ratio;
       ``normalize_first_step=False`` does the same.
 

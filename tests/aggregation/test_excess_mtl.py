@@ -110,6 +110,7 @@ def test_a_million_parameters_over_400_calls_stay_on_the_simplex():
     np.testing.assert_allclose(weights.sum(-1), jnp.ones(400), rtol=1e-5)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="earlier compilers copy the loop's state once")
 @pytest.mark.parametrize("method", [METHOD, mtl.skip_nonfinite(METHOD)], ids=["bare", "guarded"])
 def test_visits_update_the_accumulator_in_place(method):
     """A loop over the rows needs temporaries of at most three rows (two without the guard), not of 16."""
