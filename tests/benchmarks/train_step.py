@@ -1,8 +1,9 @@
-"""Training steps of this library and of TorchJD, side by side: ``python tests/benchmarks/train_step.py``.
+"""Training steps of this library and of TorchJD, side by side.
 
-The same work in both: an MLP 16-64-64-3 with one mean squared error per output, batches of 64, Adam at 1e-3, two
-threads, the same initial weights and data. Needs the ``parity`` extra, and a machine with nothing else to do: under load
-TorchJD's two threads wait for each other and it looks ten times slower than it is.
+Run by hand: ``python tests/benchmarks/train_step.py``. The same work in both: an MLP 16-64-64-3 with one mean squared
+error per output, batches of 64, Adam at 1e-3, two threads, the same initial weights and data. Needs the ``parity``
+extra, and a machine with nothing else to do: under load TorchJD's threads wait for each other, and it looks ten times
+slower than it is.
 """
 
 import argparse
@@ -261,8 +262,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2, help="TorchJD's threads")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     print(HEADER)
     each = arguments.steps, arguments.rounds
     compare_steps("UW", our_uw, their_uw, {"dispatched": 5, "scan": 15}, *each)

@@ -7,13 +7,13 @@ numbers that LibMTL and the official ExcessMTL code print.
 import json
 from pathlib import Path
 
-import comparisons
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mtlbalance import aggregation, scalarization
+from tests.golden import comparisons
 
 TORCHJD, OFFICIAL = (
     json.loads(Path(__file__).with_name(name).read_text()) for name in ("torchjd.json", "official.json")

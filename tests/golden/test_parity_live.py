@@ -1,12 +1,13 @@
 """The comparisons of ``test_golden.py`` against TorchJD itself, on new inputs. Skipped where it is not installed."""
 
-import comparisons
 import pytest
+
+from tests.golden import comparisons
 
 pytest.importorskip("torch", reason="needs the parity extra")
 pytest.importorskip("torchjd", reason="needs the parity extra")
 
-import record
+from tests.golden import record
 
 
 @pytest.fixture(scope="module")
