@@ -222,8 +222,9 @@ def rowwise_aggregator(
 
     Args:
       init: ``(m, params, dtype) -> state``.
-      visit: ``(memory, row) -> (memory, statistic)`` for one task: ``row`` and that task's part of the
-        Jacobian-shaped field are trees shaped like the parameters, in the state's dtype.
+      visit: ``(memory, row, present) -> (memory, statistic)`` for one task: ``row`` and that task's part of the
+        Jacobian-shaped field are trees shaped like the parameters, in the state's dtype. An absent task's row
+        is zero, and its memory must stay as it is.
       weigh: ``(state, statistics, values, mask) -> (weights, new_state)``, the Jacobian-shaped field as it is.
       jacobian_shaped: the state field with leaves ``[m, *param.shape]``.
       end_epoch: ``(state) -> new_state``.
@@ -237,15 +238,13 @@ def rowwise_aggregator(
 
     def weighting(state, jacobian, values, mask):
         memory, jacobian = read_memory(state, "jacobian", jacobian, skip=0)
-        new_memory, statistics = jax.vmap(visit, axis_size=mask.shape[0])(memory, jacobian)
-        new_memory = jax.tree.map(lambda new, old: jnp.where(inputs.rows(mask, new), new, old), new_memory, memory)
-        return weigh(state._replace(**{jacobian_shaped: new_memory}), statistics, values, mask)
+        memory, statistics = jax.vmap(visit)(memory, jacobian, mask)
+        return weigh(state._replace(**{jacobian_shaped: memory}), statistics, values, mask)
 
     def visit_row(state, i, row, mask):
         memory, row = read_memory(state, "row", row, skip=1)
         old_row = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), memory)
-        new_row, statistic = visit(old_row, row)
-        new_row = select(mask[i], new_row, old_row)
+        new_row, statistic = visit(old_row, row, mask[i])
         memory = jax.tree.map(lambda x, r: jax.lax.dynamic_update_index_in_dim(x, r, i, 0), memory, new_row)
         return state._replace(**{jacobian_shaped: memory}), statistic
 

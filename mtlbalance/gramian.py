@@ -1,4 +1,4 @@
-"""Contractions of Jacobian trees: the Gramian, and the weighted sum of the rows.
+"""Contractions of Jacobian trees: the Gramian, inner products, and the weighted sum of the rows.
 
 A Jacobian is a tree shaped like the parameters in which every leaf has one more axis in front, the
 task: ``[m, *param.shape]``. A matrix ``[m, n]`` is the tree of one leaf. Every sum over parameters that
@@ -38,7 +38,7 @@ def gramian(jacobian: chex.ArrayTree, *, axis_name: Hashable | None = None) -> c
     if len({leaf.shape[:1] for leaf in leaves}) != 1 or leaves[0].ndim == 0:
         shapes = [leaf.shape for leaf in leaves]
         raise ValueError(f"jacobian: expected leaves that share a leading task axis, found shapes {shapes}")
-    total = sum(_leaf_gramian(leaf) for leaf in leaves)
+    total = sum(_contract(leaf, leaf, free=1) for leaf in leaves)
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
@@ -79,17 +79,38 @@ def combine(weights: chex.Array, jacobian: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(leaf_sum, jacobian)
 
 
-def _leaf_gramian(leaf):
-    parameter_axes = tuple(range(1, leaf.ndim))
-    mesh = jax.typeof(leaf).sharding.mesh
-    # Contracting a sharded axis is ambiguous on an Explicit mesh: say that the [m, m] result is replicated.
+def vdot(gradient: chex.ArrayTree, other: chex.ArrayTree) -> chex.Array | float:
+    r"""Inner product of two gradients, :math:`\sum_k g_k h_k` over all parameters.
+
+    Args:
+      gradient: tree shaped like the parameters.
+      other: the same.
+
+    Returns:
+      A scalar in ``result_type(float32, leaves)``; 0 for trees without leaves.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance.gramian import vdot
+      >>> print(vdot({"w": jnp.array([3.0, 4.0]), "b": jnp.array(2.0)}, {"w": jnp.ones(2), "b": jnp.array(5.0)}))
+      17.0
+    """
+    products = jax.tree.map(lambda x, y: _contract(x, y, free=0), gradient, other)
+    return sum(jax.tree.leaves(products), 0.0)
+
+
+def _contract(x, y, free):
+    """Contracts all axes but the first ``free`` ones."""
+    axes = tuple(range(free, x.ndim))
+    mesh = jax.typeof(x).sharding.mesh
+    # Contracting a sharded axis is ambiguous on an Explicit mesh: say that the small result is replicated.
     explicit = AxisType.Explicit in mesh.axis_types
     return jax.lax.dot_general(
-        leaf,
-        leaf,
-        ((parameter_axes, parameter_axes), ((), ())),
+        x,
+        y,
+        ((axes, axes), ((), ())),
         # The default on GPU and TPU is TF32 or bfloat16, and float16 products overflow.
         precision="highest",
-        preferred_element_type=jnp.result_type(jnp.float32, leaf.dtype),
-        out_sharding=NamedSharding(mesh, PartitionSpec(None, None)) if explicit else None,
+        preferred_element_type=jnp.result_type(jnp.float32, x.dtype, y.dtype),
+        out_sharding=NamedSharding(mesh, PartitionSpec(*[None] * 2 * free)) if explicit else None,
     )

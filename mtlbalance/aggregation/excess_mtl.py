@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.nn import logsumexp
 
 from mtlbalance import base, inputs
+from mtlbalance.gramian import vdot
 
 
 class ExcessMTLState(NamedTuple):
@@ -104,11 +105,12 @@ def excess_mtl(
             squared_gradients=base.zeros_jacobian(m, params, dtype),
         )
 
-    def visit(squared_gradients, gradient):
-        squares = jax.tree.map(lambda s, g: s + g * g, squared_gradients, gradient)
+    def visit(squared_gradients, gradient, present):
+        del present  # an absent task's gradient is zero, and so is its square
         # Eq. 7: the accumulator includes the gradient at hand.
-        excess = jax.tree.map(lambda s, g: jnp.sum(g * g * jax.lax.rsqrt(s + 1e-7)), squares, gradient)
-        return squares, sum(jax.tree.leaves(excess), 0.0)
+        squares = jax.tree.map(lambda s, g: s + g * g, squared_gradients, gradient)
+        scaled = jax.tree.map(lambda s, g: g * jax.lax.rsqrt(s + 1e-7), squares, gradient)
+        return squares, vdot(gradient, scaled)
 
     def weigh(state, excess, values, mask):
         del values
