@@ -7,7 +7,7 @@ Two handwritten digits lie on top of each other, as in MultiMNIST. One small net
 * ``sum``: what do they add up to? (squared error, in raw units from 0 to 18)
 
 The loss of the third task starts some forty times as large as the others, only because of its units. Each method
-decides in its own way how much that should count in the layers that the tasks share.
+decides in its own way how much each task should count.
 
 Run it with ``python examples/quickstart.py``: about half a minute on two CPU cores. It needs ``mtlbalance[examples]``.
 """

@@ -1,6 +1,6 @@
 """Balance several losses while training one model, in JAX."""
 
-from mtlbalance import aggregation, scalarization
+from mtlbalance import aggregation, gramian, scalarization
 from mtlbalance.base import Aggregator, Rowwise, Scalarizer, Weighting
 from mtlbalance.inputs import Counted
 from mtlbalance.transforms import aggregate
@@ -18,6 +18,7 @@ __all__ = [
     "Weighting",
     "aggregate",
     "aggregation",
+    "gramian",
     "learn",
     "scalarization",
     "skip_nonfinite",

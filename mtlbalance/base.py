@@ -75,8 +75,8 @@ class Aggregator(NamedTuple):
     Attributes:
       init: ``((m, n)) -> state`` for a Jacobian matrix, ``((m, params)) -> state`` for a tree.
       apply: ``(state, jacobian, *, values=None, mask=None) -> (gradient, new_state)``. The Jacobian's leaves are
-        ``[m, *param.shape]``; the gradient has the params' shapes and dtypes. ``values`` are the losses, for the
-        methods that read them; ``mask`` says which tasks are present, as in :class:`Scalarizer`.
+        ``[m, *param.shape]``; the gradient has the params' shapes, in the Jacobian's dtypes. ``values`` are the losses,
+        for the methods that read them; ``mask`` says which tasks are present, as in :class:`Scalarizer`.
       end_epoch, observe: the hooks of :class:`Scalarizer`, so that one loop serves both families.
       weighting: of the Jacobian, where ``gradient = weights @ jacobian``.
       gramian_weighting: of ``J @ J.T``, where that is all the method needs.
@@ -120,12 +120,12 @@ def scalarizer(
         return _place(init(*inputs.read_shape(shape)), shape)
 
     def public_apply(state, values, *, mask=None):
-        tasks = inputs.read_tasks(state, values, mask)
-        scalar, new_state = apply(state, tasks.values, tasks.mask)
-        if not tasks.all_present:
-            scalar = jnp.where(jnp.any(tasks.mask), scalar, 0)
+        call = inputs.read_call(state, values, mask)
+        scalar, new_state = apply(state, call.values, call.mask)
+        if not call.all_present:
+            scalar = jnp.where(jnp.any(call.mask), scalar, 0)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(inputs.sums(values)))
-        return scalar.astype(dtype), _settle(tasks, new_state, state)
+        return scalar.astype(dtype), _settle(call, new_state, state)
 
     return Scalarizer(public_init, jax.jit(public_apply), *_hooks(end_epoch, observe), learned)
 
@@ -158,48 +158,40 @@ def aggregator(
       axis_name: mapped axis over which parameters are split, for the Gramian.
     """
 
-    def public_init(tasks, needs_params=True):
-        m, params, dtype = inputs.read_pair(tasks, needs_params=needs_params)
-        return _place(init(m, params, dtype), params, jacobian_shaped)
-
-    def weighting_init(tasks):
-        return public_init(tasks, needs_params=bool(jacobian_shaped))
-
     if weighting is None and gramian_weighting is not None:
+        weighting = _of_gramian(gramian_weighting, axis_name)
+    if apply is None and weighting is not None:
+        apply = _combined(weighting)
 
-        def weighting(state, jacobian, values, mask):
-            no_params = jnp.zeros(2 * mask.shape)
-            products = gramian(jacobian, axis_name=axis_name) if jax.tree.leaves(jacobian) else no_params
-            return gramian_weighting(state, products, values, mask)
+    def initializer(needs_params):
+        def public_init(shape):
+            m, params, dtype = inputs.read_pair(shape, needs_params=needs_params)
+            return _place(init(m, params, dtype), params, jacobian_shaped)
 
-    if weighting is not None and apply is None:
+        return public_init
 
-        def apply(state, jacobian, values, mask):
-            # The weights are constants of differentiation: an outer grad never enters a solver.
-            weights, new_state = weighting(state, jax.lax.stop_gradient(jacobian), values, mask)
-            weights = _finish_weights(weights, mask, inputs.state_dtype(state, jacobian))
-            return combine(weights, jacobian), new_state
+    weighting_init = initializer(needs_params=bool(jacobian_shaped))
 
     def public_apply(state, jacobian, *, values=None, mask=None):
-        tasks = inputs.read_tasks(state, values, mask)
-        jacobian = inputs.read_jacobian(tasks, jacobian)
-        gradient, new_state = apply(state, jacobian, tasks.values, tasks.mask)
-        if not tasks.all_present:
-            gradient = select(jnp.any(tasks.mask), gradient, jax.tree.map(jnp.zeros_like, gradient))
-        return gradient, _settle(tasks, new_state, state, jacobian_shaped)
+        call = inputs.read_call(state, values, mask)
+        jacobian = inputs.read_jacobian(call, jacobian)
+        gradient, new_state = apply(state, jacobian, call.values, call.mask)
+        if not call.all_present:
+            gradient = select(jnp.any(call.mask), gradient, jax.tree.map(jnp.zeros_like, gradient))
+        return gradient, _settle(call, new_state, state, jacobian_shaped)
 
     def compiled(read, weigh):
         def public_weigh(state, statistic, *, values=None, mask=None):
-            tasks = inputs.read_tasks(state, values, mask)
-            statistic = jax.lax.stop_gradient(read(tasks, statistic))
-            weights, new_state = weigh(state, statistic, tasks.values, tasks.mask)
-            weights = _finish_weights(weights, tasks.mask, inputs.state_dtype(state, statistic))
-            return weights, _settle(tasks, new_state, state, jacobian_shaped)
+            call = inputs.read_call(state, values, mask)
+            statistic = jax.lax.stop_gradient(read(call, statistic))
+            weights, new_state = weigh(state, statistic, call.values, call.mask)
+            weights = _finish_weights(weights, call.mask, inputs.state_dtype(state, statistic))
+            return weights, _settle(call, new_state, state, jacobian_shaped)
 
         return jax.jit(public_weigh)
 
     return Aggregator(
-        public_init,
+        initializer(needs_params=True),
         jax.jit(public_apply),
         *_hooks(end_epoch, observe, jacobian_shaped),
         Weighting(weighting_init, compiled(inputs.read_jacobian, weighting)) if weighting else None,
@@ -290,11 +282,31 @@ def is_in(fields: tuple[str, ...], path: tuple[Any, ...]) -> bool:
     return any(getattr(key, "name", None) in fields for key in path)
 
 
+def _of_gramian(gramian_weighting, axis_name):
+    def weighting(state, jacobian, values, mask):
+        (m,) = mask.shape
+        without_params = jnp.zeros((m, m))
+        products = gramian(jacobian, axis_name=axis_name) if jax.tree.leaves(jacobian) else without_params
+        return gramian_weighting(state, products, values, mask)
+
+    return weighting
+
+
+def _combined(weighting):
+    def apply(state, jacobian, values, mask):
+        # The weights are constants of differentiation: an outer grad never enters a solver.
+        weights, new_state = weighting(state, jax.lax.stop_gradient(jacobian), values, mask)
+        weights = _finish_weights(weights, mask, inputs.state_dtype(state, jacobian))
+        return combine(weights, jacobian), new_state
+
+    return apply
+
+
 def _public_visit(visit):
     def public_visit(state, i, row, *, mask=None):
-        tasks = inputs.read_tasks(state, None, mask)
-        row = jax.lax.stop_gradient(inputs.read_row(tasks.mask[i], row))
-        return jax.lax.stop_gradient(visit(state, i, row, tasks.mask))
+        call = inputs.read_call(state, None, mask)
+        row = jax.lax.stop_gradient(inputs.read_row(call.mask[i], row))
+        return jax.lax.stop_gradient(visit(state, i, row, call.mask))
 
     return jax.jit(public_visit)
 
@@ -303,11 +315,11 @@ def _finish_weights(weights, mask, dtype):
     return jax.lax.stop_gradient(jnp.where(mask, weights, 0).astype(dtype))
 
 
-def _settle(tasks, new_state, state, jacobian_shaped=()):
+def _settle(call, new_state, state, jacobian_shaped=()):
     # With no task present nothing has happened. Jacobian-shaped leaves see to that row by row: selecting
     # between two whole ones would hold both in memory.
-    if not tasks.all_present:
-        new_state = select(jnp.any(tasks.mask), new_state, state, new_anyway=jacobian_shaped)
+    if not call.all_present:
+        new_state = select(jnp.any(call.mask), new_state, state, new_anyway=jacobian_shaped)
     same_dtype = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), new_state, state)
     return jax.lax.stop_gradient(same_dtype)
 
@@ -317,8 +329,8 @@ def _hooks(end_epoch, observe, jacobian_shaped=()) -> tuple[Callable[..., Any], 
         return jax.lax.stop_gradient(end_epoch(state))
 
     def public_observe(state, values):
-        tasks = inputs.read_tasks(state, values, None)
-        return _settle(tasks, observe(state, tasks.values, tasks.mask), state, jacobian_shaped)
+        call = inputs.read_call(state, values, None)
+        return _settle(call, observe(state, call.values, call.mask), state, jacobian_shaped)
 
     return (
         jax.jit(public_end_epoch) if end_epoch else lambda state: state,

@@ -1,4 +1,4 @@
-"""What the baselines of both families share: their states, and the random weights."""
+"""What the baselines of both families share: their states, the count of calls, the random weights."""
 
 from typing import NamedTuple
 
@@ -30,8 +30,8 @@ class RandomState(NamedTuple):
     key: chex.Array
 
 
-def count_seen(state: SeenState | RandomState, mask: chex.Array):
-    """One more call for every task present; stops at the largest int32."""
+def count_seen(state, mask: chex.Array):
+    """The state with ``seen`` one higher for every task present; it stops at the largest int32."""
     return state._replace(seen=jnp.where(mask, optax.safe_increment(state.seen), state.seen))
 
 

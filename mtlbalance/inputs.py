@@ -1,6 +1,7 @@
 """Reading what the caller gives: shapes, losses, masks, Jacobians, hyperparameters; and saying what is wrong.
 
-A method's file uses :func:`check`, :func:`check_int`, :func:`per_task` and :func:`new_key`; the rest serves ``base``.
+A method's file uses :func:`check`, :func:`check_int`, :func:`per_task` and :func:`new_key`; the rest serves ``base``
+and the wrappers.
 """
 
 import math
@@ -39,7 +40,7 @@ class Counted(NamedTuple):
     count: chex.Array
 
 
-class Tasks(NamedTuple):
+class Call(NamedTuple):
     """The losses and the mask of one call, as a method's plain functions get them.
 
     Attributes:
@@ -62,11 +63,13 @@ def reject(argument: str, expected: str, found: str, error: type[Exception] = Va
 
 
 def check(name: str, value: Any, bound: str, holds: Callable[[chex.Array], chex.Array]) -> None:
-    """Raises ``ValueError`` if a hyperparameter breaks its bound. One that is being traced is not looked at."""
+    """Raises ``ValueError`` unless a hyperparameter is a scalar within its bound; a traced one's value is not known."""
+    if jnp.ndim(value):
+        reject(name, "a scalar", f"shape {jnp.shape(value)}")
     if isinstance(value, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():
-        if not jnp.all(holds(jnp.asarray(value))):
+        if not holds(jnp.asarray(value)):
             reject(name, bound, f"{value}")
 
 
@@ -150,14 +153,14 @@ def read_pair(tasks: Any, *, needs_params: bool) -> tuple[int, chex.ArrayTree, c
 # What `apply` is given.
 
 
-def read_tasks(state: chex.ArrayTree, values: chex.ArrayTree | None, mask: chex.ArrayTree | None) -> Tasks:
+def read_call(state: chex.ArrayTree, values: chex.ArrayTree | None, mask: chex.ArrayTree | None) -> Call:
     """Checks one call's losses and mask against the state, and casts them."""
     shape = jnp.shape(jax.tree.leaves(state)[0])
     present = jnp.ones(shape, bool)
     if mask is not None:
         present = _read_mask(mask, values, shape)
     if values is None:
-        return Tasks(None, present, mask is None)
+        return Call(None, present, mask is None)
 
     for leaf in jax.tree.leaves(sums(values)):
         _check_floating("values", leaf)
@@ -167,37 +170,38 @@ def read_tasks(state: chex.ArrayTree, values: chex.ArrayTree | None, mask: chex.
         reject("values", f"shape {shape}, as given to init", f"shape {array.shape}")
     if counted := any(map(_is_counted, jax.tree.leaves(values, is_leaf=_is_counted))):
         present &= flatten("values", jax.tree.map(_is_there, values, is_leaf=_is_counted))
-    return Tasks(jnp.where(present, array, 1), present, mask is None and not counted)
+    return Call(jnp.where(present, array, 1), present, mask is None and not counted)
 
 
-def read_jacobian(tasks: Tasks, jacobian: chex.ArrayTree) -> chex.ArrayTree:
+def read_jacobian(call: Call, jacobian: chex.ArrayTree) -> chex.ArrayTree:
     """Checks that every leaf has one row per task; an absent task's row becomes zero."""
-    m = tasks.mask.shape[0]
+    m = call.mask.shape[0]
 
     def leaf(path, x):
         name = f"jacobian{jax.tree_util.keystr(path)}"
         _check_floating(name, x)
         if jnp.shape(x)[:1] != (m,):
-            hint = " (a gradient of the summed loss has none)"
+            hint = " (neither a gradient of the summed loss nor jacrev of a dict of losses has one)"
             reject(name, f"a leading axis of {m}, one row per task{hint}", f"shape {jnp.shape(x)}")
-        return jnp.asarray(x) if tasks.all_present else jnp.where(rows(tasks.mask, x), x, 0)
+        return jnp.asarray(x) if call.all_present else jnp.where(rows(call.mask, x), x, 0)
 
     return jax.tree_util.tree_map_with_path(leaf, jacobian)
 
 
-def read_gramian(tasks: Tasks, gramian: chex.Array) -> chex.Array:
+def read_gramian(call: Call, gramian: chex.Array) -> chex.Array:
     """Checks a Gramian's shape; an absent task's row and column become zero."""
     _check_floating("gramian", gramian)
-    if jnp.shape(gramian) != 2 * tasks.mask.shape:
-        reject("gramian", f"shape {2 * tasks.mask.shape}", f"shape {jnp.shape(gramian)}")
-    return jnp.where(tasks.mask & tasks.mask[:, None], gramian, 0)
+    (m,) = call.mask.shape
+    if jnp.shape(gramian) != (m, m):
+        reject("gramian", f"shape {(m, m)}", f"shape {jnp.shape(gramian)}")
+    return jnp.where(call.mask & call.mask[:, None], gramian, 0)
 
 
-def read_statistics(tasks: Tasks, statistics: chex.ArrayTree) -> chex.ArrayTree:
+def read_statistics(call: Call, statistics: chex.ArrayTree) -> chex.ArrayTree:
     """Checks that the visits' statistics are stacked, one per task."""
     for leaf in jax.tree.leaves(statistics):
-        if jnp.shape(leaf)[:1] != tasks.mask.shape:
-            reject("statistics", f"a leading axis of {tasks.mask.shape[0]}, one per task", f"shape {jnp.shape(leaf)}")
+        if jnp.shape(leaf)[:1] != call.mask.shape:
+            reject("statistics", f"a leading axis of {call.mask.shape[0]}, one per task", f"shape {jnp.shape(leaf)}")
     return statistics
 
 
@@ -208,11 +212,11 @@ def read_row(present: chex.Array, row: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda x: jnp.where(present, x, 0), row)
 
 
-def check_params_like(name: str, tree: chex.ArrayTree, params: chex.ArrayTree, skip: int) -> None:
+def check_params_like(name: str, tree: chex.ArrayTree, params: chex.ArrayTree, skip: int = 0) -> None:
     """Raises unless two trees have one structure, and one shape a leaf (after ``skip`` axes of ``params``)."""
     found, expected = jax.tree.structure(tree), jax.tree.structure(params)
     if found != expected:
-        reject(name, f"the tree given to init, {expected}", f"{found}")
+        reject(name, f"the params' tree {expected}", f"{found}")
     for (path, leaf), param in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(params), strict=True):
         if jnp.shape(leaf) != jnp.shape(param)[skip:]:
             where = f"{name}{jax.tree_util.keystr(path)}"
@@ -240,8 +244,8 @@ def _read_mask(mask, values, shape):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
             reject("mask", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
     array, structure = flatten("mask", mask), jax.tree.structure(mask)
-    named = isinstance(mask, dict) and values is not None
-    if named and structure != jax.tree.structure(sums(values)):
+    one_array = jax.tree_util.treedef_is_leaf(structure) or isinstance(mask, list)
+    if not one_array and values is not None and structure != jax.tree.structure(sums(values)):
         reject("mask", f"the structure of values, {jax.tree.structure(sums(values))}", f"{structure}")
     if array.shape != shape:
         reject("mask", f"shape {shape}, as given to init", f"shape {array.shape}")

@@ -47,7 +47,10 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
         return aggregator.init((n_tasks, params))
 
     def update(updates, state, params=None, *, values=None, mask=None, **extra_args):
-        del params, extra_args
-        return aggregator.apply(state, updates, values=values, mask=mask)
+        del extra_args
+        gradient, state = aggregator.apply(state, updates, values=values, mask=mask)
+        if params is not None:
+            inputs.check_params_like("jacobian", gradient, params)
+        return gradient, state
 
     return optax.GradientTransformationExtraArgs(init, update)

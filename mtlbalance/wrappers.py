@@ -31,7 +31,7 @@ class SkipNonfiniteState(NamedTuple):
     Attributes:
       inner: the state of the wrapped method.
       nonfinite: int32, one per task: the calls in which its loss or gradient was not finite.
-      skipped: int32 scalar: the calls that left ``inner`` as it was.
+      skipped: int32 scalar: the calls that left ``inner`` as it was, whatever the reason.
     """
 
     inner: chex.ArrayTree
@@ -47,7 +47,8 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
     optimizers that act leaf by leaf; with a global-norm clip, or weight decay on the parameters, they differ.
 
     Optimizers that want ``value=``, ``grad=`` or ``value_fn=`` get them. The entries of absent tasks are kept, in
-    the fields and in the optimizer's moments; its step counter counts calls with any task present.
+    the fields and in the optimizer's leaves of the losses' shape (Adam's moments); other leaves, such as its step
+    counter, advance with any task present. To keep NaN out, wrap the result: ``skip_nonfinite(learn(...))``.
 
     Args:
       method: a scalarizer with ``learned`` fields, such as ``scalarization.uw()``.
@@ -89,6 +90,7 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
 
         value, grad = jax.value_and_grad(value_fn)(fields)
         updates, opt_state = optimizer.update(grad, state.opt_state, fields, value=value, grad=grad, value_fn=value_fn)
+        # Once more, so that the scalar can be differentiated with respect to the values.
         scalar, inner = method.apply(state.inner, values, mask=mask)
         new_fields = base.select(mask, optax.apply_updates(fields, updates), fields)
         opt_state = _keep_absent(mask, opt_state, state.opt_state)
@@ -115,9 +117,9 @@ def _keep_absent(mask, new, old):
 def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Method:
     """Keeps a method's state from being poisoned by a loss or gradient that is not finite.
 
-    On such a call the state stays as it was, and the output is not finite (an aggregator's is NaN throughout), so
-    that ``optax.apply_if_finite`` after it drops the update too. A gradient whose float32 squares overflow (beyond
-    1e19) counts as not finite. So does a call after which the state would not be finite.
+    On such a call the state stays as it was, and the output and its gradient are NaN, so that
+    ``optax.apply_if_finite`` after it drops the update too. A gradient whose float32 squares overflow (beyond 1e19)
+    counts as not finite. A call after which the state would not be finite is skipped as well.
 
     Rows of Jacobian-shaped fields are kept one by one: where one task's gradient is not finite, the other tasks'
     rows still take theirs in, as they must when rows are visited one at a time and never seen together.
@@ -131,6 +133,7 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
 
     Raises:
       TypeError: if ``method`` is of neither family.
+      ValueError: if it has learned fields: :func:`learn` goes inside.
 
     Example:
       >>> import jax.numpy as jnp
@@ -141,6 +144,9 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
       >>> print(scalar, state.nonfinite, state.skipped, state.inner.count)
       nan [0 1] 1 [0 0]
     """
+    if getattr(method, "learned", ()):
+        reason = "a method with nothing left to learn, as in skip_nonfinite(learn(method, optimizer))"
+        inputs.reject("method", reason, f"learned={method.learned}")
     if isinstance(method, base.Scalarizer):
         return _skip_scalarizer(method)
     if isinstance(method, base.Aggregator):
@@ -154,10 +160,11 @@ def _skip_scalarizer(method):
 
     def apply(state, values, mask):
         scalar, inner = method.apply(state.inner, values, mask=mask)
-        state, _ = _advance(state, inner, jnp.isfinite(values) | ~mask)
-        return scalar, state
+        state, ok = _advance(state, inner, jnp.isfinite(values) | ~mask)
+        # The product makes the gradient NaN too, where the values themselves would not.
+        return scalar * jnp.where(ok, 1, jnp.nan), state
 
-    return base.scalarizer(init, apply, **_inner_hooks(method), learned=method.learned)
+    return base.scalarizer(init, apply, **_inner_hooks(method))
 
 
 def _skip_aggregator(method, axis_name):

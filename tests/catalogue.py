@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 import mtlbalance as mtl
-from mtlbalance import aggregation, scalarization
+from mtlbalance import aggregation, base, scalarization
+from mtlbalance.baselines import SeenState, count_seen
 
 WEIGHTS = jnp.array([0.5, 2.0, 1.25, -0.5])
 THREE = jnp.arange(3)
@@ -33,11 +35,47 @@ class Case(NamedTuple):
     per_task: bool = False
 
 
+def inverse_norm(axis_name=None):
+    """Weights that do read the Gramian, as no public method does yet: one over each gradient's norm."""
+
+    def init(m, params, dtype):
+        return SeenState(jnp.zeros(m, jnp.int32))
+
+    def weigh(state, gramian, values, mask):
+        squares = jnp.diagonal(gramian)
+        return jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0), count_seen(state, mask)
+
+    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+
+
+def following(rate=0.5):
+    """A scalarizer with both hooks, as no public method has yet: it follows what it observes."""
+
+    def init(shape, dtype):
+        return FollowState(jnp.ones(shape, dtype))
+
+    def apply(state, values, mask):
+        return jnp.sum(state.level * values, where=mask), state
+
+    def observe(state, values, mask):
+        return FollowState(jnp.where(mask, state.level + rate * (values - state.level), state.level))
+
+    def end_epoch(state):
+        return FollowState(state.level / 2)
+
+    return base.scalarizer(init, apply, observe=observe, end_epoch=end_epoch)
+
+
+class FollowState(NamedTuple):
+    level: Any
+
+
 def _weights(tasks):
     return WEIGHTS[tasks % len(WEIGHTS)]
 
 
 SCALARIZERS = [
+    Case("test-only following", following),
     Case("mean", scalarization.mean),
     Case("sum", scalarization.sum),
     Case("constant", lambda tasks=THREE: scalarization.constant(_weights(tasks)), per_task=True),
@@ -61,6 +99,12 @@ AGGREGATORS = [
     Case("excess_mtl", aggregation.excess_mtl, {"robust_step_size": (0.01, 0.3, 1.0)}, sharded=True),
     Case("excess_mtl-warmup", lambda **kw: aggregation.excess_mtl(n_warmup_steps=2, **kw), sharded=True),
     Case("excess_mtl-raw", lambda **kw: aggregation.excess_mtl(0.1, normalize_first_step=False, **kw), sharded=True),
+    Case("test-only inverse_norm", inverse_norm, sharded=True),
+    Case(
+        "test-only skip-inverse_norm",
+        lambda axis_name=None: mtl.skip_nonfinite(inverse_norm(axis_name), axis_name=axis_name),
+        sharded=True,
+    ),
     Case("skip-random", lambda **kw: mtl.skip_nonfinite(aggregation.random(key=3), **kw), draws=True, sharded=True),
     Case(
         "skip-excess_mtl",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtlbalance.gramian import combine, gramian
+from mtlbalance.gramian import combine, gramian, vdot
 
 RNG = np.random.default_rng(0)
 TREE = {"w": RNG.normal(size=(4, 5, 6)), "b": RNG.normal(size=(4, 3)), "s": RNG.normal(size=4)}
@@ -25,6 +25,12 @@ def test_gramian_and_combination_of_a_tree_are_those_of_its_matrix(dtype, tolera
         assert leaf.dtype == dtype
         expected = np.tensordot(weights, TREE[name], 1)
         np.testing.assert_allclose(leaf.astype("float32"), expected, atol=10 * tolerance)
+
+
+def test_vdot_is_the_inner_product_of_all_parameters():
+    x, y = (jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i], jnp.float32), TREE) for i in range(2))
+    np.testing.assert_allclose(vdot(x, y), MATRIX[0] @ MATRIX[1], rtol=1e-5)
+    assert vdot({}, {}) == 0.0
 
 
 def test_float16_products_do_not_overflow():

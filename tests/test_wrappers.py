@@ -9,6 +9,7 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
+from tests.catalogue import following
 
 
 def smooth_losses(params):
@@ -90,12 +91,9 @@ def test_learn_needs_learned_fields():
             mtl.learn(wrong, optax.sgd(0.1))
 
 
-def test_learn_finds_fields_inside_another_wrapper():
-    values = jnp.array([1.0, 4.0])
-    outer = mtl.learn(mtl.skip_nonfinite(scalarization.uw()), optax.sgd(0.1))
-    inner = mtl.skip_nonfinite(mtl.learn(scalarization.uw(), optax.sgd(0.1)))
-    outer_state, inner_state = outer.apply(outer.init(2), values)[1], inner.apply(inner.init(2), values)[1]
-    np.testing.assert_array_equal(outer_state.inner.inner.log_var, inner_state.inner.inner.log_var)
+def test_learn_goes_inside_skip_nonfinite():
+    with pytest.raises(ValueError, match=r"method: expected .* skip_nonfinite\(learn\(method, optimizer\)\)"):
+        mtl.skip_nonfinite(scalarization.uw())
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
@@ -116,9 +114,38 @@ def test_without_the_guard_a_bad_loss_poisons():
     assert not jnp.isfinite(method.apply(method.apply(state, jnp.ones(2))[1], jnp.ones(2))[0])
 
 
-def test_a_bad_loss_does_not_reach_the_hooks():
-    observing = scalarization.mean()._replace(observe=lambda state, values: state._replace(seen=values.sum))
-    method = mtl.skip_nonfinite(observing)
+@pytest.mark.parametrize(
+    ("method", "losses"),
+    [
+        (scalarization.mean(), lambda p: p**2),  # the loss overflows, its gradient does not
+        (mtl.learn(scalarization.uw(), optax.adam(0.1)), lambda p: p * 1e10),  # the moments overflow, the loss does not
+    ],
+)
+def test_a_skipped_call_gives_a_gradient_that_is_not_finite(method, losses):
+    guarded = mtl.skip_nonfinite(method)
+    grads, state = jax.grad(lambda p: guarded.apply(guarded.init(2), losses(p)), has_aux=True)(jnp.full(2, 1e20))
+    assert jnp.all(jnp.isnan(grads))
+    assert state.skipped == 1
+
+
+def wrap_in_learn(method):
+    return mtl.learn(method._replace(learned=("level",)), optax.sgd(0.0))
+
+
+@pytest.mark.parametrize("wrap", [lambda method: method, mtl.skip_nonfinite, wrap_in_learn])
+def test_hooks_reach_the_method(wrap):
+    method = wrap(following())
+    level = lambda state: optax.tree.get(state, "level")
+    state = method.init(2)
+    observed = method.observe(state, jnp.array([3.0, 5.0]))
+    np.testing.assert_array_equal(level(observed), [2.0, 3.0])
+    counted = mtl.Counted(jnp.array([6.0, jnp.nan]), jnp.array([2, 0]))
+    np.testing.assert_array_equal(level(method.observe(state, counted)), [2.0, 1.0])
+    np.testing.assert_array_equal(level(method.end_epoch(observed)), [1.0, 1.5])
+
+
+def test_a_bad_loss_does_not_reach_observe_under_the_guard():
+    method = mtl.skip_nonfinite(following())
     state = method.init(2)
     chex.assert_trees_all_equal(method.observe(state, jnp.array([1.0, jnp.nan])), state)
 
@@ -147,7 +174,8 @@ def test_a_bad_gradient_leaves_the_small_state_and_its_own_row(bad):
     assert state.skipped == 1
     recovered, _ = method.apply(state, jacobian())
     chex.assert_tree_all_finite(recovered)
-    assert jnp.isnan(bare.apply(good.inner, jacobian(bad))[1].log_weights).any()  # what the guard is for
+    unguarded = bare.apply(good.inner, jacobian(bad))[1]  # what the guard is for
+    assert not all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(unguarded))
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, 1e25])

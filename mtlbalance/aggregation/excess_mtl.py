@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.nn import logsumexp
 
 from mtlbalance import base, inputs
+from mtlbalance.baselines import count_seen
 from mtlbalance.gramian import vdot
 
 
@@ -57,9 +58,9 @@ def excess_mtl(
     The squared gradients are as large as the Jacobian. Gradients beyond 1e19 overflow their float32 squares: wrap
     the method in :func:`mtlbalance.skip_nonfinite` where that can happen.
 
-    With a constant gradient the ratio falls like one over the root of the call, so the weights move by up to
-    :math:`2 \eta \sqrt{t}` in t calls: with the default step a run of thousands ends with nearly all weight on one or
-    two tasks. The official code's default is 0.01.
+    A task's ratio falls at best like one over the root of the call, so after t calls two log-weights may differ by
+    up to about :math:`2 \eta \sqrt{t}`: with the default step a run of thousands can end with nearly all weight on one
+    or two tasks. The official code's default is 0.01.
 
     Note:
       The official code and LibMTL start at weight 1 and keep the total m: their gradient is m times this one's.
@@ -70,7 +71,8 @@ def excess_mtl(
     Args:
       robust_step_size: :math:`\eta > 0`. May be traced.
       n_warmup_steps: calls that only gather the baseline, at least 0. They are counted for each task.
-      normalize_first_step: ``False`` uses the raw excess as the exponent on a call that sets a baseline.
+      normalize_first_step: ``False`` uses the raw excess as the exponent on a call that sets a baseline itself, which
+        without a warm-up is the first.
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
 
     Returns:
@@ -94,7 +96,9 @@ def excess_mtl(
       He et al., `Robust Multi-Task Learning with Excess Risks <https://arxiv.org/abs/2402.02009>`_, ICML 2024,
       eqs. 6, 7 and 9, and "scale processing" in section 3.2; warm-up: appendix C.1.
     """
-    inputs.check("robust_step_size", robust_step_size, "a number above 0", lambda eta: eta > 0)
+    inputs.check(
+        "robust_step_size", robust_step_size, "a finite number above 0", lambda eta: (eta > 0) & jnp.isfinite(eta)
+    )
     inputs.check_int("n_warmup_steps", n_warmup_steps, 0)
 
     def init(m, params, dtype):
@@ -125,12 +129,8 @@ def excess_mtl(
         if not normalize_first_step:
             ratio, moving = jnp.where(unset, excess, ratio), mask & ~warming_up
         log_weights = _exponentiated_step(state.log_weights, robust_step_size * ratio, moving)
-        state = state._replace(
-            log_weights=log_weights,
-            baseline=jnp.where(mask, baseline, state.baseline),
-            seen=jnp.where(mask, state.seen + 1, state.seen),
-        )
-        return jax.nn.softmax(log_weights, where=mask), state
+        state = state._replace(log_weights=log_weights, baseline=jnp.where(mask, baseline, state.baseline))
+        return jax.nn.softmax(log_weights, where=mask), count_seen(state, mask)
 
     return base.rowwise_aggregator(init, visit, weigh, jacobian_shaped="squared_gradients")
 

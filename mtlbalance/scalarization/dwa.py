@@ -39,8 +39,11 @@ def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> 
     weights are constants of differentiation, 1 in the first two epochs, and sum to m. Losses must keep their
     sign: a loss that changes it has a negative rate and silently loses weight.
 
-    A task whose older average is zero has rate 1 (TorchJD: NaN weights for all). An absent task's averages
-    stay, and each average is over the calls in which its task was present.
+    A task whose older average is zero has rate 1. An absent task's averages stay, and each average is over the
+    calls in which its task was present.
+
+    Note:
+      In TorchJD a zero older average makes all weights NaN. LibMTL takes the averages from its trainer.
 
     Args:
       temperature: :math:`T > 0`; large values make the weights equal. May be traced.
@@ -81,7 +84,8 @@ def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> 
     def apply(state, values, mask):
         rate = jnp.where(state.older == 0, 1, state.newer / jnp.where(state.older == 0, 1, state.older))
         # A huge rate over a tiny average must not become infinite: softmax would turn it into NaN.
-        logits = jnp.clip(rate / temperature, *_range(values.dtype))
+        limit = jnp.finfo(values.dtype).max
+        logits = jnp.clip(rate / temperature, -limit, limit)
         weights = jnp.sum(mask) * jax.nn.softmax(logits, axis=None, where=mask)
         scalar = jnp.sum(jax.lax.stop_gradient(weights) * values, where=mask)
 
@@ -102,7 +106,3 @@ def _close(state, closing):
     """Makes the running average of the tasks in ``closing`` their newest epoch's."""
     closed = DWAState(jnp.zeros_like(state.average), jnp.zeros_like(state.count), state.average, state.newer)
     return jax.tree.map(lambda new, old: jnp.where(closing, new, old), closed, state)
-
-
-def _range(dtype):
-    return jnp.finfo(dtype).min, jnp.finfo(dtype).max

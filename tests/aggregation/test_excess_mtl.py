@@ -134,8 +134,8 @@ def test_visits_update_the_accumulator_in_place(method):
 
 
 def test_bounds():
-    for step in 0.0, -1.0, float("nan"):
-        with pytest.raises(ValueError, match="robust_step_size: expected a number above 0, found"):
+    for step in 0.0, -1.0, float("nan"), float("inf"):
+        with pytest.raises(ValueError, match="robust_step_size: expected a finite number above 0, found"):
             aggregation.excess_mtl(step)
     with pytest.raises(ValueError, match="n_warmup_steps: expected an int of at least 0, found -1"):
         aggregation.excess_mtl(n_warmup_steps=-1)

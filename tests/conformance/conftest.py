@@ -1,59 +1,7 @@
-"""One case at a time, built once for all checks of a module; and inputs of either family.
+"""Runs every check on every case of the catalogue: a check takes ``built``, ``scalarizer`` or ``aggregator``."""
 
-A check takes ``built`` (or ``scalarizer``, ``aggregator``): ``built.method``, ``built.init()`` and
-``built.sample(seed)``, losses or a Jacobian, so that one check serves both families.
-"""
-
-import jax
-import jax.numpy as jnp
-
-import mtlbalance as mtl
 from tests.catalogue import AGGREGATORS, SCALARIZERS
-
-PARAMS = {
-    "dense": {"w": jax.ShapeDtypeStruct((16, 4), jnp.float32), "b": jax.ShapeDtypeStruct((8,), jnp.float32)},
-    "scale": jax.ShapeDtypeStruct((), jnp.float32),
-}
-
-
-class Built:
-    """A case of the catalogue with its method built, and inputs for it."""
-
-    def __init__(self, case, family):
-        self.case, self.family = case, family
-        self.is_scalarizer = family == "scalarization"
-        self.method = case.make()
-
-    def method_for(self, tasks):
-        """The method for some of the tasks alone, in that order."""
-        return self.case.make(tasks=tasks) if self.case.per_task else self.method
-
-    def init(self, method=None, n_tasks=3, params=PARAMS):
-        return (method or self.method).init(n_tasks if self.is_scalarizer else (n_tasks, params))
-
-    def sample(self, seed, n_tasks=3, dtype=jnp.float32):
-        """Losses that span two orders of magnitude, or a Jacobian tree whose rows do."""
-        scale_key, *keys = jax.random.split(jax.random.key(seed), 4)
-        scale = jnp.exp(jax.random.normal(scale_key, (n_tasks,)))
-        if self.is_scalarizer:
-            return scale.astype(dtype)
-        leaves, treedef = jax.tree.flatten(PARAMS)
-        rows = [jax.random.normal(k, (n_tasks, *p.shape)) for k, p in zip(keys, leaves, strict=True)]
-        return treedef.unflatten([(scale.reshape(-1, *[1] * (row.ndim - 1)) * row).astype(dtype) for row in rows])
-
-    def stack(self, n_steps, seed=0, **kwargs):
-        """Inputs of several steps along a leading axis."""
-        samples = [self.sample(seed + i, **kwargs) for i in range(n_steps)]
-        return jax.tree.map(lambda *xs: jnp.stack(xs), *samples)
-
-    def restrict(self, x, tasks):
-        """The same inputs of some tasks only."""
-        return jax.tree.map(lambda leaf: leaf[tasks], x)
-
-    def poison(self, x, mask, value):
-        """The same inputs with ``value`` wherever a task is absent."""
-        return jax.tree.map(lambda leaf: jnp.where(mtl.inputs.rows(mask, leaf), leaf, value), x)
-
+from tests.conformance.helpers import Built
 
 BUILT = [Built(case, "scalarization") for case in SCALARIZERS] + [Built(case, "aggregation") for case in AGGREGATORS]
 

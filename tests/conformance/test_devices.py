@@ -7,11 +7,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mtlbalance.base import is_in
-from tests.conformance.conftest import PARAMS
-from tests.conformance.test_functions import SAME
+from tests.conformance.helpers import PARAMS, SAME
 from tests.events import compilations, recorded
 
-SPECS = {"dense": {"w": PartitionSpec("x", None), "b": PartitionSpec("x")}, "scale": PartitionSpec()}
+SPECS = {"dense": {"w": PartitionSpec(None, "x"), "b": PartitionSpec("x")}, "scale": PartitionSpec()}
 MESHES = {kind: jax.make_mesh((8,), ("x",), (getattr(AxisType, kind),)) for kind in ("Auto", "Explicit")}
 
 
@@ -72,6 +71,7 @@ def test_state_lies_with_the_parameters_and_compiles_once(built, mesh):
         for x in xs:
             _, state = step(state, x)
     assert compilations(events) == 1
+    assert "all-gather" not in step.lower(state, xs[0]).compile().as_text()
     assert_lies_as(state, before)
 
 

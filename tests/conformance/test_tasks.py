@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import mtlbalance as mtl
-from tests.conformance.conftest import PARAMS
-from tests.conformance.test_functions import SAME, by_rows
+from tests.conformance.helpers import PARAMS, SAME, by_rows
 
 ALL, NONE, SOME = jnp.ones(3, bool), jnp.zeros(3, bool), jnp.array([True, False, True])
 
@@ -21,6 +20,11 @@ def warmed_up(built):
 def per_task_leaves(state, n_tasks=3):
     """Leaves with one row per task; PARAMS has no axis of length 3 itself."""
     return [leaf for leaf in jax.tree.leaves(state) if leaf.shape[:1] == (n_tasks,)]
+
+
+def differs(new, old):
+    """For each task, whether its part of a leaf differs."""
+    return np.reshape(new != old, (3, -1)).any(1)
 
 
 def test_all_true_mask_is_no_mask(built):
@@ -60,17 +64,23 @@ def test_masked_is_the_method_on_the_present_tasks_alone(built):
             masked_state, alone_state = built.method.end_epoch(masked_state), alone.end_epoch(alone_state)
 
 
-def test_statistics_advance_only_while_present(built):
-    """Over 50 random masks an absent task's part of the state is bit-identical, a present one's finite."""
+def test_statistics_advance_while_present_and_only_then(built):
+    """Over 50 random masks an absent task's part of the state is bit-identical; a present one's moves if any does."""
     masks = jax.random.bernoulli(jax.random.key(0), 0.5, (50, 3))
-    state = built.init()
+    state, moved = built.init(), np.zeros(3, bool)
     for i, mask in enumerate(masks):
         x = built.poison(built.sample(i), mask, jnp.nan)
         _, new_state = built.method.apply(state, x, mask=mask)
         for new, old in zip(per_task_leaves(new_state), per_task_leaves(state), strict=True):
             np.testing.assert_array_equal(new[~mask], old[~mask])
+            moved |= differs(new, old)
         chex.assert_tree_all_finite(new_state)
         state = new_state
+    without_masks = zip(per_task_leaves(warmed_up(built)), per_task_leaves(built.init()), strict=True)
+    np.testing.assert_array_equal(moved, np.any([differs(new, old) for new, old in without_masks], axis=0))
+    seen = getattr(getattr(state, "inner", state), "seen", None)
+    if seen is not None:
+        np.testing.assert_array_equal(seen, masks.sum(0))
 
 
 def test_gradient_to_an_absent_value_is_zero_and_to_the_others_finite(scalarizer):

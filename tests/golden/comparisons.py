@@ -79,21 +79,12 @@ def check_dwa(case):
 
 
 def check_dwa_with_steps_per_epoch(case):
-    """The same where all epochs are of one length and ``apply`` closes them: in one ``lax.scan``, and in a loop."""
+    """The same in one ``lax.scan``, where all epochs are of one length and ``apply`` closes them."""
     (epoch_length,) = set(case["epoch_lengths"])
     method = scalarization.dwa(case["temperature"], steps_per_epoch=epoch_length)
     (losses,) = arrays(case, "losses")
-    for run in (jax.lax.scan, python_scan):
-        _, outputs = run(jax.jit(dwa_call(method)), method.init(losses[0]), losses)
-        check_dwa_calls(case, *outputs)
-
-
-def python_scan(call, state, inputs):
-    outputs = []
-    for x in inputs:
-        state, output = call(state, x)
-        outputs.append(output)
-    return state, tuple(zip(*outputs, strict=True))
+    _, outputs = jax.lax.scan(dwa_call(method), method.init(losses[0]), losses)
+    check_dwa_calls(case, *outputs)
 
 
 def dwa_call(method):

@@ -101,6 +101,8 @@ def test_bounds():
     for temperature in 0.0, -1.0, float("nan"), jnp.array(-2.0):
         with pytest.raises(ValueError, match="temperature: expected a number above 0, found"):
             scalarization.dwa(temperature)
+    with pytest.raises(ValueError, match=r"temperature: expected a scalar, found shape \(3,\)"):
+        scalarization.dwa(jnp.ones(3))
     with pytest.raises(ValueError, match="steps_per_epoch: expected an int of at least 1, found 0"):
         scalarization.dwa(steps_per_epoch=0)
     with pytest.raises(TypeError, match=r"steps_per_epoch: expected an int .*found float"):
