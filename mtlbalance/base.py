@@ -120,6 +120,8 @@ def scalarizer(
         return _place(init(*inputs.read_shape(shape)), shape)
 
     def public_apply(state, values, *, mask=None):
+        if values is None:
+            inputs.reject("values", "the losses", "None", TypeError)
         call = inputs.read_call(state, values, mask)
         scalar, new_state = apply(state, call.values, call.mask)
         if not call.all_present:

@@ -97,6 +97,8 @@ def per_task(
 ) -> chex.Array:
     """A hyperparameter with one number per task (an array, or a tree like the losses), or one ``scalar`` for all."""
     array = flatten(name, value)
+    if jnp.iscomplexobj(array):
+        reject(name, "real numbers", f"dtype {array.dtype}", TypeError)
     if array.shape != shape and not (scalar and array.ndim == 0):
         one_for_all = "a scalar or " if scalar else ""
         reject(name, f"{one_for_all}one number per task, shape {shape}", f"shape {array.shape}")
@@ -107,8 +109,7 @@ def new_key(key: int | chex.Array) -> chex.PRNGKey:
     """The typed key that a factory's ``key: int | key`` stands for; the int may be traced."""
     if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    key = jnp.asarray(key)
-    return jax.random.wrap_key_data(key) if key.ndim else jax.random.key(key)
+    return jax.random.wrap_key_data(jnp.asarray(key)) if getattr(key, "ndim", 0) else jax.random.key(key)
 
 
 # What `init` is given.
@@ -243,10 +244,12 @@ def _read_mask(mask, values, shape):
     for leaf in jax.tree.leaves(mask):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
             reject("mask", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
-    array, structure = flatten("mask", mask), jax.tree.structure(mask)
-    one_array = jax.tree_util.treedef_is_leaf(structure) or isinstance(mask, list)
-    if not one_array and values is not None and structure != jax.tree.structure(sums(values)):
-        reject("mask", f"the structure of values, {jax.tree.structure(sums(values))}", f"{structure}")
+    names, losses = jax.tree.structure(mask), sums(values)
+    if not jax.tree_util.treedef_is_leaf(names) and not jax.tree_util.treedef_is_leaf(jax.tree.structure(losses)):
+        expected, found = jax.tree.map(_shape, losses), jax.tree.map(_shape, mask)
+        if values is not None and expected != found:
+            reject("mask", f"one array, or the shapes of values {expected}", f"{found}")
+    array = flatten("mask", mask)
     if array.shape != shape:
         reject("mask", f"shape {shape}, as given to init", f"shape {array.shape}")
     return array
@@ -263,7 +266,8 @@ def _value(leaf, dtype):
 
 
 def _is_there(leaf):
-    return jnp.asarray(leaf.count) > 0 if _is_counted(leaf) else jnp.ones(jnp.shape(leaf), bool)
+    # A count that is NaN is present, and shows in the value.
+    return ~(jnp.asarray(leaf.count) <= 0) if _is_counted(leaf) else jnp.ones(jnp.shape(leaf), bool)
 
 
 def _is_counted(x):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mtlbalance import base, inputs
+from mtlbalance.gramian import vdot
 
 Method = TypeVar("Method", base.Scalarizer, base.Aggregator)
 
@@ -47,8 +48,9 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
     optimizers that act leaf by leaf; with a global-norm clip, or weight decay on the parameters, they differ.
 
     Optimizers that want ``value=``, ``grad=`` or ``value_fn=`` get them. The entries of absent tasks are kept, in
-    the fields and in the optimizer's leaves of the losses' shape (Adam's moments); other leaves, such as its step
-    counter, advance with any task present. To keep NaN out, wrap the result: ``skip_nonfinite(learn(...))``.
+    the fields and in what the optimizer has for each (Adam's moments); what it has for all of them, such as a step
+    counter or a norm (LAMB), goes on with any task present. To keep NaN out, wrap the result:
+    ``skip_nonfinite(learn(...))``.
 
     Args:
       method: a scalarizer with ``learned`` fields, such as ``scalarization.uw()``.
@@ -93,7 +95,7 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
         # Once more, so that the scalar can be differentiated with respect to the values.
         scalar, inner = method.apply(state.inner, values, mask=mask)
         new_fields = base.select(mask, optax.apply_updates(fields, updates), fields)
-        opt_state = _keep_absent(mask, opt_state, state.opt_state)
+        opt_state = _keep_absent(fields, mask, opt_state, state.opt_state)
         return scalar, LearnState(optax.tree.set(inner, **new_fields), opt_state)
 
     def end_epoch(state):
@@ -105,21 +107,23 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
     return base.scalarizer(init, apply, end_epoch=end_epoch, observe=observe)
 
 
-def _keep_absent(mask, new, old):
-    """The new optimizer state, but for what it holds of absent tasks: the entries of leaves with one per task."""
+def _keep_absent(fields, mask, new, old):
+    """The new optimizer state, but for what it holds of absent tasks: entries of leaves that mirror a learned field."""
 
-    def leaf(new, old):
-        return jnp.where(mask if jnp.shape(new) == mask.shape else True, new, old)
+    def leaf(path, new, old):
+        mirrors = any(getattr(key, "key", None) in fields for key in path) and jnp.shape(new) == mask.shape
+        return jnp.where(mask if mirrors else True, new, old)
 
-    return jax.tree.map(leaf, new, old)
+    return jax.tree_util.tree_map_with_path(leaf, new, old)
 
 
 def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Method:
     """Keeps a method's state from being poisoned by a loss or gradient that is not finite.
 
     On such a call the state stays as it was, and the output and its gradient are NaN, so that
-    ``optax.apply_if_finite`` after it drops the update too. A gradient whose float32 squares overflow (beyond 1e19)
-    counts as not finite. A call after which the state would not be finite is skipped as well.
+    ``optax.apply_if_finite`` after it drops the update too. A gradient whose norm is beyond 1e16 counts as not finite,
+    so that a million squares add up in float32. A call that would turn a finite number of the state into one that is
+    not is skipped as well.
 
     Rows of Jacobian-shaped fields are kept one by one: where one task's gradient is not finite, the other tasks'
     rows still take theirs in, as they must when rows are visited one at a time and never seen together.
@@ -172,9 +176,15 @@ def _skip_aggregator(method, axis_name):
         del dtype
         return _guarded(method.init((m, params)), (m,))
 
-    def finite_rows(state, jacobian, mask):
-        finite = _all_finite(jacobian, inputs.state_dtype(state, jacobian), mask.shape, axis_name)
-        return finite | ~mask
+    def finite_row(row):
+        square = vdot(row, row)
+        return _leaves_room(square if axis_name is None else jax.lax.psum(square, axis_name))
+
+    def finite_rows(jacobian, mask):
+        return jax.vmap(finite_row, axis_size=len(mask))(jacobian) | ~mask
+
+    def finite_diagonal(gramian, mask):
+        return _leaves_room(jnp.diagonal(gramian)) | ~mask
 
     def advance(state, inner, output, finite, values, mask):
         if values is not None:
@@ -184,18 +194,14 @@ def _skip_aggregator(method, axis_name):
 
     def guarded(apply, finite_tasks):
         def guarded_apply(state, statistic, values, mask):
-            finite = finite_tasks(state, statistic, mask)
+            finite = finite_tasks(statistic, mask)
             output, inner = apply(state.inner, statistic, values=values, mask=mask & finite)
             return advance(state, inner, output, finite, values, mask)
 
         return guarded_apply
 
-    def finite_diagonal(state, gramian, mask):
-        del state
-        return jnp.isfinite(jnp.diagonal(gramian)) | ~mask
-
     def visit(state, i, row, mask):
-        finite = _all_finite(row, inputs.state_dtype(state, row), (), axis_name)
+        finite = finite_row(row)
         inner, statistic = method.rowwise.visit(state.inner, i, row, mask=mask.at[i].set(mask[i] & finite))
         return state._replace(inner=inner), (statistic, finite)
 
@@ -222,21 +228,20 @@ def _guarded(inner, shape):
 
 def _advance(state, inner, finite, jacobian_shaped=()):
     """The state after a call in which the tasks in ``finite`` were so, and whether its inner state has moved."""
-    small = [x for path, x in jax.tree.leaves_with_path(inner) if not base.is_in(jacobian_shaped, path)]
-    ok = jnp.all(finite) & jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in small]))
+    ok = jnp.all(finite)
+    for (path, new), old in zip(jax.tree.leaves_with_path(inner), jax.tree.leaves(state.inner), strict=True):
+        if not base.is_in(jacobian_shaped, path):
+            # What was infinite before may be so by design: the best value so far of a line search.
+            ok &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
     inner = base.select(ok, inner, state.inner, new_anyway=jacobian_shaped)
     nonfinite = jnp.where(finite, state.nonfinite, optax.safe_increment(state.nonfinite))
     skipped = jnp.where(ok, state.skipped, optax.safe_increment(state.skipped))
     return SkipNonfiniteState(inner, nonfinite, skipped), ok
 
 
-def _all_finite(tree, dtype, kept, axis_name):
-    """Whether all squares in ``tree`` are finite, along all axes but the leading ones of shape ``kept``."""
-    finite = jnp.ones(kept, bool)
-    for leaf in jax.tree.leaves(tree):
-        axes = tuple(range(len(kept), leaf.ndim))
-        finite &= jnp.all(jnp.isfinite(jnp.square(leaf.astype(dtype))), axis=axes)
-    return finite if axis_name is None else jax.lax.pmin(finite.astype(jnp.int32), axis_name) > 0
+def _leaves_room(squared_norm):
+    """Whether a gradient is finite, and small enough that 2**20 of its squares can be added up."""
+    return jnp.isfinite(2**20 * squared_norm)
 
 
 def _inner_hooks(method):

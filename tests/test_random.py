@@ -30,6 +30,7 @@ def test_a_seed_a_key_and_its_data_are_the_same(factory):
     for key in jax.random.key(7), jax.random.key_data(jax.random.key(7)), np.int32(7):
         chex.assert_trees_all_equal(init(key), seed)
     assert not jnp.array_equal(init(8).key, seed.key)
+    np.testing.assert_array_equal(init(2**40).key, jax.random.key_data(jax.random.key(2**40)))
     other_generator = jax.random.key(7, impl="rbg")
     np.testing.assert_array_equal(init(other_generator).key, jax.random.key_data(other_generator))
 

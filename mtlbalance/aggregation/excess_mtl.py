@@ -55,8 +55,8 @@ def excess_mtl(
     weight until it has one, so the first call (and the warm-up) leaves the weights uniform, and a task that
     is absent or without gradient at first starts on equal terms later. The weights sum to 1 and start at 1/m.
 
-    The squared gradients are as large as the Jacobian. Gradients beyond 1e19 overflow their float32 squares: wrap
-    the method in :func:`mtlbalance.skip_nonfinite` where that can happen.
+    The squared gradients are as large as the Jacobian. Gradients beyond 1e19 overflow their float32 squares:
+    wrap the method in :func:`mtlbalance.skip_nonfinite` where that can happen.
 
     A task's ratio falls at best like one over the root of the call, so after t calls two log-weights may differ by
     up to about :math:`2 \eta \sqrt{t}`: with the default step a run of thousands can end with nearly all weight on one

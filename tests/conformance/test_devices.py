@@ -10,8 +10,9 @@ from mtlbalance.base import is_in
 from tests.conformance.helpers import PARAMS, SAME
 from tests.events import compilations, recorded
 
-SPECS = {"dense": {"w": PartitionSpec(None, "x"), "b": PartitionSpec("x")}, "scale": PartitionSpec()}
-MESHES = {kind: jax.make_mesh((8,), ("x",), (getattr(AxisType, kind),)) for kind in ("Auto", "Explicit")}
+SPECS = {"dense": {"w": PartitionSpec("y", "x"), "b": PartitionSpec(("x", "y"))}, "scale": PartitionSpec()}
+AXES = ("x", "y")
+MESHES = {kind: jax.make_mesh((4, 2), AXES, 2 * (getattr(AxisType, kind),)) for kind in ("Auto", "Explicit")}
 
 
 def rows_spec(spec):
@@ -88,9 +89,9 @@ def test_init_inside_jit_follows_an_explicit_sharding(aggregator):
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, memory), expected)
 
 
-def test_shard_map_reduces_over_the_axis_of_the_parameters(aggregator):
-    """Every parameter is split: the replicated scale is left out."""
-    method = aggregator.case.make(axis_name="x") if aggregator.case.sharded else aggregator.method
+def test_shard_map_reduces_over_the_axes_of_the_parameters(aggregator):
+    """Every parameter is split over both: the replicated scale is left out."""
+    method = aggregator.case.make(axis_name=AXES) if aggregator.case.sharded else aggregator.method
     params, rows = PARAMS["dense"], jax.tree.map(rows_spec, SPECS["dense"])
     state, sharded = aggregator.init(params=params), aggregator.init(method, params=params)
 

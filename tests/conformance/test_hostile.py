@@ -81,6 +81,8 @@ def test_wrong_losses_raise(scalarizer):
     for wrong in jnp.ones(3, int), jnp.ones(3, bool), jnp.ones(3, complex):
         with pytest.raises(TypeError, match=rf"values: expected floating point numbers, found dtype {wrong.dtype}"):
             apply(state, wrong)
+    with pytest.raises(TypeError, match="values: expected the losses, found None"):
+        apply(state, None)
     with pytest.raises(ValueError, match="values: expected a count of the sum's shape"):
         apply(state, mtl.Counted(jnp.ones(3), jnp.ones(())))
 
@@ -103,8 +105,11 @@ def test_wrong_masks_raise(built):
 
 def test_a_mask_of_other_names_raises(scalarizer):
     losses = {"left": 1.0, "right": 2.0, "sum": 3.0}
-    with pytest.raises(ValueError, match="mask: expected the structure of values"):
+    with pytest.raises(ValueError, match="mask: expected one array, or the shapes of values"):
         scalarizer.method.apply(scalarizer.init(), losses, mask={"left": True, "right": True, "total": True})
+    uneven, labels = {"a": jnp.ones(2), "b": jnp.ones(1)}, {"a": jnp.array([True]), "b": jnp.array([True, False])}
+    with pytest.raises(ValueError, match="mask: expected one array, or the shapes of values"):
+        scalarizer.method.apply(scalarizer.init(), uneven, mask=labels)
 
 
 def test_wrong_jacobians_raise(aggregator):

@@ -119,6 +119,8 @@ def test_counted_losses_are_value_and_mask(scalarizer):
     gradient, _ = jax.grad(counted, has_aux=True)(sums)
     expected, _ = jax.grad(lambda v: scalarizer.method.apply(state, v, mask=SOME), has_aux=True)(values)
     chex.assert_trees_all_close(gradient, expected / jnp.maximum(counts, 1), **SAME)
+    not_a_count = mtl.Counted(values, jnp.array([4.0, jnp.nan, 7.0]))
+    assert jnp.isnan(scalarizer.method.apply(state, not_a_count)[0])
     absent = mtl.Counted(sums, jnp.zeros(3, int))
     chex.assert_trees_all_equal(scalarizer.method.apply(state, absent), (jnp.zeros(()), state))
 
