@@ -1,4 +1,4 @@
-"""Contractions of Jacobian trees: the Gramian, inner products, and the weighted sum of the rows.
+"""Contractions of Jacobian trees: the Gramian, the weighted sum of the rows, and plain sums.
 
 A Jacobian is a tree shaped like the parameters in which every leaf has one more axis in front, the
 task: ``[m, *param.shape]``. A matrix ``[m, n]`` is the tree of one leaf. Every sum over parameters that
@@ -79,24 +79,23 @@ def combine(weights: chex.Array, jacobian: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(leaf_sum, jacobian)
 
 
-def vdot(gradient: chex.ArrayTree, other: chex.ArrayTree) -> chex.Array | float:
-    r"""Inner product of two gradients, :math:`\sum_k g_k h_k` over all parameters.
+def total(tree: chex.ArrayTree) -> chex.Array | float:
+    r"""Sum of all entries of a tree shaped like the parameters.
 
     Args:
-      gradient: tree shaped like the parameters.
-      other: the same.
+      tree: arrays of any shapes.
 
     Returns:
-      A scalar in ``result_type(float32, leaves)``; 0 for trees without leaves.
+      A scalar in ``result_type(float32, leaves)``; 0 for a tree without leaves.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from mtlbalance.gramian import vdot
-      >>> print(vdot({"w": jnp.array([3.0, 4.0]), "b": jnp.array(2.0)}, {"w": jnp.ones(2), "b": jnp.array(5.0)}))
-      17.0
+      >>> from mtlbalance.gramian import total
+      >>> print(total({"w": jnp.array([[3.0, 4.0]]), "b": jnp.array(2.0)}))
+      9.0
     """
-    products = jax.tree.map(lambda x, y: _contract(x, y, free=0), gradient, other)
-    return sum(jax.tree.leaves(products), 0.0)
+    # A dot with ones: XLA's CPU backend adds up a leaf's last axis in one thread, one number at a time.
+    return sum((_contract(leaf, jnp.ones_like(leaf), free=0) for leaf in jax.tree.leaves(tree)), 0.0)
 
 
 def _contract(x, y, free):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mtlbalance import base, inputs
-from mtlbalance.gramian import vdot
+from mtlbalance.gramian import total
 
 Method = TypeVar("Method", base.Scalarizer, base.Aggregator)
 
@@ -177,7 +177,7 @@ def _skip_aggregator(method, axis_name):
         return _guarded(method.init((m, params)), (m,))
 
     def finite_row(row):
-        square = vdot(row, row)
+        square = total(jax.tree.map(lambda x: jnp.square(x.astype(jnp.result_type(jnp.float32, x))), row))
         return _leaves_room(square if axis_name is None else jax.lax.psum(square, axis_name))
 
     def finite_rows(jacobian, mask):

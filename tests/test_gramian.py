@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtlbalance.gramian import combine, gramian, vdot
+from mtlbalance.gramian import combine, gramian, total
 
 RNG = np.random.default_rng(0)
 TREE = {"w": RNG.normal(size=(4, 5, 6)), "b": RNG.normal(size=(4, 3)), "s": RNG.normal(size=4)}
@@ -27,10 +27,10 @@ def test_gramian_and_combination_of_a_tree_are_those_of_its_matrix(dtype, tolera
         np.testing.assert_allclose(leaf.astype("float32"), expected, atol=10 * tolerance)
 
 
-def test_vdot_is_the_inner_product_of_all_parameters():
-    x, y = (jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i], jnp.float32), TREE) for i in range(2))
-    np.testing.assert_allclose(vdot(x, y), MATRIX[0] @ MATRIX[1], rtol=1e-5)
-    assert vdot({}, {}) == 0.0
+def test_total_is_the_sum_of_all_entries():
+    tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), TREE)
+    np.testing.assert_allclose(total(tree), MATRIX.sum(), rtol=1e-5)
+    assert total({}) == 0.0
 
 
 def test_float16_products_do_not_overflow():

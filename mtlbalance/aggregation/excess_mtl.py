@@ -14,7 +14,7 @@ from jax.nn import logsumexp
 
 from mtlbalance import base, inputs
 from mtlbalance.baselines import count_seen
-from mtlbalance.gramian import vdot
+from mtlbalance.gramian import total
 
 
 class ExcessMTLState(NamedTuple):
@@ -113,8 +113,8 @@ def excess_mtl(
         del present  # an absent task's gradient is zero, and so is its square
         # Eq. 7: the accumulator includes the gradient at hand.
         squares = jax.tree.map(lambda s, g: s + g * g, squared_gradients, gradient)
-        scaled = jax.tree.map(lambda s, g: g * jax.lax.rsqrt(s + 1e-7), squares, gradient)
-        return squares, vdot(gradient, scaled)
+        excess = jax.tree.map(lambda s, g: g * (g * jax.lax.rsqrt(s + 1e-7)), squares, gradient)
+        return squares, total(excess)
 
     def weigh(state, excess, values, mask):
         del values
