@@ -49,5 +49,5 @@ def row(name, ours, theirs, required, ours_count=1, theirs_count=1):
     theirs = [seconds / theirs_count for seconds in theirs]
     return (
         f"{name:32} {1e3 * min(ours):7.4f} ms {1e3 * min(theirs):7.4f} ms {median_of_ratios(theirs, ours):16.2f}x"
-        f" {min(theirs) / min(ours):9.2f}x {required:8}x"
+        f" {min(theirs) / min(ours):9.2f}x {required!s:>8}"
     )
