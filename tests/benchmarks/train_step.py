@@ -9,8 +9,8 @@ slower than it is.
 import argparse
 import os
 
-# In programs as small as these XLA's scheduler for concurrency adds up to a quarter to the time: for the defaults, run with
-# XLA_FLAGS set to anything else, such as "--xla_cpu_enable_concurrency_optimized_scheduler=true".
+# In programs as small as these XLA's scheduler for concurrency adds up to a quarter to the time: for the defaults, run
+# with XLA_FLAGS set to anything else, such as "--xla_cpu_enable_concurrency_optimized_scheduler=true".
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
 import jax
