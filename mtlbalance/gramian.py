@@ -38,8 +38,8 @@ def gramian(jacobian: chex.ArrayTree, *, axis_name: Hashable | None = None) -> c
     if len({leaf.shape[:1] for leaf in leaves}) != 1 or leaves[0].ndim == 0:
         shapes = [leaf.shape for leaf in leaves]
         raise ValueError(f"jacobian: expected leaves that share a leading task axis, found shapes {shapes}")
-    total = sum(_contract(leaf, leaf, free=1) for leaf in leaves)
-    return total if axis_name is None else jax.lax.psum(total, axis_name)
+    products = sum(_contract(leaf, leaf, free=1) for leaf in leaves)
+    return products if axis_name is None else jax.lax.psum(products, axis_name)
 
 
 def combine(weights: chex.Array, jacobian: chex.ArrayTree) -> chex.ArrayTree:

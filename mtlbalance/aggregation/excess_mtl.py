@@ -64,9 +64,8 @@ def excess_mtl(
 
     Note:
       The official code and LibMTL start at weight 1 and keep the total m: their gradient is m times this one's.
-      They have no warm-up and no :math:`10^{-7}` in the ratio. TorchJD up to
-      0.18 moves the weights on the first call already, by the excess itself instead of a ratio;
-      ``normalize_first_step=False`` does the same.
+      They have no warm-up and no :math:`10^{-7}` in the ratio. TorchJD up to 0.18 moves the weights on the first
+      call already, by the excess itself instead of a ratio; ``normalize_first_step=False`` does the same.
 
     Args:
       robust_step_size: :math:`\eta > 0`. May be traced.
