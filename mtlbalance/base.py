@@ -31,8 +31,8 @@ class Scalarizer(NamedTuple):
         ``values``) says which tasks are present. An absent task's value may be anything, but a NaN in the
         *gradient* behind it cannot be repaired here: divide by ``max(count, 1)``, or use :class:`Counted`.
       end_epoch: ``(state) -> new_state``, the identity unless the method has epochs.
-      observe: ``(state, values) -> new_state``, the identity unless the method looks at the losses again
-        after the optimizer's step.
+      observe: ``(state, values, *, mask=None) -> new_state``, the identity unless the method looks at the losses
+        again after the optimizer's step (FAMO), or at another number per task (DTP).
       learned: names of the state fields that are trained by gradient, see :func:`mtlbalance.learn`.
     """
 
@@ -330,13 +330,13 @@ def _hooks(end_epoch, observe, jacobian_shaped=()) -> tuple[Callable[..., Any], 
     def public_end_epoch(state):
         return jax.lax.stop_gradient(end_epoch(state))
 
-    def public_observe(state, values):
-        call = inputs.read_call(state, values, None)
+    def public_observe(state, values, *, mask=None):
+        call = inputs.read_call(state, values, mask)
         return _settle(call, observe(state, call.values, call.mask), state, jacobian_shaped)
 
     return (
         jax.jit(public_end_epoch) if end_epoch else lambda state: state,
-        jax.jit(public_observe) if observe else lambda state, values: state,
+        jax.jit(public_observe) if observe else lambda state, values, *, mask=None: state,
     )
 
 

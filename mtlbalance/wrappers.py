@@ -102,7 +102,7 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
         return state._replace(inner=method.end_epoch(state.inner))
 
     def observe(state, values, mask):
-        return state._replace(inner=method.observe(state.inner, _masked(values, mask)))
+        return state._replace(inner=method.observe(state.inner, values, mask=mask))
 
     return base.scalarizer(init, apply, end_epoch=end_epoch, observe=observe)
 
@@ -228,15 +228,21 @@ def _guarded(inner, shape):
 
 def _advance(state, inner, finite, jacobian_shaped=()):
     """The state after a call in which the tasks in ``finite`` were so, and whether its inner state has moved."""
-    ok = jnp.all(finite)
-    for (path, new), old in zip(jax.tree.leaves_with_path(inner), jax.tree.leaves(state.inner), strict=True):
-        if not base.is_in(jacobian_shaped, path):
-            # What was infinite before may be so by design: the best value so far of a line search.
-            ok &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
+    ok = jnp.all(finite) & _stays_finite(inner, state.inner, jacobian_shaped)
     inner = base.select(ok, inner, state.inner, new_anyway=jacobian_shaped)
     nonfinite = jnp.where(finite, state.nonfinite, optax.safe_increment(state.nonfinite))
     skipped = jnp.where(ok, state.skipped, optax.safe_increment(state.skipped))
     return SkipNonfiniteState(inner, nonfinite, skipped), ok
+
+
+def _stays_finite(new_state, state, jacobian_shaped=()):
+    """Whether every finite number outside the Jacobian-shaped fields is still so."""
+    ok = jnp.array(True)
+    for (path, new), old in zip(jax.tree.leaves_with_path(new_state), jax.tree.leaves(state), strict=True):
+        if not base.is_in(jacobian_shaped, path):
+            # What was infinite before may be so by design: the best value so far of a line search.
+            ok &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
+    return ok
 
 
 def _leaves_room(squared_norm):
@@ -245,17 +251,14 @@ def _leaves_room(squared_norm):
 
 
 def _inner_hooks(method):
+    jacobian_shaped = getattr(method, "jacobian_shaped", ())
+
     def end_epoch(state):
         return state._replace(inner=method.end_epoch(state.inner))
 
     def observe(state, values, mask):
-        inner = method.observe(state.inner, _masked(values, mask))
-        ok = jnp.all(jnp.isfinite(values) | ~mask)
+        inner = method.observe(state.inner, values, mask=mask)
+        ok = jnp.all(jnp.isfinite(values) | ~mask) & _stays_finite(inner, state.inner, jacobian_shaped)
         return state._replace(inner=base.select(ok, inner, state.inner))
 
     return {"end_epoch": end_epoch, "observe": observe}
-
-
-def _masked(values, mask):
-    """Losses that carry their mask, for the hook that takes none."""
-    return inputs.Counted(values, mask.astype(jnp.int32))

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax.nn import logsumexp
 
-from mtlbalance import base, inputs
+from mtlbalance import base, inputs, numerics
 from mtlbalance.baselines import count_seen
 from mtlbalance.gramian import total
 
@@ -127,15 +126,8 @@ def excess_mtl(
         moving = mask & ~warming_up & ~unset
         if not normalize_first_step:
             ratio, moving = jnp.where(unset, excess, ratio), mask & ~warming_up
-        log_weights = _exponentiated_step(state.log_weights, robust_step_size * ratio, moving)
+        log_weights = numerics.exponentiated_step(state.log_weights, robust_step_size * ratio, moving)  # eq. 9
         state = state._replace(log_weights=log_weights, baseline=jnp.where(mask, baseline, state.baseline))
         return jax.nn.softmax(log_weights, where=mask), count_seen(state, mask)
 
     return base.rowwise_aggregator(init, visit, weigh, jacobian_shaped="squared_gradients")
-
-
-def _exponentiated_step(log_weights, step, moving):
-    """Eq. 9 among the tasks in ``moving``, which keep their total: the others keep their weights."""
-    moved = log_weights + step
-    total_before, total_after = logsumexp(log_weights, where=moving), logsumexp(moved, where=moving)
-    return jnp.where(moving, moved + total_before - total_after, log_weights)

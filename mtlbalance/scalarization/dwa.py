@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
+from mtlbalance import base, inputs, numerics
 
 
 class DWAState(NamedTuple):
@@ -82,19 +82,15 @@ def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> 
         return DWAState(zeros, jnp.zeros(shape, jnp.int32), zeros, zeros)
 
     def apply(state, values, mask):
-        rate = jnp.where(state.older == 0, 1, state.newer / jnp.where(state.older == 0, 1, state.older))
-        # A huge rate over a tiny average must not become infinite: softmax would turn it into NaN.
-        limit = jnp.finfo(values.dtype).max
-        logits = jnp.clip(rate / temperature, -limit, limit)
-        weights = jnp.sum(mask) * jax.nn.softmax(logits, axis=None, where=mask)
-        scalar = jnp.sum(jax.lax.stop_gradient(weights) * values, where=mask)
+        rate = numerics.ratio(state.newer, state.older)
+        weights = jnp.sum(mask) * numerics.softmax(rate / temperature, mask)
 
         count = state.count + mask
         average = state.average + jnp.where(mask, (values - state.average) / jnp.maximum(count, 1), 0)
         state = state._replace(average=average, count=count)
         if steps_per_epoch is not None:
             state = _close(state, mask & (count >= steps_per_epoch))
-        return scalar, state
+        return numerics.weighted_sum(weights, values, mask), state
 
     def end_epoch(state):
         return _close(state, state.count > 0)

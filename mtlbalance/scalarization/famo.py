@@ -1,0 +1,131 @@
+"""FAMO: fast adaptive multitask optimization, equal rates of decrease from the loss values alone.
+
+Liu et al., "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023, https://arxiv.org/abs/2306.03792
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtlbalance import base, inputs, numerics
+from mtlbalance.baselines import count_seen
+
+
+class FAMOState(NamedTuple):
+    """State of :func:`famo`; every leaf has one entry per task.
+
+    Attributes:
+      logits: :math:`w`, whose softmax weighs the tasks.
+      seen: int32, the calls of ``apply`` in which the task was present.
+      previous: its loss in the last of them; 0 before.
+      opt_state: the state of Adam, with its own step count for each task.
+    """
+
+    logits: chex.Array
+    seen: chex.Array
+    previous: chex.Array
+    opt_state: optax.OptState
+
+
+def famo(
+    min_losses: chex.ArrayTree | float = 0.0,
+    lr: chex.Numeric = 0.025,
+    weight_decay: chex.Numeric = 1e-3,
+    delayed: bool = False,
+) -> base.Scalarizer:
+    r"""Weights that make all losses fall at one relative rate, learned from how they changed.
+
+    .. math:: c \sum_i z_i \log d_i, \quad z = \mathrm{softmax}(w), \quad d_i = L_i - b_i + 10^{-8}, \quad
+              c = \Big( \sum_i z_i / d_i \Big)^{-1}
+
+    where :math:`z` and :math:`c` are constants of differentiation: the weights :math:`c z_i / d_i` sum to 1. After
+    the optimizer's step, give the losses of the same batch to ``observe``: it takes one step of Adam on :math:`w`
+    with the gradient
+
+    .. math:: z_i (\delta_i - \textstyle\sum_j z_j \delta_j), \quad
+              \delta_i = \log d_i^\mathrm{before} - \log d_i^\mathrm{after}
+
+    ``observe`` compares with the last ``apply`` whose state was kept: to evaluate, call ``apply`` and drop its state.
+    With ``delayed=True`` no second evaluation is needed: ``apply`` takes the losses at hand for those after the last
+    step, updates :math:`w` by them first, and ``observe`` does nothing. That costs nothing, but the losses are those
+    of another batch.
+
+    Losses must be above their bounds :math:`b`: below, the scalar is NaN, and so is the state after
+    ``observe``, unless :func:`mtlbalance.skip_nonfinite` guards it.
+
+    Note:
+      The weight decay is that of the paper's algorithm 2, TorchJD and LibMTL; the official code has 0.01 in one
+      file and 1e-5 in the other, 0 for its toy problem, where it uses the delayed form. It also clips the
+      gradient of the shared parameters to norm 1: put ``optax.clip_by_global_norm(1.0)`` before your optimizer.
+      The decay is added to the gradient, as in ``torch.optim.Adam``.
+
+    Args:
+      min_losses: lower bounds :math:`b`: one real number, or one per task (an array or a tree of the same names).
+        May be traced.
+      lr: Adam's learning rate, at least 0. May be traced.
+      weight_decay: at least 0. May be traced.
+      delayed: whether the next call's losses stand in for those after the step.
+
+    Returns:
+      A :class:`~mtlbalance.Scalarizer` with state :class:`FAMOState`.
+
+    Raises:
+      ValueError: if ``lr`` or ``weight_decay`` is out of bounds; at ``init``, if ``min_losses`` has another shape than
+        the losses.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtlbalance import scalarization
+      >>> method = scalarization.famo()
+      >>> scalar, state = method.apply(method.init(2), jnp.array([1.0, 4.0]))
+      >>> state = method.observe(state, jnp.array([0.5, 3.9]))  # after the optimizer's step
+      >>> print([f"{weight:.4f}" for weight in jax.nn.softmax(state.logits)])  # the second falls too slowly
+      ['0.4875', '0.5125']
+
+    References:
+      Liu et al., `FAMO: Fast Adaptive Multitask Optimization <https://arxiv.org/abs/2306.03792>`_, NeurIPS 2023,
+      algorithm 2; https://github.com/Cranial-XIX/FAMO.
+    """
+    inputs.check("lr", lr, "a number of at least 0", lambda x: x >= 0)
+    inputs.check("weight_decay", weight_decay, "a number of at least 0", lambda x: x >= 0)
+    optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(lr))
+
+    def distance(values):
+        return values - inputs.per_task("min_losses", min_losses, values.shape, values.dtype) + 1e-8
+
+    def init(shape, dtype):
+        zeros = jnp.zeros(shape, dtype)
+        distance(zeros)
+        return FAMOState(zeros, jnp.zeros(shape, jnp.int32), zeros, _each(optimizer.init, zeros.ndim)(zeros))
+
+    def apply(state, values, mask):
+        if delayed:
+            state = step(state, values, mask)
+        weights = numerics.softmax(state.logits, mask)
+        distances = distance(values)
+        weights = weights / jnp.sum(weights / distances, where=mask)
+        scalar = numerics.weighted_sum(weights, jnp.log(distances), mask)
+        state = state._replace(previous=jnp.where(mask, values, state.previous))
+        return scalar, count_seen(state, mask)
+
+    def step(state, values, mask):
+        moving = mask & (state.seen > 0)
+        decrease = jnp.log(distance(state.previous)) - jnp.log(distance(values))
+        weights = numerics.softmax(state.logits, moving)
+        gradient = weights * (decrease - jnp.sum(weights * decrease, where=moving))
+        updates, opt_state = _each(optimizer.update, weights.ndim)(gradient, state.opt_state, state.logits)
+        logits = optax.apply_updates(state.logits, updates)
+        new_state = state._replace(logits=logits, opt_state=opt_state)
+        return base.select(moving, new_state, state)
+
+    return base.scalarizer(init, apply, observe=None if delayed else step)
+
+
+def _each(function, n_axes):
+    """``function`` mapped over all axes, so that every task has an optimizer of its own."""
+    for _ in range(n_axes):
+        function = jax.vmap(function)
+    return function

@@ -1,0 +1,56 @@
+"""Scale-invariant linear scalarization: the sum of the losses' logarithms.
+
+Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, https://arxiv.org/abs/2202.01017
+"""
+
+import chex
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs
+from mtlbalance.baselines import SeenState, count_seen
+
+
+def scale_invariant(weights: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
+    r"""The sum of the losses' logarithms (the baseline SI, also log-sum).
+
+    .. math:: \sum_i w_i \log L_i
+
+    The gradient weighs a loss by :math:`w_i / L_i`, so that a loss's scale does not matter. Losses must be positive.
+    A loss of zero counts as the smallest normal number, with weight zero: its logarithm stays finite. Where one is
+    negative the scalar is NaN.
+
+    Note:
+      The official code of Nash-MTL has no guard at zero.
+
+    Args:
+      weights: one real number for all, or one per task (an array or a tree of the same names). May be traced.
+
+    Returns:
+      A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`.
+
+    Raises:
+      ValueError: at ``init``, if ``weights`` has another shape than the losses.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtlbalance import scalarization
+      >>> method = scalarization.scale_invariant()
+      >>> weights, _ = jax.grad(method.apply, argnums=1, has_aux=True)(method.init(2), jnp.array([0.5, 4.0]))
+      >>> print(weights)
+      [2.   0.25]
+
+    References:
+      Navon et al., `Multi-Task Learning as a Bargaining Game <https://arxiv.org/abs/2202.01017>`_, ICML 2022,
+      section 5 (baseline "SI").
+    """
+
+    def init(shape, dtype):
+        inputs.per_task("weights", weights, shape, dtype)
+        return SeenState(jnp.zeros(shape, jnp.int32))
+
+    def apply(state, values, mask):
+        fixed = inputs.per_task("weights", weights, values.shape, values.dtype)
+        logs = jnp.log(jnp.where(values == 0, jnp.finfo(values.dtype).tiny, values))
+        return jnp.sum(fixed * logs, where=mask), count_seen(state, mask)
+
+    return base.scalarizer(init, apply)

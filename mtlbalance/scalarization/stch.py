@@ -1,0 +1,147 @@
+"""STCH: smooth Tchebycheff scalarization, a smooth maximum of the preferred losses.
+
+Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", ICML 2024,
+https://arxiv.org/abs/2402.19078
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs
+
+
+class STCHState(NamedTuple):
+    """State of :func:`stch`; every field has one entry per task. Without a warm-up it stays as it is.
+
+    Attributes:
+      nadir: mean loss of the epoch after the warm-up; 0 before.
+      count: int32, the calls of the epoch so far in which the task was present.
+      epoch: int32, the epochs closed.
+    """
+
+    nadir: chex.Array
+    count: chex.Array
+    epoch: chex.Array
+
+
+def stch(
+    mu: chex.Numeric,
+    weights: chex.ArrayTree | None = None,
+    reference: chex.ArrayTree | None = None,
+    *,
+    n_warmup_epochs: int | None = None,
+    steps_per_epoch: int | None = None,
+) -> base.Scalarizer:
+    r"""A smooth maximum of the losses, whose minima for all preferences are the whole Pareto front.
+
+    .. math:: \mu \log \sum_i \exp\big( \lambda_i (L_i - z_i) / \mu \big)
+
+    It tends to the weighted maximum as :math:`\mu` falls. Any real losses will do, but they should be of one scale.
+    Its gradient is a softmax times :math:`\lambda`: with the default preference 1/m the weights sum to 1/m.
+
+    With ``n_warmup_epochs`` it is instead the training rule of the official code, which needs positive losses but
+    not of one scale: the sum of :math:`\log(L_i + 10^{-20})` in the first epochs, which are ``n_warmup_epochs``
+    and one more; from the mean losses of that last one, the nadir :math:`n`,
+
+    .. math:: m\,\mu \log \sum_i \exp\big( \log(L_i / n_i + 10^{-20}) / \mu \big)
+
+    ever after. The weights are then :math:`1/L_i` in the first epochs, and m times a softmax over :math:`L_i` later.
+    A loss of zero has a weight up to :math:`10^{20}`; a negative one makes the scalar NaN. A task that joins late
+    has epochs of its own: until it has a nadir it adds its logarithm to the smooth maximum of the others.
+
+    Note:
+      The paper's equation is that of TorchJD, the warm-up that of the official code and LibMTL, which have neither
+      preference nor reference and start with ``mu=1.0, n_warmup_epochs=4``. A nadir of zero counts as 1.
+
+    Args:
+      mu: smoothing :math:`\mu > 0`. May be traced.
+      weights: preference :math:`\lambda`, one real number per task: an array of the losses' shape, or a tree of the
+        same names. May be traced: ``vmap`` over it traces a Pareto front. 1/m each by default.
+      reference: ideal point :math:`z`, one real number per task; zero by default. May be traced.
+      n_warmup_epochs: ``None``, or an int of at least 0, then without ``weights`` and ``reference``.
+      steps_per_epoch: with a warm-up: ``None``, to close epochs by ``end_epoch``, or after how many calls (at least
+        1) ``apply`` closes a task's epoch itself.
+
+    Returns:
+      A :class:`~mtlbalance.Scalarizer` with state :class:`STCHState`.
+
+    Raises:
+      ValueError: if ``mu``, ``n_warmup_epochs`` or ``steps_per_epoch`` is out of bounds, or if a preference or
+        reference comes with a warm-up; at ``init``, if one has another shape than the losses.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import scalarization
+      >>> method = scalarization.stch(mu=0.1, weights=jnp.array([0.5, 0.5]))
+      >>> scalar, state = method.apply(method.init(2), jnp.array([1.0, 3.0]))
+      >>> print(f"{scalar:.4f}")
+      1.5000
+
+    References:
+      Lin et al., `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
+      <https://arxiv.org/abs/2402.19078>`_, ICML 2024, eq. 10; https://github.com/Xi-L/STCH.
+    """
+    inputs.check("mu", mu, "a number above 0", lambda mu: mu > 0)
+    if n_warmup_epochs is not None:
+        inputs.check_int("n_warmup_epochs", n_warmup_epochs, 0)
+        if weights is not None or reference is not None:
+            inputs.reject("n_warmup_epochs", "None together with weights or reference", f"{n_warmup_epochs}")
+    if steps_per_epoch is not None:
+        inputs.check_int("steps_per_epoch", steps_per_epoch, 1)
+
+    def preference(shape, dtype, n_tasks):
+        by_default = 1 / n_tasks if weights is None else weights
+        at = 0.0 if reference is None else reference
+        return (
+            inputs.per_task("weights", by_default, shape, dtype, scalar=weights is None),
+            inputs.per_task("reference", at, shape, dtype, scalar=reference is None),
+        )
+
+    def init(shape, dtype):
+        preference(shape, dtype, 1)
+        zeros = jnp.zeros(shape, jnp.int32)
+        return STCHState(jnp.zeros(shape, dtype), zeros, zeros)
+
+    def apply(state, values, mask):
+        if n_warmup_epochs is not None:
+            return warmed_up(state, values, mask)
+        preferred, ideal = preference(values.shape, values.dtype, jnp.maximum(jnp.sum(mask), 1))
+        return _smooth_max(preferred * (values - ideal), mu, mask), state
+
+    def warmed_up(state, values, mask):
+        ready = mask & (state.epoch > n_warmup_epochs)
+        nadir = jnp.where(ready & (state.nadir != 0), state.nadir, 1)
+        # The logarithm of the quotient, which itself might overflow.
+        logs = jnp.log(values + jnp.maximum(1e-20 * nadir, jnp.finfo(nadir.dtype).tiny)) - jnp.log(nadir)
+        warming_up = jnp.sum(logs, where=mask & ~ready)
+        scalar = warming_up + jnp.sum(ready) * _smooth_max(logs, mu, ready)
+
+        count = state.count + mask
+        gathered = state.nadir + (values - state.nadir) / jnp.maximum(count, 1)
+        nadir = jnp.where(mask & (state.epoch == n_warmup_epochs), gathered, state.nadir)
+        state = STCHState(nadir, count, state.epoch)
+        if steps_per_epoch is not None:
+            state = _close(state, mask & (count >= steps_per_epoch))
+        return scalar, state
+
+    def end_epoch(state):
+        return _close(state, state.count > 0)
+
+    return base.scalarizer(init, apply, end_epoch=end_epoch)
+
+
+def _smooth_max(x, mu, mask):
+    """``mu * log(sum(exp(x / mu)))`` of the tasks in ``mask``; 0 for none."""
+    some = jnp.any(mask)
+    largest = jax.lax.stop_gradient(jnp.max(x, where=mask, initial=-jnp.inf))
+    largest = jnp.where(some, largest, 0)
+    added = jnp.sum(jnp.exp(jnp.where(mask, (x - largest) / mu, -jnp.inf)))
+    return mu * jnp.log(jnp.where(some, added, 1)) + largest
+
+
+def _close(state, closing):
+    """Ends the running epoch of the tasks in ``closing``."""
+    return state._replace(count=jnp.where(closing, 0, state.count), epoch=state.epoch + closing)
