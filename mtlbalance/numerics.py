@@ -54,6 +54,11 @@ def unit(vector: chex.Array) -> chex.Array:
     return vector / optax.safe_norm(vector, 0.5)
 
 
+def reverse_gradient(x: chex.Array) -> chex.Array:
+    """``x``, whose gradient comes back with the opposite sign: who descends on it climbs."""
+    return 2 * jax.lax.stop_gradient(x) - x
+
+
 def _finite(x):
     limit = jnp.finfo(x.dtype).max
     return jnp.clip(x, -limit, limit)

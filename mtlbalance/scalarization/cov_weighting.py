@@ -1,0 +1,92 @@
+"""CoV-Weighting: weights from the coefficient of variation of each loss.
+
+Groenendijk et al., "Multi-Loss Weighting with Coefficient of Variations", WACV 2021,
+https://arxiv.org/abs/2009.01717
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs, numerics
+from mtlbalance.baselines import count_seen
+
+
+class CoVWeightingState(NamedTuple):
+    """State of :func:`cov_weighting`; every field has one entry per task.
+
+    Attributes:
+      mean_loss: running mean of the loss.
+      mean_ratio: running mean of the loss over the mean before it.
+      squares: sum of squared deviations of that ratio.
+      seen: int32, the calls in which the task was present.
+    """
+
+    mean_loss: chex.Array
+    mean_ratio: chex.Array
+    squares: chex.Array
+    seen: chex.Array
+
+
+def cov_weighting(decay: chex.Numeric | None = None) -> base.Scalarizer:
+    r"""Weights each loss by how much it varies, relative to its running mean.
+
+    .. math:: \sum_i w_i L_i, \quad w_i \propto \frac{\sigma_i}{\mu_i}, \quad
+              \ell_i(t) = \frac{L_i(t)}{\bar L_i(t - 1)}
+
+    where :math:`\mu_i` and :math:`\sigma_i` are the mean and the standard deviation of the ratios :math:`\ell_i` of the
+    calls before this one, and :math:`\bar L_i` the mean of the losses. A loss that has settled loses weight. The
+    weights are constants of differentiation and sum to 1; a task has an equal share on its first two calls. Losses
+    must keep their sign. A mean of zero gives ratio 1.
+
+    Note:
+      The variance is that of the official code: squared deviations over the number of calls, plus 1e-8. Its decaying
+      mean has 1 as default, which never moves; the deviations do not decay.
+
+    Args:
+      decay: ``None`` for plain running means, or how much of a mean is kept at each call, from 0 to 1. May be traced.
+
+    Returns:
+      A :class:`~mtlbalance.Scalarizer` with state :class:`CoVWeightingState`.
+
+    Raises:
+      ValueError: if ``decay`` is out of bounds.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtlbalance import scalarization
+      >>> method = scalarization.cov_weighting()
+      >>> state = method.init(3)
+      >>> for losses in [4.0, 1.0, 0.5], [3.0, 0.9, 0.6]:
+      ...     scalar, state = method.apply(state, jnp.array(losses))
+      >>> weights, _ = jax.grad(method.apply, argnums=1, has_aux=True)(state, jnp.array([2.5, 0.7, 0.55]))
+      >>> print([f"{weight:.4f}" for weight in weights])
+      ['0.4988', '0.1838', '0.3174']
+
+    References:
+      Groenendijk et al., `Multi-Loss Weighting with Coefficient of Variations
+      <https://arxiv.org/abs/2009.01717>`_, WACV 2021; https://github.com/rickgroen/cov-weighting.
+    """
+    if decay is not None:
+        inputs.check("decay", decay, "a number from 0 to 1", lambda x: (x >= 0) & (x <= 1))
+
+    def init(shape, dtype):
+        zeros = jnp.zeros(shape, dtype)
+        return CoVWeightingState(zeros, zeros, zeros, jnp.zeros(shape, jnp.int32))
+
+    def apply(state, values, mask):
+        seen = state.seen
+        deviation = jnp.sqrt(state.squares / jnp.maximum(seen, 1) + 1e-8)
+        weights = numerics.shares(numerics.ratio(deviation, state.mean_ratio), seen >= 2, mask)
+
+        loss_ratio = jnp.where(seen == 0, 1, numerics.ratio(values, state.mean_loss))
+        kept = jnp.where(seen == 0, 0, seen / (seen + 1) if decay is None else decay)
+        mean_loss = kept * state.mean_loss + (1 - kept) * values
+        mean_ratio = kept * state.mean_ratio + (1 - kept) * loss_ratio
+        # Welford's update of the sum of squared deviations.
+        squares = state.squares + (loss_ratio - state.mean_ratio) * (loss_ratio - mean_ratio)
+        new_state = base.select(mask, CoVWeightingState(mean_loss, mean_ratio, squares, seen), state)
+        return numerics.weighted_sum(weights, values, mask), count_seen(new_state, mask)
+
+    return base.scalarizer(init, apply)

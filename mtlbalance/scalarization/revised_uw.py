@@ -1,0 +1,68 @@
+"""Revised UW: uncertainty weighting with a regulariser that is never negative.
+
+Liebel and Körner, "Auxiliary Tasks in Multi-task Learning", 2018, https://arxiv.org/abs/1805.06334
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs
+
+
+class RevisedUWState(NamedTuple):
+    r"""State of :func:`revised_uw`.
+
+    Attributes:
+      sigma: the uncertainties :math:`\sigma`, one per task. Learned.
+    """
+
+    sigma: chex.Array
+
+
+def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
+    r"""Weights each loss by a learned uncertainty, with a regulariser of at least zero.
+
+    .. math:: \sum_i \frac{L_i}{2 \sigma_i^2} + \log(1 + \sigma_i^2)
+
+    For a fixed loss the optimum is :math:`\sigma^2 = (L + \sqrt{L^2 + 8 L}) / 4`. Losses must be positive: a loss of
+    zero drives :math:`\sigma` to zero, where the weight has no bound, and a negative one does so without a limit.
+    The weights sum to m/2 at the start. Neither weight decay nor a large learning rate should push :math:`\sigma`
+    across zero.
+
+    The uncertainties are trained by gradient, in one of two ways: differentiate with respect to the state and
+    give it to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`.
+
+    Args:
+      initial_sigma: start of :math:`\sigma`, not zero: one real number, or one per task (an array or a tree of the same
+        names).
+
+    Returns:
+      A :class:`~mtlbalance.Scalarizer` with state :class:`RevisedUWState` and ``learned=("sigma",)``.
+
+    Raises:
+      ValueError: at ``init``, if ``initial_sigma`` has another shape than the losses.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtlbalance import scalarization
+      >>> method = scalarization.revised_uw()
+      >>> grad_fn = jax.value_and_grad(method.apply, has_aux=True)  # to the state
+      >>> (scalar, state), grads = grad_fn(method.init(2), jnp.array([1.0, 4.0]))
+      >>> print(f"{scalar:.4f}", grads.sigma)
+      3.8863 [ 0. -3.]
+
+    References:
+      Liebel and Körner, `Auxiliary Tasks in Multi-task Learning <https://arxiv.org/abs/1805.06334>`_, 2018;
+      https://github.com/Mikoto10032/AutomaticWeightedLoss (third party).
+    """
+
+    def init(shape, dtype):
+        return RevisedUWState(inputs.per_task("initial_sigma", initial_sigma, shape, dtype))
+
+    def apply(state, values, mask):
+        variance = jnp.square(state.sigma)
+        return jnp.sum(0.5 / variance * values + jnp.log1p(variance), where=mask), state
+
+    return base.scalarizer(init, apply, learned=("sigma",))

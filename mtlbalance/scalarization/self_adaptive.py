@@ -1,0 +1,73 @@
+"""Self-adaptive loss weights: free multipliers that climb while the model descends.
+
+McClenny and Braga-Neto, "Self-Adaptive Physics-Informed Neural Networks", Journal of Computational Physics 474, 2023,
+https://arxiv.org/abs/2009.04544
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs, numerics
+
+
+class SelfAdaptiveState(NamedTuple):
+    """State of :func:`self_adaptive`.
+
+    Attributes:
+      multipliers: the square roots of the weights, one per task. Learned, upwards.
+    """
+
+    multipliers: chex.Array
+
+
+def self_adaptive(initial_multipliers: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
+    r"""Weights that a gradient ascent raises for as long as their losses are not zero.
+
+    .. math:: \min_\theta \max_\lambda \sum_i \lambda_i^2 L_i(\theta)
+
+    The total of the weights is free, m at the start, and grows without bound. Losses must be at least zero: the weight
+    of a negative one falls.
+
+    The gradient with respect to the multipliers :math:`\lambda` has its sign reversed, so that whatever optimizer
+    descends on it climbs: give it an optimizer of its own by
+    ``mtlbalance.learn(self_adaptive(), optax.adam(5e-3))``, or differentiate with respect to the state too and let one
+    optimizer train both.
+
+    Note:
+      The paper weighs every collocation point, and its code starts with random multipliers. Here there is one for each
+      loss; for a weight per point give the points' losses as the values.
+
+    Args:
+      initial_multipliers: start of :math:`\lambda`, not zero: one real number, or one per task (an array or a tree of
+        the same names).
+
+    Returns:
+      A :class:`~mtlbalance.Scalarizer` with state :class:`SelfAdaptiveState` and ``learned=("multipliers",)``.
+
+    Raises:
+      ValueError: at ``init``, if ``initial_multipliers`` has another shape than the losses.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import scalarization
+      >>> method = mtl.learn(scalarization.self_adaptive(), optax.sgd(0.1))
+      >>> scalar, state = method.apply(method.init(2), jnp.array([1.0, 5.0]))
+      >>> print(scalar, state.inner.multipliers)
+      6.0 [1.2 2. ]
+
+    References:
+      McClenny and Braga-Neto, `Self-Adaptive Physics-Informed Neural Networks <https://arxiv.org/abs/2009.04544>`_,
+      2023, with the mask :math:`m(\lambda) = \lambda^2`; https://github.com/levimcclenny/SA-PINNs.
+    """
+
+    def init(shape, dtype):
+        return SelfAdaptiveState(inputs.per_task("initial_multipliers", initial_multipliers, shape, dtype))
+
+    def apply(state, values, mask):
+        weights = jnp.square(numerics.reverse_gradient(state.multipliers))
+        return jnp.sum(weights * values, where=mask), state
+
+    return base.scalarizer(init, apply, learned=("multipliers",))

@@ -1,0 +1,58 @@
+"""UW-SO: soft optimal uncertainty weighting, a softmax over the inverse losses.
+
+Kirchdorfer et al., "Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning", GCPR 2024,
+https://arxiv.org/abs/2408.07985
+"""
+
+import chex
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs, numerics
+from mtlbalance.baselines import SeenState, count_seen
+
+
+def uw_so(temperature: chex.Numeric = 1.0) -> base.Scalarizer:
+    r"""Weights each loss by a softmax over the inverse losses (UW-SO).
+
+    .. math:: \sum_i w_i L_i, \quad w = \mathrm{softmax}\Big( \frac{1}{T L} \Big)
+
+    The small losses have the weight. The weights are constants of differentiation and sum to 1. Losses must be
+    positive: a negative one counts as larger than all positive ones. Losses of zero share all the weight. See also
+    :func:`~mtlbalance.scalarization.uw_o`, the weights without the softmax.
+
+    Note:
+      There is no official code. The paper tunes the temperature for each data set.
+
+    Args:
+      temperature: :math:`T > 0`; large values make the weights equal. May be traced.
+
+    Returns:
+      A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`.
+
+    Raises:
+      ValueError: if ``temperature`` is out of bounds.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from mtlbalance import scalarization
+      >>> method = scalarization.uw_so(temperature=1.0)
+      >>> weights, _ = jax.grad(method.apply, argnums=1, has_aux=True)(method.init(3), jnp.array([4.0, 1.0, 0.5]))
+      >>> print([f"{weight:.4f}" for weight in weights])
+      ['0.1127', '0.2386', '0.6487']
+
+    References:
+      Kirchdorfer et al., `Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning
+      <https://arxiv.org/abs/2408.07985>`_, GCPR 2024, section 3.
+    """
+    inputs.check("temperature", temperature, "a number above 0", lambda t: t > 0)
+
+    def init(shape, dtype):
+        del dtype
+        return SeenState(jnp.zeros(shape, jnp.int32))
+
+    def apply(state, values, mask):
+        inverse = jnp.where(values == 0, jnp.inf, 1 / values)
+        weights = numerics.softmax(inverse / temperature, mask)
+        return numerics.weighted_sum(weights, values, mask), count_seen(state, mask)
+
+    return base.scalarizer(init, apply)
