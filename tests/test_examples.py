@@ -1,4 +1,4 @@
-"""The examples run to the end at tiny size, and make their pictures."""
+"""The examples run to the end at tiny size, print their table, and make their pictures."""
 
 import pathlib
 import subprocess
@@ -7,7 +7,13 @@ import sys
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-TINY = {"quickstart": ["--epochs", "1"], "sweep": ["--steps", "10"]}
+
+# What makes it small, and what it must print.
+TINY = {
+    "quickstart": (["--epochs", "1"], "On the test images"),
+    "sweep": (["--steps", "10"], "On the test images"),
+    "pareto_front": (["--steps", "10"], "STCH covers the front"),
+}
 
 
 def test_every_example_is_run():
@@ -17,9 +23,10 @@ def test_every_example_is_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_example_runs(name, tmp_path):
+    arguments, expected = TINY[name]
     picture = tmp_path / "picture.png"
-    command = [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *TINY[name], "--output", picture]
+    command = [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *arguments, "--output", picture]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "On the test images" in done.stdout
+    assert expected in done.stdout
     assert picture.stat().st_size > 10_000

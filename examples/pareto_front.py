@@ -1,0 +1,175 @@
+"""Two hundred preferences in one compiled program, for each of four methods, on a convex and a concave Pareto front.
+
+Two losses pull six numbers to different places, so the best for one is not the best for the other. A preference says
+how much each loss counts. Every preference is a training of its own, and ``jax.vmap`` over the preference runs all of
+them at once: the method is built inside the function that is mapped.
+
+The fronts are known: ``loss 2 = 1 - sqrt(loss 1)`` is convex, ``loss 2 = 1 - (loss 1)**2`` is concave. So is the best
+hypervolume, the area of the loss pairs that are worse than some point found, up to the pair (1.1, 1.1).
+
+The problems are F1 and F4 of Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", ICML
+2024, https://arxiv.org/abs/2402.19078, whose official code gives them: https://github.com/Xi-L/STCH.
+
+Run it with ``python examples/pareto_front.py``: some five seconds on two CPU cores. It needs ``mtlbalance[examples]``.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from mtlbalance import scalarization
+
+POWERS = {"convex": 0.5, "concave": 2.0}  # the front is loss 2 = 1 - (loss 1)**power
+WORST = 1.1  # the corner of the hypervolume, in both losses
+MARGIN = 0.05  # a point with a smaller loss is at an end of the front
+N_PREFERENCES = 200
+
+# Uniform: the middles of equal parts, so that no loss counts nothing.
+FIRST = (np.arange(N_PREFERENCES) + 0.5) / N_PREFERENCES
+PREFERENCES = np.stack([FIRST, 1 - FIRST], axis=1)
+
+# The weighted sum and STCH take a preference as importance: more of it, and the loss gets smaller. PBI and COSMOS take
+# it as a direction: more of it, and the loss may get larger. (COSMOS also has a weighted sum in it.)
+METHODS = {
+    "weighted sum": scalarization.constant,
+    "STCH": lambda preference: scalarization.stch(mu=0.01, weights=preference),
+    "PBI": lambda preference: scalarization.pbi(theta=5.0, weights=preference),
+    "COSMOS": lambda preference: scalarization.cosmos(lambda_=8.0, weights=preference),
+}
+
+
+# The problem, and what is known about it.
+
+
+def task_losses(params, power):
+    """Two losses of six numbers, which the sigmoid keeps between 0 and 1."""
+    x = jax.nn.sigmoid(params)
+    # Both are best where each other number is (2 x[0] - 1)**2; then only x[0] is left, and it trades one for the other.
+    distance = (x[1:] - (2 * x[0] - 1) ** 2) ** 2
+    scale_1, scale_2 = 1 + jnp.mean(distance[1::2]), 1 + jnp.mean(distance[0::2])
+    return jnp.stack([scale_1 * x[0], scale_2 * (1 - (x[0] / scale_2) ** power)])
+
+
+def best_hypervolume(power):
+    """The hypervolume of the whole front: the square, less the area below the front."""
+    return WORST**2 - power / (power + 1)
+
+
+def hypervolume(points):
+    """The area that is worse than one of the points in both losses, and better than ``WORST``."""
+    first, second = np.minimum(points[np.argsort(points[:, 0])], WORST).T
+    # Stairs: from each point to the next, as deep as the best second loss so far.
+    return np.sum(np.diff(first, append=WORST) * (WORST - np.minimum.accumulate(second)))
+
+
+def n_between(points):
+    """How many points lie between the ends of the front, where one of the losses is zero."""
+    return np.sum(np.all(points > MARGIN, axis=1))
+
+
+# The training.
+
+
+def train(build, power, n_steps, preference):
+    """One training from start to end, for one preference: the two losses at the end."""
+    method = build(preference)
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, n_steps))
+
+    def step(carry, _):
+        params, opt_state, state = carry
+        loss_fn = lambda params: method.apply(state, task_losses(params, power))
+        gradient, state = jax.grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        return (optax.apply_updates(params, updates), opt_state, state), None
+
+    params = jnp.zeros(6)
+    (params, _, _), _ = jax.lax.scan(step, (params, optimizer.init(params), method.init(2)), length=n_steps)
+    return task_losses(params, power)
+
+
+def trace_front(build, power, n_steps):
+    """The two losses at the end for every preference: all trainings in one compiled program."""
+    return np.asarray(jax.jit(jax.vmap(partial(train, build, power, n_steps)))(PREFERENCES))
+
+
+# The results.
+
+
+def print_table(points):
+    table = Table(
+        title="Hypervolume",
+        caption="In brackets: the share of what the whole front has. between: how many of the "
+        f"{N_PREFERENCES} points lie between the ends of the front, with both losses above {MARGIN}.",
+        caption_justify="left",
+    )
+    table.add_column("method")
+    for front in POWERS:
+        table.add_column(f"{front} ↑", justify="right")
+        table.add_column("between", justify="right")
+    for name in METHODS:
+        cells = []
+        for front, power in POWERS.items():
+            found = hypervolume(points[name, front])
+            cells += [f"{found:.4f} ({found / best_hypervolume(power):.1%})", f"{n_between(points[name, front])}"]
+        table.add_row(name, *cells)
+    Console().print(table)
+
+
+def draw_fronts(points, output):
+    """One panel per method and front: the front as a line, and a point per preference."""
+    fig, axes = plt.subplots(2, len(METHODS), figsize=(9.6, 5.0), sharex=True, sharey=True, layout="compressed")
+    line = np.linspace(0, 1, 500)
+    for row, (front, power) in zip(axes, POWERS.items(), strict=True):
+        # In the corner that the front leaves free.
+        x, y, side, edge = {"convex": (0.95, 0.93, "right", "top"), "concave": (0.05, 0.07, "left", "bottom")}[front]
+        for ax, name in zip(row, METHODS, strict=True):
+            found = points[name, front]
+            ax.plot(line, 1 - line**power, color="0.8", linewidth=8, label="the front")
+            dots = ax.scatter(*found.T, c=PREFERENCES[:, 0], vmin=0, vmax=1, s=22, linewidth=0, zorder=2)
+            share = hypervolume(found) / best_hypervolume(power)
+            ax.text(x, y, f"{share:.1%} of the\nhypervolume", ha=side, va=edge, transform=ax.transAxes)
+            ax.set(aspect="equal", xlim=(-0.06, 1.06), ylim=(-0.06, 1.06), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+            ax.grid(alpha=0.3)
+        row[0].set_ylabel(f"{front} front\nloss 2")
+    for ax, name in zip(axes[0], METHODS, strict=True):
+        ax.set_title(name)
+    for ax in axes[1]:
+        ax.set_xlabel("loss 1")
+    axes[0, 0].legend(loc=(0.44, 0.5), fontsize="small", frameon=False)
+    fig.colorbar(dots, ax=axes, label="preference for loss 1", aspect=40, pad=0.01)
+    fig.savefig(output, dpi=100)
+    plt.close(fig)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
+    args = parser.parse_args(argv)
+
+    points = {}
+    with tqdm([(name, front) for name in METHODS for front in POWERS], unit="front") as progress:
+        for name, front in progress:
+            progress.set_description(f"{name}, {front}")
+            points[name, front] = trace_front(METHODS[name], POWERS[front], args.steps)
+
+    print_table(points)
+    inside = {name: n_between(points[name, "concave"]) for name in METHODS}
+    print("A weighted sum misses a concave front: whatever the preference, one of the two ends is best.")
+    print(f"Of its {N_PREFERENCES} points {inside['weighted sum']} lie between the ends.", end=" ")
+    print(f"STCH covers the front: {inside['STCH']} do.")
+    draw_fronts(points, args.output)
+    print(f"The fronts: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
