@@ -1,6 +1,6 @@
 """Records what TorchJD computes, in float64, into ``torchjd.json``; ``test_golden.py`` compares this library with it.
 
-Run by hand, with the ``parity`` extra: ``python tests/golden/record.py``. The inputs are float32 numbers of four
+Run by hand, with the ``parity`` extra: ``python -m tests.golden.record``. The inputs are float32 numbers of four
 digits, so that both libraries are given exactly the same ones. An array is stored as nested lists.
 """
 
@@ -14,8 +14,16 @@ import torch
 import torchjd.aggregation
 import torchjd.scalarization
 
+from tests.golden.comparisons import random_statistics
+
 FILE = Path(__file__).with_name("torchjd.json")
 SHAPES = [(), (5,), (3, 4), (2, 3, 4)]
+STATELESS = {
+    "geometric_mean": torchjd.scalarization.GeometricMean,
+    "stch": torchjd.scalarization.STCH,
+    "cosmos": torchjd.scalarization.COSMOS,
+    "pbi": torchjd.scalarization.PBI,
+}
 
 
 def record(seed):
@@ -35,6 +43,14 @@ def record(seed):
             for temperature in (2.0, 0.5)
         ],
         "excess_mtl": [excess_mtl(rng, *shape) for shape in [(3, 20), (5, 8)]],
+        # Near the ideal point PBI's constant counts.
+        "stateless": [case for scale in (1, 1e-6) for shape in SHAPES for case in stateless(rng, shape, scale)],
+        "famo": [
+            famo(rng, shape, **settings)
+            for settings in ({}, {"lr": 0.1, "weight_decay": 0.05}, {"bounded": True})
+            for shape in [(3,), (5,), (2, 3)]
+        ],
+        "random": [random_moments(seed, shape) for shape in [(3,), (2, 3)]],
     }
     return to_lists(data)
 
@@ -97,6 +113,71 @@ def dwa(rng, shape, temperature, epoch_lengths):
         "values": values,
         "losses_grads": losses_grads,
     }
+
+
+def stateless(rng, shape, scale):
+    """Methods of the losses alone, each with every combination of the arguments that may be left out."""
+    losses, reference = short(scale * positive(rng, shape, decades=2)), short(scale * rng.normal(size=shape))
+    weights = positive(rng, shape, decades=1)
+    weights = short(weights / np.sum(weights))
+    settings = [
+        ("geometric_mean", {}),
+        *[
+            ("stch", {"mu": scale * mu, **preferred, **shifted})
+            for mu in (0.01, 0.1, 1.0)
+            for preferred in ({}, {"weights": weights})
+            for shifted in ({}, {"reference": reference})
+        ],
+        *[("cosmos", {"lambda_": lambda_, "weights": weights}) for lambda_ in (0.0, 0.01, 1.0, 8.0)],
+        *[
+            ("pbi", {"theta": theta, "weights": weights, **shifted})
+            for theta in (0.0, 0.5, 5.0)
+            for shifted in ({}, {"reference": reference})
+        ],
+    ]
+    for name, arguments in settings:
+        # Arrays in float64; the numbers are Python's.
+        doubles = {key: x if isinstance(x, float) else double(x) for key, x in arguments.items()}
+        value, losses_grad = value_and_grad(STATELESS[name](**doubles), losses)
+        yield {"method": name, "arguments": arguments, "losses": losses, "value": value, "losses_grad": losses_grad}
+
+
+def famo(rng, shape, lr=0.025, weight_decay=1e-3, bounded=False):
+    """Fifty calls, each followed by an update: losses that fall at different rates, some of which rise."""
+    min_losses = short(rng.normal(size=shape)) if bounded else np.zeros(shape, np.float32)
+    scalarizer = torchjd.scalarization.FAMO(shape, double(min_losses), lr, weight_decay).double()
+    (logits,) = scalarizer.parameters()
+    rates = np.linspace(-0.3, 0.1, math.prod(shape)).reshape(shape)
+    calls = []
+    for _ in range(50):
+        distances = positive(rng, shape, decades=1)
+        after = short(min_losses + distances * np.exp(rates + 0.1 * rng.normal(size=shape)))
+        losses = short(min_losses + distances)
+        value, losses_grad = value_and_grad(scalarizer, losses)
+        scalarizer.update(double(after))
+        weights = torch.softmax(logits.detach().flatten(), 0).reshape(shape)
+        calls.append((losses, after, value, losses_grad, weights))
+    losses, after, values, losses_grads, weights = zip(*calls, strict=True)
+    return {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "min_losses": min_losses,
+        "losses": losses,
+        "after": after,
+        "values": values,
+        "losses_grads": losses_grads,
+        "weights": weights,
+    }
+
+
+def random_moments(seed, shape, n_draws=10_000):
+    """Means of the weights, sorted and not, and of their products, over many draws, with standard deviations."""
+    torch.manual_seed(seed)
+    losses = np.ones(shape, np.float32)
+    scalarizer = torchjd.scalarization.Random()
+    draws = np.array([value_and_grad(scalarizer, losses)[1].numpy() for _ in range(n_draws)])
+    statistics = random_statistics(draws)
+    return {"shape": shape, "n_draws": n_draws, "mean": statistics.mean(0), "deviation": statistics.std(0)}
 
 
 # Aggregators.

@@ -29,6 +29,11 @@ def epochs(case):
     return f"{list(np.shape(case['losses'])[1:])}-T{case['temperature']}-epochs{case['epoch_lengths'][0]}"
 
 
+def arguments(case):
+    given = "-".join(name if np.ndim(x) else f"{name}{x:.3g}" for name, x in case["arguments"].items())
+    return f"{shaped(case)}-{given}"
+
+
 # TorchJD.
 
 
@@ -60,6 +65,21 @@ def test_dwa(case):
 @pytest.mark.parametrize("case", [c for c in TORCHJD["dwa"] if len(set(c["epoch_lengths"])) == 1], ids=epochs)
 def test_dwa_with_steps_per_epoch(case):
     comparisons.check_dwa_with_steps_per_epoch(case)
+
+
+@pytest.mark.parametrize("case", TORCHJD["stateless"], ids=arguments)
+def test_stateless(case):
+    comparisons.check_stateless(case)
+
+
+@pytest.mark.parametrize("case", TORCHJD["famo"], ids=lambda case: f"lr{case['lr']}-{np.shape(case['min_losses'])}")
+def test_famo(case):
+    comparisons.check_famo(case)
+
+
+@pytest.mark.parametrize("case", TORCHJD["random"], ids=lambda case: str(case["shape"]))
+def test_random(case):
+    comparisons.check_random(case)
 
 
 @pytest.mark.parametrize("run", range(6))

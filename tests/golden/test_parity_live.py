@@ -34,3 +34,18 @@ def test_excess_mtl(fresh):
     for case in fresh["excess_mtl"]:
         for run in case["runs"]:
             comparisons.check_excess_mtl(case["jacobians"], run)
+
+
+def test_stateless(fresh):
+    for case in fresh["stateless"]:
+        comparisons.check_stateless(case)
+
+
+def test_famo(fresh):
+    for case in fresh["famo"]:
+        comparisons.check_famo(case)
+
+
+def test_random(fresh):
+    for case in fresh["random"]:
+        comparisons.check_random(case)

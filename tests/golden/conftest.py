@@ -1,0 +1,3 @@
+"""What needs the official codes beside it, or TorchJD, is no test."""
+
+collect_ignore = ["record_official.py"]
