@@ -13,12 +13,12 @@ def weighted_sum(weights: chex.Array, values: chex.Array, mask: chex.Array) -> c
 
 def ratio(new: chex.Array, old: chex.Array) -> chex.Array:
     """``new / old``; 1 where ``old`` is zero, and the largest number where the quotient is beyond it."""
-    return jnp.where(old == 0, 1, _finite(new / jnp.where(old == 0, 1, old)))
+    return jnp.where(old == 0, 1, finite(new / jnp.where(old == 0, 1, old)))
 
 
 def softmax(logits: chex.Array, mask: chex.Array) -> chex.Array:
     """Softmax over the tasks in ``mask``. Infinite logits count as the largest number: they would give NaN."""
-    return jax.nn.softmax(_finite(logits), axis=None, where=mask)
+    return jax.nn.softmax(finite(logits), axis=None, where=mask)
 
 
 def normalize(weights: chex.Array, mask: chex.Array, total: chex.Numeric = 1) -> chex.Array:
@@ -39,6 +39,7 @@ def shares(scores: chex.Array, ready: chex.Array, mask: chex.Array) -> chex.Arra
 
 def exponentiated_step(log_weights: chex.Array, step: chex.Array, moving: chex.Array) -> chex.Array:
     """Multiplies the weights of the tasks in ``moving`` by ``exp(step)`` and rescales them to the total they had."""
+    step = finite(step)
     step = step - jnp.max(step, where=moving, initial=-jnp.inf)  # scaled out again: large steps keep their digits
     moved = log_weights + step
     total_before = jax.nn.logsumexp(log_weights, where=moving)
@@ -59,6 +60,11 @@ def reverse_gradient(x: chex.Array) -> chex.Array:
     return 2 * jax.lax.stop_gradient(x) - x
 
 
-def _finite(x):
+def finite(x: chex.Array) -> chex.Array:
+    """``x`` with infinities replaced by the largest numbers.
+
+    It also separates a product from the subtraction of the largest one: a fused multiply-add would round only once, and
+    leave where zero should be a rest that is large for large numbers.
+    """
     limit = jnp.finfo(x.dtype).max
     return jnp.clip(x, -limit, limit)

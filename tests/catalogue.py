@@ -1,7 +1,7 @@
 """One row for every public method, and for the wrappers around some: what the conformance checks run on."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,10 @@ class Case(NamedTuple):
       draws: the weights are drawn at random, so that subsets of tasks agree in distribution only.
       sharded: takes ``axis_name``.
       per_task: ``make`` takes the indices of the ``tasks`` that it is for.
+      nonlinear: the scalar is not linear in the losses at a given state.
+      needs_positive: a negative loss makes the scalar NaN.
+      largest: the largest loss that must not overflow.
+      total: what the weights of the tasks present always add up to, 1 or their number m; ``None`` if free.
     """
 
     name: str
@@ -33,6 +37,10 @@ class Case(NamedTuple):
     draws: bool = False
     sharded: bool = False
     per_task: bool = False
+    nonlinear: bool = False
+    needs_positive: bool = False
+    largest: float = 1e30
+    total: Literal["1", "m"] | None = None
 
 
 def inverse_norm(axis_name=None):
@@ -74,21 +82,127 @@ def _weights(tasks):
     return WEIGHTS[tasks % len(WEIGHTS)]
 
 
+ADAM_BEARS = 1e18  # beyond it the squares in its state overflow
+
 SCALARIZERS = [
     Case("test-only following", following),
-    Case("mean", scalarization.mean),
-    Case("sum", scalarization.sum),
+    Case("mean", scalarization.mean, total="1"),
+    Case("sum", scalarization.sum, total="m"),
     Case("constant", lambda tasks=THREE: scalarization.constant(_weights(tasks)), per_task=True),
-    Case("random", lambda: scalarization.random(key=3), draws=True),
+    Case("random", lambda: scalarization.random(key=3), draws=True, total="1"),
+    Case("geometric_mean", scalarization.geometric_mean, nonlinear=True, needs_positive=True),
+    Case(
+        "scale_invariant", scalarization.scale_invariant, {"weights": (0.5, 1.0)}, nonlinear=True, needs_positive=True
+    ),
+    Case(
+        "stch",
+        lambda tasks=THREE, mu=0.5: scalarization.stch(mu, _weights(tasks), _weights(tasks)),
+        {"mu": (0.01, 0.5, 10.0)},
+        per_task=True,
+        nonlinear=True,
+    ),
+    Case("stch-uniform", lambda: scalarization.stch(0.5), nonlinear=True),
+    Case(
+        "stch-warmup",
+        lambda mu=1.0: scalarization.stch(mu, n_warmup_epochs=1),
+        {"mu": (0.1, 1.0, 10.0)},
+        nonlinear=True,
+        needs_positive=True,
+    ),
+    Case(
+        "stch-warmup-steps",
+        lambda: scalarization.stch(1.0, n_warmup_epochs=0, steps_per_epoch=2),
+        nonlinear=True,
+        needs_positive=True,
+    ),
+    Case(
+        "cosmos",
+        lambda tasks=THREE, lambda_=2.0: scalarization.cosmos(lambda_, _weights(tasks)),
+        {"lambda_": (0.0, 2.0)},
+        per_task=True,
+        nonlinear=True,
+    ),
+    Case(
+        "pbi",
+        lambda tasks=THREE, theta=5.0: scalarization.pbi(theta, _weights(tasks), reference=-0.5),
+        {"theta": (0.0, 5.0)},
+        per_task=True,
+        nonlinear=True,
+    ),
+    Case(
+        "famo",
+        scalarization.famo,
+        {"lr": (0.0, 0.025, 0.5), "weight_decay": (0.0, 0.1), "min_losses": (-0.5, 0.01)},
+        nonlinear=True,
+        needs_positive=True,
+        total="1",
+    ),
+    Case("famo-delayed", lambda: scalarization.famo(delayed=True), nonlinear=True, needs_positive=True, total="1"),
     Case("uw", scalarization.uw, {"initial_log_var": (-0.5, 0.0, 1.5)}),
+    Case(
+        "uw-classification",
+        lambda tasks=THREE: scalarization.uw(classification=tasks % 2 == 0),
+        per_task=True,
+    ),
+    Case("revised_uw", scalarization.revised_uw, {"initial_sigma": (0.5, 1.0, 2.0)}),
+    Case("uw_o", scalarization.uw_o),
+    Case("uw_so", scalarization.uw_so, {"temperature": (0.1, 1.0, 5.0)}, total="1"),
     Case("imtl_l", scalarization.imtl_l, {"initial_log_scale": (-0.5, 0.0, 1.5)}),
-    Case("dwa", scalarization.dwa, {"temperature": (0.3, 2.0, 10.0)}),
-    Case("dwa-steps", lambda **kw: scalarization.dwa(steps_per_epoch=2, **kw), {"temperature": (0.3, 2.0, 10.0)}),
-    Case("learn-uw", lambda **kw: mtl.learn(scalarization.uw(**kw), optax.adam(0.1)), {"initial_log_var": (-1.0, 0.0)}),
-    Case("learn-imtl_l", lambda: mtl.learn(scalarization.imtl_l(), optax.sgd(0.1, momentum=0.9))),
-    Case("skip-mean", lambda: mtl.skip_nonfinite(scalarization.mean())),
-    Case("skip-dwa", lambda: mtl.skip_nonfinite(scalarization.dwa(steps_per_epoch=2))),
-    Case("skip-learn-uw", lambda: mtl.skip_nonfinite(mtl.learn(scalarization.uw(), optax.adam(0.1)))),
+    Case("dwa", scalarization.dwa, {"temperature": (0.3, 2.0, 10.0)}, total="m"),
+    Case(
+        "dwa-steps",
+        lambda **kw: scalarization.dwa(steps_per_epoch=2, **kw),
+        {"temperature": (0.3, 2.0, 10.0)},
+        total="m",
+    ),
+    Case("lbtw", scalarization.lbtw, {"alpha": (0.0, 0.5, 1.0)}, total="m"),
+    Case("lbtw-steps", lambda: scalarization.lbtw(steps_per_epoch=2), total="m"),
+    Case("cov_weighting", scalarization.cov_weighting, total="1"),
+    Case(
+        "cov_weighting-decay",
+        lambda decay=0.9: scalarization.cov_weighting(decay),
+        {"decay": (0.5, 0.9, 1.0)},
+        total="1",
+    ),
+    Case("softadapt", scalarization.softadapt, total="1"),
+    *[
+        Case(
+            f"softadapt-{variant}",
+            lambda beta=0.1, variant=variant: scalarization.softadapt(beta, window=2, variant=variant),
+            {"beta": (-0.1, 0.1, 1.0)},
+            total="1",
+        )
+        for variant in ("original", "normalized", "loss_weighted")
+    ],
+    Case("relobralo", scalarization.relobralo, {"temperature": (0.1, 1.0), "alpha": (0.5, 0.999)}, total="m"),
+    Case(
+        "relobralo-lookback",
+        lambda rho=0.5, **kw: scalarization.relobralo(rho=rho, key=3, **kw),
+        {"rho": (0.0, 0.5, 1.0)},
+        total="m",
+    ),
+    Case("dtp", scalarization.dtp, {"gamma": (0.0, 0.5, 2.0), "alpha": (0.1, 1.0)}),
+    Case("group_dro", scalarization.group_dro, {"robust_step_size": (0.01, 1.0)}, total="1"),
+    Case("minmax", scalarization.minmax, {"initial_logits": (0.0, 1.0)}, total="m"),
+    Case("self_adaptive", scalarization.self_adaptive, {"initial_multipliers": (0.5, 1.0)}),
+    Case(
+        "learn-uw",
+        lambda **kw: mtl.learn(scalarization.uw(**kw), optax.adam(0.1)),
+        {"initial_log_var": (-1.0, 0.0)},
+        largest=ADAM_BEARS,
+    ),
+    Case("learn-imtl_l", lambda: mtl.learn(scalarization.imtl_l(), optax.sgd(0.1, momentum=0.9)), largest=ADAM_BEARS),
+    Case("learn-revised_uw", lambda: mtl.learn(scalarization.revised_uw(), optax.adam(0.1)), largest=ADAM_BEARS),
+    Case("learn-minmax", lambda: mtl.learn(scalarization.minmax(), optax.adam(0.1)), largest=ADAM_BEARS, total="m"),
+    Case("learn-self_adaptive", lambda: mtl.learn(scalarization.self_adaptive(), optax.adam(0.1)), largest=ADAM_BEARS),
+    Case("skip-mean", lambda: mtl.skip_nonfinite(scalarization.mean()), total="1"),
+    Case("skip-dwa", lambda: mtl.skip_nonfinite(scalarization.dwa(steps_per_epoch=2)), total="m"),
+    Case("skip-famo", lambda: mtl.skip_nonfinite(scalarization.famo()), nonlinear=True, needs_positive=True, total="1"),
+    Case(
+        "skip-learn-uw",
+        lambda: mtl.skip_nonfinite(mtl.learn(scalarization.uw(), optax.adam(0.1))),
+        largest=ADAM_BEARS,
+    ),
 ]
 
 AGGREGATORS = [

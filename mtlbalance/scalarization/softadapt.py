@@ -97,8 +97,7 @@ def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "origina
         if variant == "normalized":
             total = jnp.sum(slope, where=ready)
             slope = jnp.where(total == 0, 0, slope / jnp.where(total == 0, 1, total))
-        logits = beta * slope
-        scores = jnp.exp(logits - jnp.max(logits, where=ready, initial=-jnp.inf))
+        scores = numerics.softmax(beta * slope, ready)
         if variant == "loss_weighted":
             scores = scores * state.level
         return numerics.weighted_sum(numerics.shares(scores, ready, mask), values, mask), state

@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
+from mtlbalance import base, inputs, numerics
 
 
 class STCHState(NamedTuple):
@@ -135,7 +135,7 @@ def stch(
 
 def _smooth_max(x, mu, mask):
     """``mu * log(sum(exp(x / mu)))`` of the tasks in ``mask``; 0 for none."""
-    some = jnp.any(mask)
+    x, some = numerics.finite(x), jnp.any(mask)
     largest = jax.lax.stop_gradient(jnp.max(x, where=mask, initial=-jnp.inf))
     largest = jnp.where(some, largest, 0)
     added = jnp.sum(jnp.exp(jnp.where(mask, (x - largest) / mu, -jnp.inf)))

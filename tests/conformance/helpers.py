@@ -29,6 +29,15 @@ class Built:
     def init(self, method=None, n_tasks=3, params=PARAMS):
         return (method or self.method).init(n_tasks if self.is_scalarizer else (n_tasks, params))
 
+    def step(self, state, x, mask=None, method=None, ends_epoch=True):
+        """A step of a training loop: ``apply``, ``observe`` and, after the last one of an epoch, ``end_epoch``."""
+        method = method or self.method
+        output, state = method.apply(state, x, mask=mask)
+        if self.is_scalarizer:
+            # Serves as the losses after an optimizer's step, and as DTP's indicator from 0 to 1.
+            state = method.observe(state, jnp.abs(x) / (1 + jnp.abs(x)), mask=mask)
+        return output, method.end_epoch(state) if ends_epoch else state
+
     def sample(self, seed, n_tasks=3, dtype=jnp.float32):
         """Losses that span two orders of magnitude, or a Jacobian tree whose rows do."""
         scale_key, *keys = jax.random.split(jax.random.key(seed), 4)

@@ -35,7 +35,7 @@ def test_all_true_mask_is_no_mask(built):
 def test_all_false_mask_gives_zero_and_the_same_state(built):
     state, x = warmed_up(built), built.sample(0)
     for value in 1.0, jnp.nan:
-        output, new_state = built.method.apply(state, built.poison(x, NONE, value), mask=NONE)
+        output, new_state = built.step(state, built.poison(x, NONE, value), mask=NONE, ends_epoch=False)
         chex.assert_trees_all_equal(output, jax.tree.map(jnp.zeros_like, output))
         chex.assert_trees_all_equal(new_state, state)
 
@@ -43,8 +43,8 @@ def test_all_false_mask_gives_zero_and_the_same_state(built):
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf, 1e30])
 def test_an_absent_tasks_value_changes_nothing(built, value):
     state, x = warmed_up(built), built.sample(0)
-    clean = built.method.apply(state, x, mask=SOME)
-    poisoned = built.method.apply(state, built.poison(x, SOME, value), mask=SOME)
+    clean = built.step(state, x, mask=SOME)
+    poisoned = built.step(state, built.poison(x, SOME, value), mask=SOME)
     chex.assert_trees_all_equal(poisoned, clean)
     chex.assert_tree_all_finite(poisoned)
 
@@ -57,11 +57,10 @@ def test_masked_is_the_method_on_the_present_tasks_alone(built):
         x = built.sample(i)
         if built.case.draws:  # equal tasks: whatever is drawn, the total must be that of the present ones
             x = jax.tree.map(jnp.ones_like, x)
-        masked, masked_state = built.method.apply(masked_state, x, mask=SOME)
-        expected, alone_state = alone.apply(alone_state, built.restrict(x, tasks))
+        ends_epoch = i % 2 == 1
+        masked, masked_state = built.step(masked_state, x, mask=SOME, ends_epoch=ends_epoch)
+        expected, alone_state = built.step(alone_state, built.restrict(x, tasks), method=alone, ends_epoch=ends_epoch)
         chex.assert_trees_all_close(masked, expected, **SAME)
-        if i == 2:
-            masked_state, alone_state = built.method.end_epoch(masked_state), alone.end_epoch(alone_state)
 
 
 def test_statistics_advance_while_present_and_only_then(built):
@@ -70,17 +69,30 @@ def test_statistics_advance_while_present_and_only_then(built):
     state, moved = built.init(), np.zeros(3, bool)
     for i, mask in enumerate(masks):
         x = built.poison(built.sample(i), mask, jnp.nan)
-        _, new_state = built.method.apply(state, x, mask=mask)
+        _, new_state = built.step(state, x, mask=mask, ends_epoch=False)
         for new, old in zip(per_task_leaves(new_state), per_task_leaves(state), strict=True):
             np.testing.assert_array_equal(new[~mask], old[~mask])
             moved |= differs(new, old)
         chex.assert_tree_all_finite(new_state)
         state = new_state
-    without_masks = zip(per_task_leaves(warmed_up(built)), per_task_leaves(built.init()), strict=True)
+    stepped = built.step(built.init(), built.sample(0), ends_epoch=False)[1]
+    without_masks = zip(per_task_leaves(stepped), per_task_leaves(built.init()), strict=True)
     np.testing.assert_array_equal(moved, np.any([differs(new, old) for new, old in without_masks], axis=0))
     seen = getattr(getattr(state, "inner", state), "seen", None)
     if seen is not None:
         np.testing.assert_array_equal(seen, masks.sum(0))
+
+
+def test_weights_of_the_tasks_present_add_up_to_their_total(scalarizer):
+    """Whoever comes and goes."""
+    masks = jax.random.bernoulli(jax.random.key(1), 0.5, (20, 3)).at[:, 0].set(True)
+    state = scalarizer.init()
+    for i, mask in enumerate(masks):
+        x = scalarizer.sample(i)
+        weights, _ = jax.grad(scalarizer.method.apply, argnums=1, has_aux=True)(state, x, mask=mask)
+        expected = {"1": 1, "m": mask.sum(), None: jnp.sum(weights)}[scalarizer.case.total]
+        np.testing.assert_allclose(jnp.sum(weights), expected, rtol=1e-5)
+        _, state = scalarizer.step(state, x, mask=mask, ends_epoch=i % 3 == 2)
 
 
 def test_gradient_to_an_absent_value_is_zero_and_to_the_others_finite(scalarizer):
@@ -147,14 +159,13 @@ def test_named_losses_are_the_array(scalarizer):
         (scalar, state), gradient = grad_fn(state, array, mask=flat_mask)
         chex.assert_trees_all_equal((named, named_state), (scalar, state))
         chex.assert_trees_all_equal(named_gradient, dict(zip(names, gradient, strict=True)))
-    chex.assert_trees_all_equal(method.observe(named_state, names), method.observe(state, array))
+        observed = method.observe(named_state, names, mask=mask), method.observe(state, array, mask=flat_mask)
+        chex.assert_trees_all_equal(*observed)
 
 
 @pytest.mark.parametrize("shape", [(), (2, 2)])
 def test_losses_of_any_shape(scalarizer, shape):
-    method = scalarizer.method
-    if scalarizer.case.per_task:
-        method = mtl.scalarization.constant(jnp.full(shape, 0.5))
+    method = scalarizer.method_for(jnp.zeros(shape, int))
     values = jnp.full(shape, 1.5)
     scalar, state = method.apply(method.init(shape), values)
     assert scalar.shape == ()

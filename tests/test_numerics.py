@@ -1,0 +1,73 @@
+"""The shared formulas, at the edges where the obvious ones fail."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtlbalance import numerics
+
+ALL = jnp.ones(3, bool)
+SOME = jnp.array([True, False, True])
+HUGE = jnp.finfo(jnp.float32).max
+
+
+def test_ratio():
+    new, old = jnp.array([6.0, 5.0, 0.0, 1e30, -1e30]), jnp.array([2.0, 0.0, 0.0, 1e-30, 1e-30])
+    np.testing.assert_allclose(numerics.ratio(new, old), [3.0, 1.0, 1.0, HUGE, -HUGE])
+
+
+def test_softmax_of_infinite_logits():
+    infinite = numerics.softmax(jnp.array([jnp.inf, 0.0, jnp.inf]), ALL)
+    np.testing.assert_array_equal(infinite, [0.5, 0.0, 0.5])
+    np.testing.assert_array_equal(numerics.softmax(jnp.array([jnp.inf, jnp.nan, -jnp.inf]), SOME), [1.0, 0.0, 0.0])
+
+
+def test_normalize():
+    np.testing.assert_allclose(numerics.normalize(jnp.array([1.0, 9.0, 3.0]), SOME, 2), [0.5, 0.0, 1.5])
+    np.testing.assert_allclose(numerics.normalize(jnp.full(3, 3e38), ALL), np.full(3, 1 / 3), rtol=1e-6)
+    np.testing.assert_allclose(numerics.normalize(jnp.full(3, 1e-37), ALL), np.full(3, 1 / 3), rtol=1e-6)
+    np.testing.assert_allclose(numerics.normalize(jnp.zeros(3), SOME), [0.5, 0.0, 0.5])
+
+
+def test_shares():
+    scores = jnp.array([1.0, jnp.nan, 3.0])
+    np.testing.assert_allclose(numerics.shares(scores, SOME, ALL), [1 / 6, 1 / 3, 1 / 2], rtol=1e-6)
+    np.testing.assert_allclose(numerics.shares(scores, SOME, SOME), [0.25, 0.0, 0.75], rtol=1e-6)
+    np.testing.assert_allclose(numerics.shares(scores, ~ALL, ALL), np.full(3, 1 / 3), rtol=1e-6)
+
+
+def test_exponentiated_step_keeps_the_total_of_who_moves():
+    log_weights = jnp.log(jnp.array([0.2, 0.5, 0.3]))
+    new = jnp.exp(numerics.exponentiated_step(log_weights, jnp.array([1.0, 7.0, 0.0]), SOME))
+    shared = np.array([0.2 * np.e, 0.3])
+    np.testing.assert_allclose(new, [0.5 * shared[0] / shared.sum(), 0.5, 0.5 * shared[1] / shared.sum()], rtol=1e-6)
+
+
+def test_exponentiated_step_keeps_its_digits_after_a_large_step():
+    log_weights = jnp.log(jnp.array([0.2, 0.5, 0.3]))
+    # Compiled with the product inside, as in a method: there it could be fused into the subtraction.
+    step = jax.jit(lambda rate, losses: numerics.exponentiated_step(log_weights, rate * losses, ALL))
+    for rate in 0.1, 0.3, 0.7:
+        np.testing.assert_allclose(step(rate, jnp.full(3, 1.1e30)), log_weights, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_unit_and_its_gradient_at_any_scale(scale):
+    vector = scale * jnp.array([3.0, 0.0, 4.0])
+    np.testing.assert_allclose(numerics.unit(vector), [0.6, 0.0, 0.8], rtol=1e-6)
+    # The derivative is the projection across the vector, over its norm.
+    along = jnp.array([0.6, 0.0, 0.8])
+    jacobian = jax.jacobian(numerics.unit)(vector) * scale
+    np.testing.assert_allclose(jacobian, (jnp.eye(3) - jnp.outer(along, along)) / 5, atol=1e-6)
+
+
+def test_unit_along_an_axis_and_of_zero():
+    np.testing.assert_allclose(jax.jacobian(numerics.unit)(jnp.array([2.0, 0.0])), [[0.0, 0.0], [0.0, 0.5]])
+    np.testing.assert_array_equal(numerics.unit(jnp.zeros(2)), [0.0, 0.0])
+    assert jnp.all(jnp.isfinite(jax.jacobian(numerics.unit)(jnp.zeros(2))))
+
+
+def test_reverse_gradient():
+    value, gradient = jax.value_and_grad(lambda x: numerics.reverse_gradient(x) ** 2)(3.0)
+    assert (value, gradient) == (9.0, -6.0)
