@@ -1,0 +1,85 @@
+"""FAMO: its second look at the losses. Its values are in tests/golden."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import scalarization
+
+BEFORE, AFTER = jnp.array([1.0, 4.0, 0.3]), jnp.array([0.5, 3.9, 0.29])
+
+
+def test_an_apply_for_evaluation_changes_nothing_unless_its_state_is_kept():
+    method = scalarization.famo()
+    _, state = method.apply(method.init(3), BEFORE)
+    method.apply(state, jnp.array([9.0, 9.0, 9.0]))  # on other data, its state dropped
+    observed = method.observe(state, AFTER)
+    _, kept = method.apply(state, jnp.array([9.0, 9.0, 9.0]))
+    assert jnp.all(kept.previous == 9.0)
+    assert jnp.any(method.observe(kept, AFTER).logits != observed.logits)
+    decrease = jnp.log(BEFORE / AFTER)
+    # The first step of Adam goes against the sign of the gradient.
+    np.testing.assert_array_equal(jnp.sign(observed.logits), -jnp.sign(decrease - jnp.mean(decrease)))
+
+
+def test_delayed_takes_the_next_losses_for_those_after_the_step():
+    losses = jax.random.uniform(jax.random.key(0), (20, 3), minval=0.1)
+    delayed, method = scalarization.famo(delayed=True), scalarization.famo()
+    delayed_state, state = delayed.init(3), method.init(3)
+    for i, values in enumerate(losses):
+        if i > 0:
+            state = method.observe(state, values)
+        expected, state = method.apply(state, values)
+        scalar, delayed_state = delayed.apply(delayed_state, values)
+        np.testing.assert_allclose(scalar, expected, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_equal(delayed.observe(delayed_state, AFTER), delayed_state)
+    chex.assert_trees_all_close(delayed_state, state, rtol=1e-5)
+
+
+def test_delayed_weights_are_constants_of_differentiation():
+    method = scalarization.famo(delayed=True)
+    _, state = method.apply(method.init(3), BEFORE)
+    weights = jax.grad(lambda x: method.apply(state, x)[0])(AFTER)
+    z = jax.nn.softmax(method.apply(state, AFTER)[1].logits)
+    np.testing.assert_allclose(weights, z / AFTER / jnp.sum(z / AFTER), rtol=1e-5)
+
+
+def test_observing_before_the_first_apply_does_nothing():
+    method = scalarization.famo(min_losses=0.1)
+    chex.assert_trees_all_equal(method.observe(method.init(3), AFTER), method.init(3))
+
+
+def test_each_task_has_its_own_optimizer():
+    """An absent task's logit, moments and step count stay; a task's first step is as long as any first step."""
+    method = scalarization.famo()
+    two = jnp.array([True, True, False])
+    state = method.init(3)
+    for _ in range(5):
+        _, state = method.apply(state, jnp.array([1.0, 4.0, jnp.nan]), mask=two)
+        state = method.observe(state, jnp.array([0.5, 3.9, jnp.nan]), mask=two)
+    assert state.logits[2] == 0
+    _, state = method.apply(state, BEFORE)
+    state = method.observe(state, AFTER)
+    np.testing.assert_allclose(jnp.abs(state.logits[2]), 0.025, rtol=1e-3)
+
+
+def test_losses_below_their_bound_are_nan_and_do_not_poison_a_guarded_state():
+    below = jnp.array([1.0, 0.05, 0.3])
+    method = scalarization.famo(min_losses=0.1)
+    _, state = method.apply(method.init(3), BEFORE)
+    assert jnp.isnan(method.apply(state, below)[0])
+    assert jnp.all(jnp.isnan(method.observe(state, below).logits))
+    guarded = mtl.skip_nonfinite(method)
+    _, state = guarded.apply(guarded.init(3), BEFORE)
+    chex.assert_trees_all_equal(guarded.observe(state, below), state)
+
+
+def test_bounds():
+    for name in "lr", "weight_decay":
+        with pytest.raises(ValueError, match=rf"{name}: expected a number of at least 0, found -1\.0"):
+            scalarization.famo(**{name: -1.0})
+    with pytest.raises(ValueError, match=r"min_losses: expected a scalar or one number per task, shape \(3,\)"):
+        scalarization.famo(min_losses=[0.0, 1.0]).init(3)

@@ -1,0 +1,200 @@
+"""SoftAdapt, CoV-Weighting, LBTW, DTP and group DRO at their edges. Their values are in tests/golden."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtlbalance import scalarization
+
+
+def run(method, losses, masks=None):
+    losses = jnp.array(losses)
+    state = method.init(losses[0])
+    for i, values in enumerate(losses):
+        _, state = method.apply(state, values, mask=None if masks is None else masks[i])
+    return state
+
+
+def weights_of(method, state, losses=None):
+    losses = jnp.ones(3) if losses is None else jnp.asarray(losses)
+    return jax.grad(method.apply, argnums=1, has_aux=True)(state, losses)[0]
+
+
+# SoftAdapt.
+
+
+@pytest.mark.parametrize("window", [2, 3, 4, 5, 7, 9])
+def test_softadapt_slope_is_exact_for_polynomials_at_the_oldest_loss(window):
+    x = np.arange(window)
+    losses = np.stack([x**degree - 3.0 * x + 2.0 for degree in (0, 1, window - 1)], axis=1).astype(np.float32)
+    state = run(scalarization.softadapt(window=window), losses)
+    expected = np.array([-3.0, -2.0, -3.0 + (window == 2)])
+    # The coefficients, up to 126 for nine points, multiply losses up to 8**8.
+    np.testing.assert_allclose(state.slope, expected, atol=1e-6 * np.max(np.abs(losses)) * 100)
+    np.testing.assert_allclose(state.level, losses.mean(0), rtol=1e-5)
+
+
+def test_softadapt_weights_are_equal_until_a_window_is_full_and_new_at_once():
+    method = scalarization.softadapt(beta=1.0, window=3)
+    state = method.init(2)
+    for i, losses in enumerate(jnp.array([[1.0, 3.0], [2.0, 2.0], [3.0, 1.0], [9.0, 9.0]])):
+        weights = weights_of(method, state, losses)
+        _, state = method.apply(state, losses)
+        expected = [0.5, 0.5] if i < 2 else jax.nn.softmax(jnp.array([1.0, -1.0]))
+        np.testing.assert_allclose(weights, expected, rtol=1e-5)
+    np.testing.assert_array_equal(state.count, [1, 1])
+
+
+def test_softadapt_task_without_a_window_keeps_an_equal_share():
+    masks = jnp.array([[True, True, False]] * 2 + [[True] * 3])
+    method = scalarization.softadapt(beta=1.0, window=2)
+    state = run(method, [[1.0, 2.0, 0.0], [2.0, 2.0, 0.0], [1.0, 1.0, 1.0]], masks)
+    expected = jnp.append(2 / 3 * jax.nn.softmax(jnp.array([1.0, 0.0])), 1 / 3)
+    assert state.windows.tolist() == [1, 1, 0]
+    np.testing.assert_allclose(weights_of(method, state._replace(count=jnp.zeros(3, int))), expected, rtol=1e-5)
+
+
+def test_softadapt_normalized_by_slopes_that_add_up_to_zero():
+    method = scalarization.softadapt(window=2, variant="normalized")
+    state = run(method, [[1.0, 2.0, 5.0], [2.0, 1.0, 5.0]])
+    np.testing.assert_allclose(weights_of(method, state), np.full(3, 1 / 3), rtol=1e-6)
+
+
+def test_softadapt_huge_slopes():
+    for variant in "original", "normalized", "loss_weighted":
+        method = scalarization.softadapt(window=2, variant=variant)
+        weights = weights_of(method, run(method, [[1.0, 1.0, 1.0], [1.1e30, 1.1e30, 1.0]]))
+        np.testing.assert_allclose(jnp.sum(weights), 1.0, rtol=1e-6)
+        np.testing.assert_allclose(weights[0], weights[1], rtol=1e-6)
+
+
+def test_softadapt_bounds():
+    with pytest.raises(ValueError, match="window: expected an int of at least 2, found 1"):
+        scalarization.softadapt(window=1)
+    with pytest.raises(ValueError, match=r"variant: expected one of \('original', .*found 'fancy'"):
+        scalarization.softadapt(variant="fancy")
+    with pytest.raises(ValueError, match=r"beta: expected a scalar, found shape \(2,\)"):
+        scalarization.softadapt(beta=jnp.ones(2))
+
+
+# CoV-Weighting.
+
+
+def test_cov_weighting_is_the_coefficient_of_variation_of_the_ratios():
+    losses = np.random.default_rng(0).uniform(0.5, 2.0, (30, 3)).astype(np.float32)
+    method = scalarization.cov_weighting()
+    means = np.cumsum(losses, axis=0) / np.arange(1, 31)[:, None]
+    ratios = np.concatenate([np.ones((1, 3)), losses[1:] / means[:-1]])
+    expected = np.sqrt(ratios.var(0) + 1e-8) / ratios.mean(0)
+    np.testing.assert_allclose(weights_of(method, run(method, losses)), expected / expected.sum(), rtol=1e-4)
+
+
+def test_cov_weighting_new_task_has_an_equal_share():
+    masks = jnp.array([[True, True, False]] * 3)
+    method = scalarization.cov_weighting()
+    weights = weights_of(method, run(method, [[4.0, 1.0, 0.0], [3.0, 0.9, 0.0], [2.5, 0.7, 0.0]], masks))
+    np.testing.assert_allclose(weights[2], 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(jnp.sum(weights), 1.0, rtol=1e-6)
+
+
+def test_cov_weighting_settled_losses_have_equal_weights():
+    method = scalarization.cov_weighting()
+    for losses in jnp.zeros((5, 3)), jnp.tile(jnp.array([1e-30, 1.0, 1e30]), (5, 1)):
+        np.testing.assert_allclose(weights_of(method, run(method, losses)), np.full(3, 1 / 3), rtol=1e-5)
+
+
+def test_cov_weighting_bounds():
+    with pytest.raises(ValueError, match=r"decay: expected a number from 0 to 1, found 1\.5"):
+        scalarization.cov_weighting(1.5)
+
+
+# LBTW.
+
+
+def test_lbtw_begins_anew_with_every_epoch():
+    method, by_itself = scalarization.lbtw(), scalarization.lbtw(steps_per_epoch=2)
+    losses = jnp.array([[4.0, 1.0], [1.0, 1.0], [9.0, 9.0], [9.0, 1.0]])
+    expected = [[1.0, 1.0], [2 / 3, 4 / 3], [1.0, 1.0], [1.5, 0.5]]
+    state, own_state = method.init(2), by_itself.init(2)
+    for i, values in enumerate(losses):
+        np.testing.assert_allclose(weights_of(method, state, values), expected[i], rtol=1e-6)
+        np.testing.assert_allclose(weights_of(by_itself, own_state, values), expected[i], rtol=1e-6)
+        _, state = method.apply(state, values)
+        _, own_state = by_itself.apply(own_state, values)
+        state = method.end_epoch(state) if i % 2 else state
+
+
+def test_lbtw_zeros():
+    method = scalarization.lbtw()
+    _, state = method.apply(method.init(3), jnp.array([0.0, 1.0, 1.0]))
+    np.testing.assert_allclose(weights_of(method, state, [5.0, 1.0, 0.0]), [1.5, 1.5, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(weights_of(method, state._replace(initial=jnp.ones(3)), jnp.zeros(3)), np.ones(3))
+
+
+def test_lbtw_a_change_of_sign_is_seen():
+    method = scalarization.lbtw()
+    _, state = method.apply(method.init(3), jnp.array([-1.0, 1.0, 1.0]))
+    assert jnp.isnan(method.apply(state, jnp.ones(3))[0])
+
+
+def test_lbtw_bounds():
+    with pytest.raises(ValueError, match=r"alpha: expected a number of at least 0, found -0\.5"):
+        scalarization.lbtw(-0.5)
+    with pytest.raises(ValueError, match="steps_per_epoch: expected an int of at least 1, found 0"):
+        scalarization.lbtw(steps_per_epoch=0)
+
+
+# DTP.
+
+
+def test_dtp_follows_the_indicators():
+    method = scalarization.dtp(gamma=2.0, alpha=0.25)
+    state = method.init(3)
+    np.testing.assert_array_equal(weights_of(method, state), np.ones(3))
+    state = method.observe(state, jnp.array([0.5, 0.9, jnp.nan]), mask=jnp.array([True, True, False]))
+    state = method.observe(state, jnp.array([0.9, 0.9, jnp.nan]), mask=jnp.array([True, True, False]))
+    kpi = np.array([0.6, 0.9])
+    np.testing.assert_allclose(weights_of(method, state)[:2], -((1 - kpi) ** 2) * np.log(kpi), rtol=1e-5)
+    assert weights_of(method, state)[2] == 1
+
+
+def test_dtp_at_the_ends_and_beyond():
+    method = scalarization.dtp()
+    weights = weights_of(method, method.observe(method.init(3), jnp.array([0.0, 1.0, 0.5])))
+    np.testing.assert_allclose(weights[:2], [-np.log(np.finfo(np.float32).tiny), 0.0], rtol=1e-6)
+    beyond = method.observe(method.init(3), jnp.array([1.5, -0.1, 0.5]))
+    np.testing.assert_array_equal(jnp.isnan(weights_of(method, beyond)), [True, True, False])
+
+
+def test_dtp_bounds():
+    with pytest.raises(ValueError, match=r"gamma: expected a number of at least 0, found -1\.0"):
+        scalarization.dtp(gamma=-1.0)
+    for alpha in 0.0, 1.5:
+        with pytest.raises(ValueError, match=f"alpha: expected a number above 0 and at most 1, found {alpha}"):
+            scalarization.dtp(alpha=alpha)
+
+
+# Group DRO.
+
+
+def test_group_dro_moves_before_it_weighs():
+    method = scalarization.group_dro(robust_step_size=0.5)
+    scalar, state = method.apply(method.init(2), jnp.array([1.0, 3.0]))
+    weights = jax.nn.softmax(jnp.array([0.5, 1.5]))
+    np.testing.assert_allclose(jnp.exp(state.log_weights), weights, rtol=1e-6)
+    np.testing.assert_allclose(scalar, weights @ jnp.array([1.0, 3.0]), rtol=1e-6)
+
+
+def test_group_dro_with_losses_that_would_overflow():
+    method = scalarization.group_dro(robust_step_size=1.0)
+    state = run(method, [[1e30, 2e30, 1e30]] * 3)
+    np.testing.assert_array_equal(weights_of(method, state), [0.0, 1.0, 0.0])
+    equal = run(method, [[1.1e30] * 3] * 3)
+    np.testing.assert_allclose(jnp.exp(equal.log_weights), np.full(3, 1 / 3), rtol=1e-6)
+
+
+def test_group_dro_bounds():
+    for eta in 0.0, float("inf"):
+        with pytest.raises(ValueError, match=f"robust_step_size: expected a finite number above 0, found {eta}"):
+            scalarization.group_dro(eta)
