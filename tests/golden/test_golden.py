@@ -1,7 +1,7 @@
 """This library against numbers of its peers, held as data: no peer is needed here.
 
 ``torchjd.json`` was recorded by ``record.py``; ``comparisons.py`` states the tolerances. ``official.json`` holds the
-numbers that LibMTL and the official ExcessMTL code print.
+numbers that LibMTL and the official ExcessMTL code print. The other official codes are in ``test_official.py``.
 """
 
 import json
@@ -117,6 +117,8 @@ def test_problem():
         (scalarization.uw(initial_log_var=-0.5), "uw"),
         (scalarization.imtl_l(), "imtl_l"),
         (scalarization.dwa(temperature=2.0), "dwa"),
+        (scalarization.geometric_mean(), "gls"),
+        (scalarization.famo(), "famo"),
     ],
     ids=lambda argument: argument if isinstance(argument, str) else "",
 )
@@ -141,6 +143,19 @@ def test_libmtl_scalarizers(method, name):
     assert compared
     for key in compared:
         np.testing.assert_allclose(found[key], expected[key], rtol=SIX_DIGITS, err_msg=key)
+
+
+def test_libmtl_famo():
+    """The logits after each of two updates, in a training with the losses of the same batch after the step."""
+    method, expected = scalarization.famo(), LIBMTL["famo"]
+    x, state = START, method.init(3)
+    for logits in expected["logits"]:
+        gradient, state = jax.grad(lambda x, state: method.apply(state, problem_losses(x)), has_aux=True)(x, state)
+        x = x - expected["learning_rate"] * gradient
+        state = method.observe(state, problem_losses(x))
+        # A gradient is made of differences of 0.01 between logarithms up to 3, which float32 knows to 3e-5 of
+        # themselves, and the step of 0.025 by as much.
+        np.testing.assert_allclose(state.logits, logits, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("trajectory", EXCESS_MTL["trajectories"], ids=lambda case: f"eta{case['robust_step_size']}")
