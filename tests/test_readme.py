@@ -6,6 +6,7 @@ import re
 import pytest
 
 from mtlbalance import aggregation, scalarization
+from tests.catalogue import SCALARIZERS
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -25,3 +26,10 @@ def test_method_table_names_every_method(family):
     name = family.__name__.rpartition(".")[-1]
     methods = {public for public in family.__all__ if public.islower()}
     assert set(re.findall(rf"^\| `{name}\.(\w+)\(", README, re.MULTILINE)) == methods
+
+
+def test_method_table_has_the_totals_that_are_tested():
+    rows = re.findall(r"^\| `scalarization\.(\w+)\(.*?\| (?:.*?) \| (?:.*?) \| (.*?) \|", README, re.MULTILINE)
+    totals = {case.name: case.total for case in SCALARIZERS}
+    for name, total in rows:
+        assert totals[name] == (total if total in ("1", "m") else None), name

@@ -16,8 +16,8 @@ def geometric_mean() -> base.Scalarizer:
     .. math:: \Big( \prod_i L_i \Big)^{1/m}
 
     The weight of a loss, the gradient, is :math:`(\prod_j L_j)^{1/m} / (m L_i)`: scaling one loss scales all weights
-    and changes nothing else. Losses must be positive: where one is zero the scalar is zero, and so are all weights
-    by convention; where one is negative the scalar is NaN.
+    and changes nothing else. Losses must be positive: where one is zero (or below the smallest normal
+    number) the scalar is zero, and so are all weights by convention; where one is negative the scalar is NaN.
 
     Note:
       At a zero loss the weights are NaN in TorchJD, and a negative loss is an error, which a compiled program
@@ -43,7 +43,7 @@ def geometric_mean() -> base.Scalarizer:
         return SeenState(jnp.zeros(shape, jnp.int32))
 
     def apply(state, values, mask):
-        zero = mask & (values == 0)
+        zero = mask & (jnp.abs(values) < jnp.finfo(values.dtype).tiny)
         mean = jnp.exp(jnp.mean(jnp.log(jnp.where(zero, 1, values)), where=mask))
         return jnp.where(jnp.any(zero), 0, mean), count_seen(state, mask)
 

@@ -16,8 +16,8 @@ def scale_invariant(weights: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
     .. math:: \sum_i w_i \log L_i
 
     The gradient weighs a loss by :math:`w_i / L_i`, so that a loss's scale does not matter. Losses must be positive.
-    A loss of zero counts as the smallest normal number, with weight zero: its logarithm stays finite. Where one is
-    negative the scalar is NaN.
+    One below the smallest normal number counts as that number, with weight zero, so that its logarithm stays finite.
+    Where one is negative the scalar is NaN.
 
     Note:
       The official code of Nash-MTL has no guard at zero.
@@ -50,7 +50,8 @@ def scale_invariant(weights: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
 
     def apply(state, values, mask):
         fixed = inputs.per_task("weights", weights, values.shape, values.dtype)
-        logs = jnp.log(jnp.where(values == 0, jnp.finfo(values.dtype).tiny, values))
+        tiny = jnp.finfo(values.dtype).tiny
+        logs = jnp.log(jnp.where(jnp.abs(values) < tiny, tiny, values))
         return jnp.sum(fixed * logs, where=mask), count_seen(state, mask)
 
     return base.scalarizer(init, apply)

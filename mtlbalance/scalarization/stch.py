@@ -60,7 +60,7 @@ def stch(
       mu: smoothing :math:`\mu > 0`. May be traced.
       weights: preference :math:`\lambda`, one real number per task: an array of the losses' shape, or a tree of the
         same names. May be traced: ``vmap`` over it traces a Pareto front. 1/m each by default.
-      reference: ideal point :math:`z`, one real number per task; zero by default. May be traced.
+      reference: ideal point :math:`z`, one real number for all tasks or one for each; zero by default. May be traced.
       n_warmup_epochs: ``None``, or an int of at least 0, then without ``weights`` and ``reference``.
       steps_per_epoch: with a warm-up: ``None``, to close epochs by ``end_epoch``, or after how many calls (at least
         1) ``apply`` closes a task's epoch itself.
@@ -69,8 +69,9 @@ def stch(
       A :class:`~mtlbalance.Scalarizer` with state :class:`STCHState`.
 
     Raises:
-      ValueError: if ``mu``, ``n_warmup_epochs`` or ``steps_per_epoch`` is out of bounds, or if a preference or
-        reference comes with a warm-up; at ``init``, if one has another shape than the losses.
+      ValueError: if ``mu``, ``n_warmup_epochs`` or ``steps_per_epoch`` is out of bounds, if a preference or
+        reference comes with a warm-up, or ``steps_per_epoch`` without; at ``init``, if one has another shape than
+        the losses.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,13 +92,15 @@ def stch(
             inputs.reject("n_warmup_epochs", "None together with weights or reference", f"{n_warmup_epochs}")
     if steps_per_epoch is not None:
         inputs.check_int("steps_per_epoch", steps_per_epoch, 1)
+        if n_warmup_epochs is None:
+            inputs.reject("steps_per_epoch", "None without n_warmup_epochs", f"{steps_per_epoch}")
 
     def preference(shape, dtype, n_tasks):
         by_default = 1 / n_tasks if weights is None else weights
         at = 0.0 if reference is None else reference
         return (
             inputs.per_task("weights", by_default, shape, dtype, scalar=weights is None),
-            inputs.per_task("reference", at, shape, dtype, scalar=reference is None),
+            inputs.per_task("reference", at, shape, dtype),
         )
 
     def init(shape, dtype):

@@ -40,7 +40,7 @@ def uw_o() -> base.Scalarizer:
         return SeenState(jnp.zeros(shape, jnp.int32))
 
     def apply(state, values, mask):
-        weights = jnp.where(values == 0, 0, 1 / values)
+        weights = jnp.where(values == 0, 0, numerics.finite(1 / values))
         return numerics.weighted_sum(weights, values, mask), count_seen(state, mask)
 
     return base.scalarizer(init, apply)

@@ -83,6 +83,7 @@ def test_pbi_on_the_ray_and_beside_it():
         (lambda: scalarization.stch(1.0, jnp.ones(2), n_warmup_epochs=1), "n_warmup_epochs: expected None together"),
         (lambda: scalarization.stch(1.0, reference=[0.0], n_warmup_epochs=1), "n_warmup_epochs: expected None"),
         (lambda: scalarization.stch(1.0, n_warmup_epochs=1, steps_per_epoch=0), "steps_per_epoch: expected an int"),
+        (lambda: scalarization.stch(1.0, steps_per_epoch=5), "steps_per_epoch: expected None without n_warmup_epochs"),
         (lambda: scalarization.cosmos(-1.0, jnp.ones(2)), "lambda_: expected a number of at least 0, found -1.0"),
         (lambda: scalarization.pbi(-1.0, jnp.ones(2)), "theta: expected a number of at least 0, found -1.0"),
         (lambda: scalarization.pbi(1.0, jnp.ones(2), [1.0]).init(2), "reference: expected a scalar or one number per"),
