@@ -47,7 +47,11 @@ def record(folder, seed=0):
             for min_losses in ([0.0, 0.0, 0.0], [-2.1, -21.0, -0.5])
             for delayed in (False, True)
         ],
-        "cov_weighting": [cov_weighting(rng, folder / "cov-weighting", decay) for decay in (None, 0.9, 0.5, 1.0)],
+        "cov_weighting": [
+            *[cov_weighting(rng, folder / "cov-weighting", decay, [1, 1, 1, 1]) for decay in (None, 0.9, 0.5, 1.0)],
+            # Some losses nearly constant, where what is added to the variance counts.
+            cov_weighting(rng, folder / "cov-weighting", None, [0.001, 0.003, 0.1, 1]),
+        ],
         "lbtw": [lbtw(rng, alpha, epoch_lengths) for alpha in (0.5, 2.0) for epoch_lengths in ([3, 1, 6, 4], 4 * [5])],
         "softadapt": [
             softadapt(rng, folder / "SoftAdapt", variant, window)
@@ -141,14 +145,14 @@ def famo(rng, module, min_losses, delayed):
     return settings | in_rows(["losses", "after", "values", "losses_grads", "weights"], calls)
 
 
-def cov_weighting(rng, root, decay, n_tasks=4):
+def cov_weighting(rng, root, decay, decades):
     module = load(root, "losses.covweighting_loss")
     arguments = types.SimpleNamespace(
         device=CPU, mean_sort="full" if decay is None else "decay", mean_decay_param=1.0 if decay is None else decay
     )
     # Its 32 losses are computed from images: ours are handed through in their place.
     with (
-        mock.patch.object(sys.modules["losses.base_loss"], "NUM_LOSSES", n_tasks),
+        mock.patch.object(sys.modules["losses.base_loss"], "NUM_LOSSES", len(decades)),
         mock.patch.object(module.BaseLoss, "forward", lambda self, losses, target: list(losses)),
     ):
         method = module.CoVWeightingLoss(arguments)
@@ -157,9 +161,9 @@ def cov_weighting(rng, root, decay, n_tasks=4):
             setattr(method, name, getattr(method, name).double())  # it asks for float32
         calls = []
         for _ in range(30):
-            losses = positive(rng, n_tasks, decades=1)
+            losses = positive(rng, len(decades), np.array(decades))
             calls.append((losses, *value_and_grad(lambda losses: method(losses, None), losses)))
-    return {"decay": decay} | in_rows(["losses", "values", "losses_grads"], calls)
+    return {"decay": decay, "decades": decades} | in_rows(["losses", "values", "losses_grads"], calls)
 
 
 def lbtw(rng, alpha, epoch_lengths):
