@@ -54,7 +54,8 @@ def stch(
 
     Note:
       The paper's equation is that of TorchJD, the warm-up that of the official code and LibMTL, which have neither
-      preference nor reference and start with ``mu=1.0, n_warmup_epochs=4``. A nadir of zero counts as 1.
+      preference nor reference, start with ``mu=1.0, n_warmup_epochs=4``, and leave a constant of differentiation out
+      of the scalar: m times the largest logarithm. A nadir of zero counts as 1.
 
     Args:
       mu: smoothing :math:`\mu > 0`. May be traced.
