@@ -4,4 +4,4 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-collect_ignore_glob = ["benchmarks/*", "golden/record.py"]
+collect_ignore_glob = ["benchmarks/*", "golden/record*.py"]

@@ -95,11 +95,11 @@ def test_famo(case):
     method = scalarization.famo(min_losses, case["lr"], case["weight_decay"], delayed=case["delayed"])
     values, grads, states = run(method, losses, after=after)
     # As in comparisons.check_famo.
-    assert_near(jax.nn.softmax(states.logits), case["weights"], 1e-5)
-    assert_near(grads, case["losses_grads"], 1e-5)
+    assert_near(jax.nn.softmax(states.logits), case["weights"], 2 * ROUNDING * np.array(case["weights"]))
+    assert_near(grads, case["losses_grads"], 2 * ROUNDING * np.array(case["losses_grads"]))
     distances = np.subtract(case["losses"], case["min_losses"])
     terms = np.sum(np.abs(case["losses_grads"] * distances * np.log(distances)), axis=1)
-    assert_near(values, case["values"], 1e-5 * terms)
+    assert_near(values, case["values"], 2 * ROUNDING * terms)
 
 
 # Weights from the history of the losses.
@@ -191,7 +191,7 @@ def test_minmax():
     np.testing.assert_array_equal(official[0], 1)
     method = mtl.learn(scalarization.minmax(), optax.adam(case["lr"]))
     _, weights, states = run(method, losses[1:])
-    # Forty steps of 1e-3, each of them 6e-6 off, as comparisons.check_famo says of Optax's Adam.
+    # Forty steps of 1e-3, each of them 6e-6 off: the bias correction 1 - 0.999**t of Optax's Adam, in float32.
     assert_near(states.inner.logits, np.array(case["logits"][1:]) - 1, ROUNDING)
     np.testing.assert_allclose(weights, 3 * jax.nn.softmax(official[:-1], axis=-1), rtol=ROUNDING)
 
