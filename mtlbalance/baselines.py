@@ -1,4 +1,4 @@
-"""What the baselines of both families share: their states, the count of calls, the random weights."""
+"""What methods of both families share: the states of the baselines, the count of calls, the random weights."""
 
 from typing import NamedTuple
 

@@ -64,8 +64,12 @@ def reject(argument: str, expected: str, found: str, error: type[Exception] = Va
 
 def check(name: str, value: Any, bound: str, holds: Callable[[chex.Array], chex.Array]) -> None:
     """Raises ``ValueError`` unless a hyperparameter is a scalar within its bound; a traced one's value is not known."""
+    if not _is_number(value):
+        reject(name, bound, type(value).__name__, TypeError)
     if jnp.ndim(value):
         reject(name, "a scalar", f"shape {jnp.shape(value)}")
+    if jnp.iscomplexobj(value):
+        reject(name, bound, f"dtype {jnp.result_type(value)}", TypeError)
     if isinstance(value, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():
@@ -93,20 +97,36 @@ def flatten(name: str, tree: chex.ArrayTree) -> chex.Array:
 
 
 def per_task(
-    name: str, value: chex.ArrayTree, shape: tuple[int, ...], dtype: chex.ArrayDType, *, scalar: bool = True
+    name: str,
+    value: chex.ArrayTree,
+    shape: tuple[int, ...],
+    dtype: chex.ArrayDType,
+    *,
+    scalar: bool = True,
+    bound: str = "",
+    holds: Callable[[chex.Array], chex.Array] | None = None,
 ) -> chex.Array:
-    """A hyperparameter with one number per task (an array, or a tree like the losses), or one ``scalar`` for all."""
+    """A hyperparameter with one number per task (an array, or a tree like the losses), or one ``scalar`` for all.
+
+    As in :func:`check`, ``holds`` says whether the numbers are within their ``bound``.
+    """
     array = flatten(name, value)
     if jnp.iscomplexobj(array):
         reject(name, "real numbers", f"dtype {array.dtype}", TypeError)
     if array.shape != shape and not (scalar and array.ndim == 0):
         one_for_all = "a scalar or " if scalar else ""
         reject(name, f"{one_for_all}one number per task, shape {shape}", f"shape {array.shape}")
+    if holds is not None and not isinstance(array, jax.core.Tracer):
+        with jax.ensure_compile_time_eval():
+            if not holds(array):
+                reject(name, bound, f"{array}")
     return jnp.broadcast_to(array, shape).astype(dtype)
 
 
 def new_key(key: int | chex.Array) -> chex.PRNGKey:
     """The typed key that a factory's ``key: int | key`` stands for; the int may be traced."""
+    if not _is_int(key) and not hasattr(key, "dtype"):
+        reject("key", "an int or a key", type(key).__name__, TypeError)
     if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(jnp.asarray(key)) if getattr(key, "ndim", 0) else jax.random.key(key)
@@ -276,6 +296,10 @@ def _is_counted(x):
 
 def _is_int(x):
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _is_number(x):
+    return isinstance(x, numbers.Number) or hasattr(x, "dtype")
 
 
 def _check_floating(name, leaf):

@@ -24,9 +24,8 @@ def softmax(logits: chex.Array, mask: chex.Array) -> chex.Array:
 def normalize(weights: chex.Array, mask: chex.Array, total: chex.Numeric = 1) -> chex.Array:
     """Weights of the tasks in ``mask`` scaled to a total; equal ones where they add up to zero."""
     weights = jnp.where(mask, weights, 0)
-    largest = jnp.max(jnp.abs(weights))
-    weights = weights / jnp.where(largest == 0, 1, largest)  # so that adding up does not overflow
-    equal = mask / jnp.maximum(jnp.sum(mask), 1)
+    weights = weights / scale(weights)  # so that adding up does not overflow
+    equal = mask.astype(weights.dtype) / jnp.maximum(jnp.sum(mask), 1)
     added = jnp.sum(weights)
     return total * jnp.where(added == 0, equal, weights / jnp.where(added == 0, 1, added))
 
@@ -44,15 +43,24 @@ def exponentiated_step(log_weights: chex.Array, step: chex.Array, moving: chex.A
     moved = log_weights + step
     total_before = jax.nn.logsumexp(log_weights, where=moving)
     total_after = jax.nn.logsumexp(moved, where=moving)
-    return jnp.where(moving, moved + total_before - total_after, log_weights)
+    return jnp.where(moving, finite(moved + total_before - total_after), log_weights)
 
 
 def unit(vector: chex.Array) -> chex.Array:
     """``vector`` over its Euclidean norm, at any scale; zero stays zero."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vector)))
-    vector = vector / jnp.where(largest == 0, 1, largest)
+    vector = vector / scale(vector)
     # Now the norm is at least 1 unless it is zero.
     return vector / optax.safe_norm(vector, 0.5)
+
+
+def scale(x: chex.Array) -> chex.Array:
+    """The largest magnitude, to divide by, a constant of differentiation; 1 for zeros.
+
+    It stays below an eighth of the largest number: XLA divides by multiplying with the inverse, and flushes that of
+    larger ones to zero.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
+    return jnp.where(largest == 0, 1, jnp.minimum(largest, jnp.finfo(x.dtype).max / 8))
 
 
 def reverse_gradient(x: chex.Array) -> chex.Array:
@@ -63,8 +71,8 @@ def reverse_gradient(x: chex.Array) -> chex.Array:
 def finite(x: chex.Array) -> chex.Array:
     """``x`` with infinities replaced by the largest numbers.
 
-    It also separates a product from the subtraction of the largest one: a fused multiply-add would round only once, and
-    leave where zero should be a rest that is large for large numbers.
+    It also keeps XLA from fusing a product into the subtraction of the largest one, which would leave a rest where
+    zero is due.
     """
     limit = jnp.finfo(x.dtype).max
     return jnp.clip(x, -limit, limit)

@@ -32,7 +32,7 @@ class SkipNonfiniteState(NamedTuple):
     Attributes:
       inner: the state of the wrapped method.
       nonfinite: int32, one per task: the calls in which its loss or gradient was not finite.
-      skipped: int32 scalar: the calls that left ``inner`` as it was, whatever the reason.
+      skipped: int32 scalar: the calls of ``apply`` that left ``inner`` as it was, whatever the reason.
     """
 
     inner: chex.ArrayTree

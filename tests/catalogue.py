@@ -119,7 +119,7 @@ SCALARIZERS = [
     ),
     Case(
         "pbi",
-        lambda tasks=THREE, theta=5.0: scalarization.pbi(theta, _weights(tasks), reference=-0.5),
+        lambda tasks=THREE, theta=5.0: scalarization.pbi(theta, jnp.abs(_weights(tasks)), reference=-0.5),
         {"theta": (0.0, 5.0)},
         per_task=True,
         nonlinear=True,

@@ -26,6 +26,7 @@ def test_softmax_of_infinite_logits():
 def test_normalize():
     np.testing.assert_allclose(numerics.normalize(jnp.array([1.0, 9.0, 3.0]), SOME, 2), [0.5, 0.0, 1.5])
     np.testing.assert_allclose(numerics.normalize(jnp.full(3, 3e38), ALL), np.full(3, 1 / 3), rtol=1e-6)
+    np.testing.assert_allclose(numerics.normalize(jnp.array([3e38, 0.0, 1e38]), ALL), [0.75, 0.0, 0.25], rtol=1e-6)
     np.testing.assert_allclose(numerics.normalize(jnp.full(3, 1e-37), ALL), np.full(3, 1 / 3), rtol=1e-6)
     np.testing.assert_allclose(numerics.normalize(jnp.zeros(3), SOME), [0.5, 0.0, 0.5])
 
@@ -60,6 +61,12 @@ def test_unit_and_its_gradient_at_any_scale(scale):
     along = jnp.array([0.6, 0.0, 0.8])
     jacobian = jax.jacobian(numerics.unit)(vector) * scale
     np.testing.assert_allclose(jacobian, (jnp.eye(3) - jnp.outer(along, along)) / 5, atol=1e-6)
+
+
+def test_unit_of_the_largest_numbers():
+    np.testing.assert_allclose(
+        numerics.unit(jnp.array([3e38, 0.0, 1e38])), np.array([3, 0, 1]) / np.sqrt(10), rtol=1e-6
+    )
 
 
 def test_unit_along_an_axis_and_of_zero():

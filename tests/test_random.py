@@ -52,3 +52,10 @@ def test_weights_are_softmax_of_normals():
     log_ratio = jnp.log(drawn[:, 0] / drawn[:, 2])
     assert abs(log_ratio.mean()) < 4 * np.sqrt(2 / 4000)
     assert abs(log_ratio.var() - 2) < 4 * 2 * np.sqrt(2 / 4000)
+
+
+@pytest.mark.parametrize("build", [scalarization.random, lambda key: scalarization.relobralo(key=key)])
+@pytest.mark.parametrize("wrong", [None, 0.5, "seed"])
+def test_a_key_of_another_type_raises(build, wrong):
+    with pytest.raises(TypeError, match=f"key: expected an int or a key, found {type(wrong).__name__}"):
+        build(wrong)

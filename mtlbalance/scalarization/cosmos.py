@@ -12,18 +12,18 @@ from mtlbalance.baselines import SeenState, count_seen
 
 
 def cosmos(lambda_: chex.Numeric, weights: chex.ArrayTree) -> base.Scalarizer:
-    r"""The preferred sum of the losses, less the cosine of their angle to the preference.
+    r"""The preferred sum of the losses, less a multiple of the cosine of their angle to the preference.
 
     .. math:: \sum_i r_i L_i - \lambda \frac{\sum_i r_i L_i}{\lVert r \rVert \, \lVert L \rVert}
 
-    Any real losses will do; the preference is meant for losses of at least zero. The weights, the gradient, have no
-    fixed total: :math:`\sum r_i` for :math:`\lambda = 0`. Where all losses are zero the cosine counts as zero.
+    Losses should be at least zero, as the preference is. The weights, the gradient, have no fixed total: :math:`\sum
+    r_i` for :math:`\lambda = 0`. Where all losses are zero the cosine counts as zero.
 
-    The whole method also draws :math:`r` anew for every batch, from a Dirichlet distribution, and gives it to the model
-    as an input: build the method inside the training step, with the drawn preference.
+    The whole method also draws :math:`r` anew for every batch, from a Dirichlet distribution, and gives it to the
+    model as an input: build the method inside the training step, with the drawn preference.
 
     Note:
-      TorchJD and the official code bound the norms below by 1e-8. Here the cosine is the same at any scale.
+      TorchJD and the official code take norms below 1e-8 for 1e-8. Here the cosine is the same at any scale.
 
     Args:
       lambda_: :math:`\lambda \ge 0`. May be traced. The paper's range from 0.01 to 8.
@@ -48,7 +48,7 @@ def cosmos(lambda_: chex.Numeric, weights: chex.ArrayTree) -> base.Scalarizer:
       Ruchte and Grabocka, `Scalable Pareto Front Approximation for Deep Multi-Objective Learning
       <https://arxiv.org/abs/2103.13392>`_, ICDM 2021; https://github.com/ruchtem/cosmos.
     """
-    inputs.check("lambda_", lambda_, "a number of at least 0", lambda x: x >= 0)
+    inputs.check("lambda_", lambda_, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
 
     def init(shape, dtype):
         inputs.per_task("weights", weights, shape, dtype, scalar=False)

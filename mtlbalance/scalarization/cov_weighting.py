@@ -19,13 +19,13 @@ class CoVWeightingState(NamedTuple):
     Attributes:
       mean_loss: running mean of the loss.
       mean_ratio: running mean of the loss over the mean before it.
-      squares: sum of squared deviations of that ratio.
+      deviation: root of the sum of squared deviations of that ratio.
       seen: int32, the calls in which the task was present.
     """
 
     mean_loss: chex.Array
     mean_ratio: chex.Array
-    squares: chex.Array
+    deviation: chex.Array
     seen: chex.Array
 
 
@@ -35,14 +35,14 @@ def cov_weighting(decay: chex.Numeric | None = None) -> base.Scalarizer:
     .. math:: \sum_i w_i L_i, \quad w_i \propto \frac{\sigma_i}{\mu_i}, \quad
               \ell_i(t) = \frac{L_i(t)}{\bar L_i(t - 1)}
 
-    where :math:`\mu_i` and :math:`\sigma_i` are the mean and the standard deviation of the ratios :math:`\ell_i` of the
-    calls before this one, and :math:`\bar L_i` the mean of the losses. A loss that has settled loses weight. The
+    where :math:`\mu_i` and :math:`\sigma_i` are the mean and the standard deviation of the ratios :math:`\ell_i` of
+    the calls before this one, and :math:`\bar L_i` the mean of the losses. A loss that has settled loses weight. The
     weights are constants of differentiation and sum to 1; a task has an equal share on its first two calls. Losses
-    must keep their sign. A mean of zero gives ratio 1.
+    must keep their sign: the weight of one that changes it may be negative. A mean of zero gives ratio 1.
 
     Note:
-      The variance is that of the official code: squared deviations over the number of calls, plus 1e-8. Its decaying
-      mean has 1 as default, which never moves; the deviations do not decay.
+      The variance is that of the official code: squared deviations over the number of calls, plus 1e-8. Its default
+      decay is 1, with which the means never move; the deviations do not decay.
 
     Args:
       decay: ``None`` for plain running means, or how much of a mean is kept at each call, from 0 to 1. May be traced.
@@ -65,8 +65,8 @@ def cov_weighting(decay: chex.Numeric | None = None) -> base.Scalarizer:
       ['0.4988', '0.1838', '0.3174']
 
     References:
-      Groenendijk et al., `Multi-Loss Weighting with Coefficient of Variations
-      <https://arxiv.org/abs/2009.01717>`_, WACV 2021; https://github.com/rickgroen/cov-weighting.
+      Groenendijk et al., `Multi-Loss Weighting with Coefficient of Variations <https://arxiv.org/abs/2009.01717>`_,
+      WACV 2021; https://github.com/rickgroen/cov-weighting.
     """
     if decay is not None:
         inputs.check("decay", decay, "a number from 0 to 1", lambda x: (x >= 0) & (x <= 1))
@@ -77,16 +77,19 @@ def cov_weighting(decay: chex.Numeric | None = None) -> base.Scalarizer:
 
     def apply(state, values, mask):
         seen = state.seen
-        deviation = jnp.sqrt(state.squares / jnp.maximum(seen, 1) + 1e-8)
-        weights = numerics.shares(numerics.ratio(deviation, state.mean_ratio), seen >= 2, mask)
+        n_calls = jnp.maximum(seen, 1).astype(values.dtype)
+        sigma = jnp.hypot(state.deviation / jnp.sqrt(n_calls), 1e-4)
+        weights = numerics.shares(numerics.ratio(sigma, state.mean_ratio), seen >= 2, mask)
 
-        loss_ratio = jnp.where(seen == 0, 1, numerics.ratio(values, state.mean_loss))
-        kept = jnp.where(seen == 0, 0, seen / (seen + 1) if decay is None else decay)
+        loss_ratio = numerics.ratio(values, state.mean_loss)
+        kept = jnp.where(seen == 0, 0, n_calls / (n_calls + 1) if decay is None else decay)
         mean_loss = kept * state.mean_loss + (1 - kept) * values
         mean_ratio = kept * state.mean_ratio + (1 - kept) * loss_ratio
-        # Welford's update of the sum of squared deviations.
-        squares = state.squares + (loss_ratio - state.mean_ratio) * (loss_ratio - mean_ratio)
-        new_state = base.select(mask, CoVWeightingState(mean_loss, mean_ratio, squares, seen), state)
+        # Welford adds the product of the differences to the old mean and to the new one, `kept` times the former.
+        # The root of the sum does not overflow where that of the squares would.
+        difference = jnp.sqrt(kept) * jnp.abs(loss_ratio - state.mean_ratio)
+        deviation = numerics.finite(jnp.hypot(state.deviation, difference))
+        new_state = base.select(mask, CoVWeightingState(mean_loss, mean_ratio, deviation, seen), state)
         return numerics.weighted_sum(weights, values, mask), count_seen(new_state, mask)
 
     return base.scalarizer(init, apply)

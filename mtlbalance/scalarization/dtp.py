@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import chex
 import jax.numpy as jnp
+import optax
 
 from mtlbalance import base, inputs, numerics
 from mtlbalance.baselines import count_seen
@@ -34,15 +35,16 @@ def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer
               \bar\kappa_i \leftarrow \alpha \kappa_i + (1 - \alpha) \bar\kappa_i
 
     The indicator :math:`\kappa`, such as an accuracy, is 1 for a task done perfectly. Give it to ``observe``, in
-    place of the losses, as often as you have it: ``state = method.observe(state, accuracies)``. One outside [0, 1], a
-    loss for example, makes the task's weight NaN. The first observed sets the average.
+    place of the losses, as often as you have it: ``state = method.observe(state, accuracies)``. One outside [0, 1]
+    makes the task's weight NaN; a loss between 0 and 1 given by mistake is not noticed. The first observed sets the
+    average.
 
     Any real losses will do. The weights are constants of differentiation with no fixed total: 1 for a task without an
     indicator so far, 0 for one at 1, and up to 87 (in float32) for one at 0.
 
     Note:
-      There is no official code; the defaults are this library's. The paper's focal weights of single examples are
-      the business of the losses.
+      There is no official code; the defaults are this library's. The paper's focal weights of single examples are the
+      business of the losses.
 
     Args:
       gamma: focus :math:`\gamma \ge 0` on the tasks done badly. May be traced.
@@ -67,7 +69,7 @@ def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer
       Guo et al., `Dynamic Task Prioritization for Multitask Learning
       <https://doi.org/10.1007/978-3-030-01270-0_17>`_, ECCV 2018, section 3.
     """
-    inputs.check("gamma", gamma, "a number of at least 0", lambda x: x >= 0)
+    inputs.check("gamma", gamma, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
     inputs.check("alpha", alpha, "a number above 0 and at most 1", lambda x: (x > 0) & (x <= 1))
 
     def init(shape, dtype):
@@ -83,6 +85,6 @@ def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer
 
     def observe(state, values, mask):
         kpi = jnp.where(state.observed == 0, values, alpha * values + (1 - alpha) * state.kpi)
-        return base.select(mask, state._replace(kpi=kpi, observed=state.observed + 1), state)
+        return base.select(mask, state._replace(kpi=kpi, observed=optax.safe_increment(state.observed)), state)
 
     return base.scalarizer(init, apply, observe=observe)

@@ -56,6 +56,7 @@ def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> 
 
     Raises:
       ValueError: if ``temperature`` or ``steps_per_epoch`` is out of bounds.
+      TypeError: if ``steps_per_epoch`` is not an int.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -45,8 +45,8 @@ def famo(
               c = \Big( \sum_i z_i / d_i \Big)^{-1}
 
     where :math:`z` and :math:`c` are constants of differentiation: the weights :math:`c z_i / d_i` sum to 1. After
-    the optimizer's step, give the losses of the same batch to ``observe``: it takes one step of Adam on :math:`w`
-    with the gradient
+    the optimizer's step, give the losses of the same batch (with the same ``mask``) to ``observe``: it takes one step
+    of Adam on :math:`w` with the gradient
 
     .. math:: z_i (\delta_i - \textstyle\sum_j z_j \delta_j), \quad
               \delta_i = \log d_i^\mathrm{before} - \log d_i^\mathrm{after}
@@ -56,18 +56,18 @@ def famo(
     step, updates :math:`w` by them first, and ``observe`` does nothing. That costs nothing, but the losses are those
     of another batch.
 
-    Losses must be above their bounds :math:`b`: below, the scalar is NaN, and so is the state after
-    ``observe``, unless :func:`mtlbalance.skip_nonfinite` guards it.
+    Losses must be above their bounds :math:`b`. Where one is below, the scalar is NaN; a task that was below before
+    or after the optimizer's step, or whose loss was not finite, takes no part in the step of :math:`w`.
 
     Note:
-      The weight decay is that of the paper's algorithm 2, TorchJD and LibMTL; the official code has 0.01 in one
-      file and 1e-5 in the other, 0 for its toy problem, where it uses the delayed form. It also clips the
+      The weight decay is that of the paper's algorithm 2, TorchJD and LibMTL; the official code has 0.01 in one file
+      and 1e-5 in the other, 0 for its toy problem, where it uses the delayed form. It also clips the
       gradient of the shared parameters to norm 1: put ``optax.clip_by_global_norm(1.0)`` before your optimizer.
       The decay is added to the gradient, as in ``torch.optim.Adam``.
 
     Args:
-      min_losses: lower bounds :math:`b`: one real number, or one per task (an array or a tree of the same names).
-        May be traced.
+      min_losses: lower bounds :math:`b`: one real number, or one per task (an array or a tree of the same names). May
+        be traced.
       lr: Adam's learning rate, at least 0. May be traced.
       weight_decay: at least 0. May be traced.
       delayed: whether the next call's losses stand in for those after the step.
@@ -76,8 +76,8 @@ def famo(
       A :class:`~mtlbalance.Scalarizer` with state :class:`FAMOState`.
 
     Raises:
-      ValueError: if ``lr`` or ``weight_decay`` is out of bounds; at ``init``, if ``min_losses`` has another shape than
-        the losses.
+      ValueError: if ``lr`` or ``weight_decay`` is out of bounds; at ``init``, if ``min_losses`` has another shape
+        than the losses.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -92,8 +92,8 @@ def famo(
       Liu et al., `FAMO: Fast Adaptive Multitask Optimization <https://arxiv.org/abs/2306.03792>`_, NeurIPS 2023,
       algorithm 2; https://github.com/Cranial-XIX/FAMO.
     """
-    inputs.check("lr", lr, "a number of at least 0", lambda x: x >= 0)
-    inputs.check("weight_decay", weight_decay, "a number of at least 0", lambda x: x >= 0)
+    inputs.check("lr", lr, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    inputs.check("weight_decay", weight_decay, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
 
     def distance(values):
         return values - inputs.per_task("min_losses", min_losses, values.shape, values.dtype) + 1e-8
@@ -114,8 +114,8 @@ def famo(
         return scalar, count_seen(state, mask)
 
     def step(state, values, mask):
-        moving = mask & (state.seen > 0)
         decrease = jnp.log(distance(state.previous)) - jnp.log(distance(values))
+        moving = mask & (state.seen > 0) & jnp.isfinite(decrease)
         weights = numerics.softmax(state.logits, moving)
         gradient = weights * (decrease - jnp.sum(weights * decrease, where=moving))
         return base.select(moving, adam(state, gradient + weight_decay * state.logits), state)

@@ -15,13 +15,14 @@ def geometric_mean() -> base.Scalarizer:
 
     .. math:: \Big( \prod_i L_i \Big)^{1/m}
 
-    The weight of a loss, the gradient, is :math:`(\prod_j L_j)^{1/m} / (m L_i)`: scaling one loss scales all weights
-    and changes nothing else. Losses must be positive: where one is zero (or below the smallest normal
-    number) the scalar is zero, and so are all weights by convention; where one is negative the scalar is NaN.
+    The weight of a loss, the gradient, is :math:`(\prod_j L_j)^{1/m} / (m L_i)`: scaling one loss scales the gradient
+    of the parameters as a whole and changes nothing else. Losses must be positive: where one is zero (or below the
+    smallest normal number) the scalar is zero, and so are all weights by convention; where one is negative the scalar
+    is NaN.
 
     Note:
-      At a zero loss the weights are NaN in TorchJD, and a negative loss is an error, which a compiled program
-      cannot raise.
+      At a zero loss the weights are NaN in TorchJD, and a negative loss is an error, which a compiled program cannot
+      raise.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`.
@@ -45,6 +46,7 @@ def geometric_mean() -> base.Scalarizer:
     def apply(state, values, mask):
         zero = mask & (jnp.abs(values) < jnp.finfo(values.dtype).tiny)
         mean = jnp.exp(jnp.mean(jnp.log(jnp.where(zero, 1, values)), where=mask))
-        return jnp.where(jnp.any(zero), 0, mean), count_seen(state, mask)
+        # A product: it lets NaN through.
+        return mean * jnp.where(jnp.any(zero), 0, 1), count_seen(state, mask)
 
     return base.scalarizer(init, apply)

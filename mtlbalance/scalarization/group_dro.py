@@ -4,6 +4,7 @@ Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", ICLR 
 https://arxiv.org/abs/1911.08731
 """
 
+import math
 from typing import NamedTuple
 
 import chex
@@ -27,16 +28,16 @@ def group_dro(robust_step_size: chex.Numeric = 0.01) -> base.Scalarizer:
 
     .. math:: \sum_i q_i L_i, \quad q_i \leftarrow \frac{q_i e^{\eta L_i}}{\sum_j q_j e^{\eta L_j}}
 
-    The weights start equal, are moved by a call's losses before they weigh them, are constants of
-    differentiation and sum to 1. Any real losses will do, and they should be of one scale. The weights are kept as
-    logarithms: large losses do not overflow. An absent task keeps its weight, the present ones exchange theirs.
+    The weights start equal, are moved by a call's losses before they weigh them, are constants of differentiation and
+    sum to 1. Any real losses will do, and they should be of one scale. The weights are kept as logarithms: large
+    losses do not overflow. An absent task keeps its weight, the present ones exchange theirs.
 
     Note:
       The code of the ExcessMTL authors, who compare with this method, has weights that sum to m. The official one can
       also adjust for group sizes and divide the losses by their sum: scale yours.
 
     Args:
-      robust_step_size: :math:`\eta > 0`. May be traced.
+      robust_step_size: :math:`\eta > 0`, finite. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`GroupDROState`.
@@ -61,8 +62,7 @@ def group_dro(robust_step_size: chex.Numeric = 0.01) -> base.Scalarizer:
     )
 
     def init(shape, dtype):
-        n_tasks = jnp.ones(shape, dtype).size
-        return GroupDROState(jnp.full(shape, -jnp.log(n_tasks), dtype))
+        return GroupDROState(jnp.full(shape, -math.log(math.prod(shape)), dtype))
 
     def apply(state, values, mask):
         log_weights = numerics.exponentiated_step(state.log_weights, robust_step_size * values, moving=mask)

@@ -26,16 +26,16 @@ def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
 
     .. math:: \sum_i e^{s_i} L_i - s_i
 
-    For a fixed loss the optimum is :math:`s_i = -\log L_i`, where the scaled loss is 1. Losses must be positive:
-    a loss of zero drives :math:`s_i` towards infinity and a negative one has no optimum. The weights sum to m
-    at the start. At :math:`s` it equals twice :func:`~mtlbalance.scalarization.uw` at :math:`-s`.
+    For a fixed loss the optimum is :math:`s_i = -\log L_i`, where the scaled loss is 1. Losses must be positive: a
+    loss of zero drives :math:`s_i` towards infinity and a negative one has no optimum. The weights sum to m at the
+    start. At :math:`s` it equals twice :func:`~mtlbalance.scalarization.uw` at :math:`-s`.
 
-    The log-scales are trained by gradient, in one of two ways: differentiate with respect to the state and
-    give it to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`.
+    The log-scales are trained by gradient, in one of two ways: differentiate with respect to the state and give it to
+    your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`.
 
     Args:
-      initial_log_scale: start of :math:`s`: one real number, or one per task (an array or a tree of the same
-        names).
+      initial_log_scale: start of :math:`s`: one real number, or one per task (an array or a tree of the same names).
+        May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`IMTLLState` and ``learned=("log_scale",)``.
@@ -53,8 +53,8 @@ def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
       7.0 [0. 1. 3.]
 
     References:
-      Liu et al., `Towards Impartial Multi-Task Learning <https://openreview.net/forum?id=IMPnRXEWpvr>`_,
-      ICLR 2021, section 3.2.
+      Liu et al., `Towards Impartial Multi-Task Learning <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021,
+      section 3.2.
     """
 
     def init(shape, dtype):

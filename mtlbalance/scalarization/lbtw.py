@@ -29,9 +29,9 @@ def lbtw(alpha: chex.Numeric = 0.5, steps_per_epoch: int | None = None) -> base.
 
     .. math:: \sum_i w_i L_i, \quad w_i \propto \Big( \frac{L_i}{L_i^{(0)}} \Big)^\alpha
 
-    The weights are constants of differentiation and sum to m. A task on the first call of its epoch has ratio 1, and so
-    has one whose first loss is zero. Losses must keep their sign: where one changes it the scalar is NaN, but
-    for an integer :math:`\alpha`.
+    The weights are constants of differentiation and sum to m. A task on the first call of its epoch has ratio 1, and
+    so has one whose first loss is zero. Losses must keep their sign: where one changes it the scalar is NaN, or with
+    an integer :math:`\alpha` its weight may be negative.
 
     Note:
       Without ``end_epoch`` the first call of all is the reference for the whole training. The normalization to m is
@@ -59,10 +59,10 @@ def lbtw(alpha: chex.Numeric = 0.5, steps_per_epoch: int | None = None) -> base.
       ['0.6667', '1.3333']
 
     References:
-      Liu et al., `Loss-Balanced Task Weighting <https://doi.org/10.1609/aaai.v33i01.33019977>`_, AAAI 2019,
-      algorithm 1; https://github.com/chao1224/Loss-Balanced-Task-Weighting.
+      Liu et al., `Loss-Balanced Task Weighting <https://doi.org/10.1609/aaai.v33i01.33019977>`_, AAAI 2019, algorithm
+      1; https://github.com/chao1224/Loss-Balanced-Task-Weighting.
     """
-    inputs.check("alpha", alpha, "a number of at least 0", lambda x: x >= 0)
+    inputs.check("alpha", alpha, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
     if steps_per_epoch is not None:
         inputs.check_int("steps_per_epoch", steps_per_epoch, 1)
 
@@ -71,7 +71,9 @@ def lbtw(alpha: chex.Numeric = 0.5, steps_per_epoch: int | None = None) -> base.
 
     def apply(state, values, mask):
         initial = jnp.where(mask & (state.count == 0), values, state.initial)
-        weights = numerics.normalize(numerics.ratio(values, initial) ** alpha, mask, jnp.sum(mask))
+        ratio = jnp.where(mask, numerics.ratio(values, initial), 0)
+        ratio = ratio / numerics.scale(ratio)  # so that no power overflows
+        weights = numerics.normalize(ratio**alpha, mask, jnp.sum(mask))
         count = state.count + mask
         if steps_per_epoch is not None:
             count = jnp.where(mask & (count >= steps_per_epoch), 0, count)

@@ -30,15 +30,16 @@ def minmax(initial_logits: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     The weights sum to m and are 1 at the start. Any real losses will do, and they should be of one scale.
 
     The gradient with respect to the logits :math:`a` has its sign reversed, so that whatever optimizer descends on it
-    climbs: give it an optimizer of its own by ``mtlbalance.learn(minmax(), optax.adam(1e-3))``, or
-    differentiate with respect to the state too and let one optimizer train both.
+    climbs: give it an optimizer of its own by ``mtlbalance.learn(minmax(), optax.adam(1e-3))``, or differentiate with
+    respect to the state too and let one optimizer train both.
 
     Note:
-      ConFIG's version computes the ascent for these weights but then weighs the losses by the logits themselves.
-      It starts them at 1 and makes no step on the first call.
+      ConFIG's version computes the ascent for these weights but then weighs the losses by the logits themselves. It
+      starts them at 1 and makes no step on the first call.
 
     Args:
-      initial_logits: start of :math:`a`: one real number, or one per task (an array or a tree of the same names).
+      initial_logits: start of :math:`a`: one real number, or one per task (an array or a tree of the same names). May
+        be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`MinMaxState` and ``learned=("logits",)``.

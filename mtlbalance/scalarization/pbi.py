@@ -5,7 +5,6 @@ Evolutionary Computation 11(6), 2007, https://doi.org/10.1109/TEVC.2007.892759
 """
 
 import chex
-import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, inputs, numerics
@@ -18,9 +17,9 @@ def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree 
     .. math:: d_1 + \theta \sqrt{d_2^2 + 10^{-12}}, \quad d_1 = (L - z) \cdot \hat w, \quad
               d_2 = \lVert (L - z) - d_1 \hat w \rVert, \quad \hat w = w / \lVert w \rVert
 
-    Any real losses will do that are at least :math:`z`. The weights, the gradient, have no fixed total and may be
-    negative: a loss may have to rise for the losses to reach the preferred ray. The constant keeps the gradient
-    finite on the ray, where it moves the scalar by at most :math:`10^{-6}\,\theta`.
+    The losses should be at least :math:`z`. The weights, the gradient, have no fixed total and may be negative: a
+    loss may have to rise for the losses to reach the preferred ray. The constant keeps the gradient finite on the
+    ray, where it moves the scalar by at most :math:`10^{-6}\,\theta`.
 
     Note:
       The constant is TorchJD's. The paper has none. Where no task with a preference above zero is present, the
@@ -28,16 +27,16 @@ def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree 
 
     Args:
       theta: penalty :math:`\theta \ge 0`. May be traced. The paper has 5.
-      weights: preference :math:`w`, one number of at least 0 per task and not all zero: an array of the losses' shape,
-        or a tree of the same names. May be traced.
+      weights: preference :math:`w`, one number of at least 0 per task and not all zero: an array of the losses'
+        shape, or a tree of the same names. May be traced.
       reference: ideal point :math:`z`, one real number for all tasks or one for each. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`.
 
     Raises:
-      ValueError: if ``theta`` is out of bounds; at ``init``, if ``weights`` or ``reference`` has another shape than
-        the losses.
+      ValueError: if ``theta`` is out of bounds; at ``init``, if ``weights`` are, or if they or ``reference`` have
+        another shape than the losses.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,10 +49,18 @@ def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree 
     References:
       Zhang and Li, `MOEA/D <https://doi.org/10.1109/TEVC.2007.892759>`_, 2007, section II-C.
     """
-    inputs.check("theta", theta, "a number of at least 0", lambda x: x >= 0)
+    inputs.check("theta", theta, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
 
     def read(shape, dtype):
-        preferred = inputs.per_task("weights", weights, shape, dtype, scalar=False)
+        preferred = inputs.per_task(
+            "weights",
+            weights,
+            shape,
+            dtype,
+            scalar=False,
+            bound="numbers of at least 0, not all 0",
+            holds=lambda w: jnp.all(w >= 0) & jnp.any(w > 0),
+        )
         return preferred, inputs.per_task("reference", reference, shape, dtype)
 
     def init(shape, dtype):
@@ -67,7 +74,7 @@ def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree 
         along = jnp.sum(shifted * direction)
         beside = shifted - along * direction
         # The root of the sum of their squares and 1e-12, divided by the largest so that no square overflows.
-        scale = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(beside)), 1e-6))
+        scale = jnp.maximum(numerics.scale(beside), 1e-6)
         distance = scale * jnp.sqrt(jnp.sum(jnp.square(beside / scale)) + jnp.square(1e-6 / scale))
         return along + theta * distance, count_seen(state, mask)
 

@@ -36,34 +36,33 @@ def relobralo(
     temperature: chex.Numeric = 1.0,
     alpha: chex.Numeric = 0.999,
     rho: chex.Numeric = 1.0,
-    *,
     key: int | chex.PRNGKey = 0,
 ) -> base.Scalarizer:
-    r"""Weights each loss by its progress since the last call, and now and then since the first.
+    r"""Weights each loss by its progress since the last call and, where it looks back, since the first.
 
     .. math:: w(t) = \alpha \big( \varrho\, w(t-1) + (1 - \varrho)\, \hat w(t, 0) \big) + (1 - \alpha)\, \hat w(t, t-1),
               \quad \hat w_i(t, t') = m\,\mathrm{softmax}_i \frac{L_i(t)}{T L_i(t') + 10^{-12}},
               \quad \varrho \sim \mathrm{Bernoulli}(\rho)
 
-    The scalar is :math:`\sum_i w_i L_i`. The weights are constants of differentiation and sum to m; they are 1 on
-    the first call and :math:`\hat w(t, t-1)` on the second. Losses must keep their sign. Below about 1e-12 they count
-    as zero, and equal weights follow. The exponent is linear in the ratio: small temperatures put nearly all weight
-    on one loss.
+    The scalar is :math:`\sum_i w_i L_i`. The weights are constants of differentiation and sum to m; they are 1 on the
+    first call and :math:`\hat w(t, t-1)` on the second. Losses must keep their sign: one that changes it loses
+    weight. Those far below 1e-12 count as zero. The exponent is linear in the ratio: small temperatures put nearly
+    all weight on one loss.
 
-    A task on its first call keeps a ratio of 1. An absent task's weight stays; those of the present ones are scaled
-    to their number.
+    A task on its first call keeps its weight; in the softmax of the others its ratio is 1. An absent task's weight
+    stays; those of the present ones are scaled to their number.
 
     To sweep seeds, build the method inside the function that is mapped.
 
     Note:
       The official code takes the losses of its second step for the first ones, and may look back to losses of 1 on
-      its first step. It has :math:`\rho = 1` by default, no lookback, and so has this function; ConFIG's
-      version has ``temperature=0.1, rho=0.999``.
+      its first step. By default it never looks back, as here; ConFIG's version has ``temperature=0.1, rho=0.999``.
 
     Args:
       temperature: :math:`T > 0`. May be traced.
       alpha: how much of the past is kept, from 0 to 1. May be traced.
-      rho: probability of keeping the running weights rather than looking back, from 0 to 1. May be traced.
+      rho: probability of keeping the running weights rather than looking back, from 0 to 1: at 1 it never looks back,
+        and draws nothing that matters. May be traced.
       key: a seed, or a :func:`jax.random.key`, for the lookback.
 
     Returns:
@@ -113,11 +112,10 @@ def relobralo(
         weights = jnp.where(first, running, jnp.where(second, recent, mixed))
         weights = numerics.normalize(weights, mask, n_present)
 
-        keep_absent = lambda new, old: jnp.where(mask, new, old)
         state = ReLoBRaLoState(
-            keep_absent(weights, state.weights),
-            keep_absent(values, state.previous),
-            keep_absent(initial, state.initial),
+            jnp.where(mask, weights, state.weights),
+            jnp.where(mask, values, state.previous),
+            jnp.where(mask, initial, state.initial),
             state.seen,
             jax.random.key_data(new_key),
         )

@@ -1,4 +1,4 @@
-"""Revised UW: uncertainty weighting with a regulariser that is never negative.
+"""Revised UW: uncertainty weighting with a regularizer that is never negative.
 
 Liebel and Körner, "Auxiliary Tasks in Multi-task Learning", 2018, https://arxiv.org/abs/1805.06334
 """
@@ -22,27 +22,27 @@ class RevisedUWState(NamedTuple):
 
 
 def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
-    r"""Weights each loss by a learned uncertainty, with a regulariser of at least zero.
+    r"""Weights each loss by a learned uncertainty, with a regularizer of at least zero.
 
     .. math:: \sum_i \frac{L_i}{2 \sigma_i^2} + \log(1 + \sigma_i^2)
 
     For a fixed loss the optimum is :math:`\sigma^2 = (L + \sqrt{L^2 + 8 L}) / 4`. Losses must be positive: a loss of
-    zero drives :math:`\sigma` to zero, where the weight has no bound, and a negative one does so without a limit.
-    The weights sum to m/2 at the start. Neither weight decay nor a large learning rate should push :math:`\sigma`
-    across zero.
+    zero drives :math:`\sigma` to zero, where the weight has no bound, and a negative one does so without a limit. The
+    weights sum to m/2 at the start. Neither weight decay nor a large learning rate should push :math:`\sigma` across
+    zero.
 
-    The uncertainties are trained by gradient, in one of two ways: differentiate with respect to the state and
-    give it to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`.
+    The uncertainties are trained by gradient, in one of two ways: differentiate with respect to the state and give it
+    to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`.
 
     Args:
-      initial_sigma: start of :math:`\sigma`, not zero: one real number, or one per task (an array or a tree of the same
-        names).
+      initial_sigma: start of :math:`\sigma`, not zero: one real number, or one per task (an array or a tree of the
+        same names). May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`RevisedUWState` and ``learned=("sigma",)``.
 
     Raises:
-      ValueError: at ``init``, if ``initial_sigma`` has another shape than the losses.
+      ValueError: at ``init``, if ``initial_sigma`` is zero or has another shape than the losses.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -59,7 +59,9 @@ def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
     """
 
     def init(shape, dtype):
-        return RevisedUWState(inputs.per_task("initial_sigma", initial_sigma, shape, dtype))
+        return RevisedUWState(
+            inputs.per_task("initial_sigma", initial_sigma, shape, dtype, bound="numbers other than 0", holds=jnp.all)
+        )
 
     def apply(state, values, mask):
         variance = jnp.square(state.sigma)

@@ -40,8 +40,8 @@ def scale_invariant(weights: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
       [2.   0.25]
 
     References:
-      Navon et al., `Multi-Task Learning as a Bargaining Game <https://arxiv.org/abs/2202.01017>`_, ICML 2022,
-      section 5 (baseline "SI").
+      Navon et al., `Multi-Task Learning as a Bargaining Game <https://arxiv.org/abs/2202.01017>`_, ICML 2022, section
+      5 (baseline "SI").
     """
 
     def init(shape, dtype):

@@ -27,27 +27,26 @@ def self_adaptive(initial_multipliers: chex.ArrayTree | float = 1.0) -> base.Sca
 
     .. math:: \min_\theta \max_\lambda \sum_i \lambda_i^2 L_i(\theta)
 
-    The total of the weights is free, m at the start, and grows without bound. Losses must be at least zero: the weight
-    of a negative one falls.
+    The total of the weights is free, m at the start, and grows without bound. Losses must be at least zero: the
+    weight of a negative one falls.
 
     The gradient with respect to the multipliers :math:`\lambda` has its sign reversed, so that whatever optimizer
-    descends on it climbs: give it an optimizer of its own by
-    ``mtlbalance.learn(self_adaptive(), optax.adam(5e-3))``, or differentiate with respect to the state too and let one
-    optimizer train both.
+    descends on it climbs: give it an optimizer of its own by ``mtlbalance.learn(self_adaptive(), optax.adam(5e-3))``,
+    or differentiate with respect to the state too and let one optimizer train both.
 
     Note:
-      The paper weighs every collocation point, and its code starts with random multipliers. Here there is one for each
-      loss; for a weight per point give the points' losses as the values.
+      The paper weighs every collocation point, and its code starts with random multipliers. Here there is one for
+      each loss; for a weight per point give the points' losses as the values.
 
     Args:
       initial_multipliers: start of :math:`\lambda`, not zero: one real number, or one per task (an array or a tree of
-        the same names).
+        the same names). May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`SelfAdaptiveState` and ``learned=("multipliers",)``.
 
     Raises:
-      ValueError: at ``init``, if ``initial_multipliers`` has another shape than the losses.
+      ValueError: at ``init``, if ``initial_multipliers`` is zero or has another shape than the losses.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -64,7 +63,11 @@ def self_adaptive(initial_multipliers: chex.ArrayTree | float = 1.0) -> base.Sca
     """
 
     def init(shape, dtype):
-        return SelfAdaptiveState(inputs.per_task("initial_multipliers", initial_multipliers, shape, dtype))
+        return SelfAdaptiveState(
+            inputs.per_task(
+                "initial_multipliers", initial_multipliers, shape, dtype, bound="numbers other than 0", holds=jnp.all
+            )
+        )
 
     def apply(state, values, mask):
         weights = jnp.square(numerics.reverse_gradient(state.multipliers))

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from mtlbalance import base, inputs, numerics
 
-VARIANTS = ("original", "normalized", "loss_weighted")
+_VARIANTS = ("original", "normalized", "loss_weighted")
+_LARGEST_WINDOW = 20  # the coefficients, binomial, grow by a factor of 2 with every loss
 
 
 class SoftAdaptState(NamedTuple):
@@ -40,7 +41,7 @@ def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "origina
               \begin{cases}
               e^{\beta s_i} & \text{original} \\
               e^{\beta s_i / \sum_j s_j} & \text{normalized} \\
-              \bar L_i e^{\beta s_i} & \text{loss_weighted}
+              \bar L_i e^{\beta s_i} & \text{loss\_weighted}
               \end{cases}
 
     where :math:`s_i` is the slope of a loss per call and :math:`\bar L_i` its mean, both over a window of calls. When
@@ -55,15 +56,16 @@ def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "origina
       official code. Its example starts with weights of 1, not 1/m.
 
     Args:
-      beta: :math:`\beta`, any real number: below 0, losses that fall fast gain. May be traced.
-      window: calls per window, at least 2.
+      beta: :math:`\beta`, any finite number: below 0, losses that fall fast gain. May be traced.
+      window: calls per window, from 2 to 20. Long ones magnify noise: the slope is that of a polynomial of degree
+        ``window - 1``.
       variant: ``"original"``, ``"normalized"`` or ``"loss_weighted"``, which the authors recommend.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`SoftAdaptState`.
 
     Raises:
-      ValueError: if ``window`` is out of bounds or ``variant`` unknown.
+      ValueError: if ``beta`` or ``window`` is out of bounds or ``variant`` unknown.
       TypeError: if ``window`` is not an int.
 
     Example:
@@ -80,10 +82,12 @@ def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "origina
       Heydari et al., `SoftAdapt <https://arxiv.org/abs/1912.12355>`_, 2019, section 3.1;
       https://github.com/dr-aheydari/SoftAdapt.
     """
-    inputs.check("beta", beta, "a real number", lambda x: jnp.isreal(x))
+    inputs.check("beta", beta, "a finite number", jnp.isfinite)
     inputs.check_int("window", window, 2)
-    if variant not in VARIANTS:
-        inputs.reject("variant", f"one of {VARIANTS}", f"{variant!r}")
+    if window > _LARGEST_WINDOW:
+        inputs.reject("window", f"an int of at most {_LARGEST_WINDOW}", f"{window}")
+    if variant not in _VARIANTS:
+        inputs.reject("variant", f"one of {_VARIANTS}", f"{variant!r}")
     stencil = _forward_stencil(window)
 
     def init(shape, dtype):
@@ -108,8 +112,10 @@ def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "origina
         recent = jnp.where(place, values[..., None], state.recent)
         count = state.count + mask
         full = count == window
+        # Of the differences to the oldest: that of a constant loss is exactly zero.
+        slope = jnp.sum((recent[..., 1:] - recent[..., :1]) * jnp.array(stencil, recent.dtype), axis=-1)
         return SoftAdaptState(
-            jnp.where(full, recent @ jnp.array(stencil, recent.dtype), state.slope),
+            jnp.where(full, slope, state.slope),
             jnp.where(full, jnp.mean(recent, axis=-1), state.level),
             state.windows + full,
             jnp.where(full, 0, count),
@@ -120,6 +126,5 @@ def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "origina
 
 
 def _forward_stencil(n):
-    """The derivative at 0 of the polynomial through n points at 0, 1, 2, ...: their coefficients."""
-    rest = [(-1) ** (k + 1) * math.comb(n - 1, k) / k for k in range(1, n)]
-    return [-math.fsum(rest), *rest]
+    """The derivative at 0 of the polynomial through n points at 0, 1, 2, ...: the coefficients of all but the first."""
+    return [(-1) ** (k + 1) * math.comb(n - 1, k) / k for k in range(1, n)]

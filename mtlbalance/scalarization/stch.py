@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
+from mtlbalance import base, inputs
 
 
 class STCHState(NamedTuple):
@@ -31,31 +31,30 @@ def stch(
     mu: chex.Numeric,
     weights: chex.ArrayTree | None = None,
     reference: chex.ArrayTree | None = None,
-    *,
     n_warmup_epochs: int | None = None,
     steps_per_epoch: int | None = None,
 ) -> base.Scalarizer:
-    r"""A smooth maximum of the losses, whose minima for all preferences are the whole Pareto front.
+    r"""A smooth maximum of the losses: with a small mu, its minima for all preferences are the Pareto front.
 
     .. math:: \mu \log \sum_i \exp\big( \lambda_i (L_i - z_i) / \mu \big)
 
     It tends to the weighted maximum as :math:`\mu` falls. Any real losses will do, but they should be of one scale.
     Its gradient is a softmax times :math:`\lambda`: with the default preference 1/m the weights sum to 1/m.
 
-    With ``n_warmup_epochs`` it is instead the training rule of the official code, which needs positive losses but
-    not of one scale: the sum of :math:`\log(L_i + 10^{-20})` in the first epochs, which are ``n_warmup_epochs``
-    and one more; from the mean losses of that last one, the nadir :math:`n`,
+    With ``n_warmup_epochs`` it is instead the training rule of the official code, which needs positive losses but not
+    of one scale: the sum of :math:`\log(L_i + 10^{-20})` in the first ``n_warmup_epochs + 1`` epochs; then, with the
+    mean losses of the last of them, the nadir :math:`n`,
 
     .. math:: m\,\mu \log \sum_i \exp\big( \log(L_i / n_i + 10^{-20}) / \mu \big)
 
-    ever after. The weights are then :math:`1/L_i` in the first epochs, and m times a softmax over :math:`L_i` later.
-    A loss of zero has a weight up to :math:`10^{20}`; a negative one makes the scalar NaN. A task that joins late
-    has epochs of its own: until it has a nadir it adds its logarithm to the smooth maximum of the others.
+    The weights are :math:`1/L_i` in the first epochs, and m times a softmax over :math:`L_i` later. A loss of zero
+    has a weight up to :math:`10^{20} / n_i`; a negative one makes the scalar NaN. A task that joins late has epochs
+    of its own: until it has a nadir it adds its logarithm to the smooth maximum of the others.
 
     Note:
       The paper's equation is that of TorchJD, the warm-up that of the official code and LibMTL, which have neither
       preference nor reference, start with ``mu=1.0, n_warmup_epochs=4``, and leave a constant of differentiation out
-      of the scalar: m times the largest logarithm. A nadir of zero counts as 1.
+      of the scalar: m times the largest logarithm. A nadir that is not positive counts as 1.
 
     Args:
       mu: smoothing :math:`\mu > 0`. May be traced.
@@ -63,16 +62,17 @@ def stch(
         same names. May be traced: ``vmap`` over it traces a Pareto front. 1/m each by default.
       reference: ideal point :math:`z`, one real number for all tasks or one for each; zero by default. May be traced.
       n_warmup_epochs: ``None``, or an int of at least 0, then without ``weights`` and ``reference``.
-      steps_per_epoch: with a warm-up: ``None``, to close epochs by ``end_epoch``, or after how many calls (at least
-        1) ``apply`` closes a task's epoch itself.
+      steps_per_epoch: with ``None``, call ``state = method.end_epoch(state)`` after each epoch. With an int of at
+        least 1, ``apply`` closes a task's epoch itself after that many calls in which it was present. Only with a
+        warm-up.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`STCHState`.
 
     Raises:
-      ValueError: if ``mu``, ``n_warmup_epochs`` or ``steps_per_epoch`` is out of bounds, if a preference or
-        reference comes with a warm-up, or ``steps_per_epoch`` without; at ``init``, if one has another shape than
-        the losses.
+      ValueError: if ``mu``, ``n_warmup_epochs`` or ``steps_per_epoch`` is out of bounds, if a preference or reference
+        comes with a warm-up, or ``steps_per_epoch`` without; at ``init``, if one has another shape than the losses.
+      TypeError: if ``n_warmup_epochs`` or ``steps_per_epoch`` is not an int.
 
     Example:
       >>> import jax.numpy as jnp
@@ -86,7 +86,7 @@ def stch(
       Lin et al., `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
       <https://arxiv.org/abs/2402.19078>`_, ICML 2024, eq. 10; https://github.com/Xi-L/STCH.
     """
-    inputs.check("mu", mu, "a number above 0", lambda mu: mu > 0)
+    inputs.check("mu", mu, "a finite number above 0", lambda mu: (mu > 0) & jnp.isfinite(mu))
     if n_warmup_epochs is not None:
         inputs.check_int("n_warmup_epochs", n_warmup_epochs, 0)
         if weights is not None or reference is not None:
@@ -97,15 +97,15 @@ def stch(
             inputs.reject("steps_per_epoch", "None without n_warmup_epochs", f"{steps_per_epoch}")
 
     def preference(shape, dtype, n_tasks):
-        by_default = 1 / n_tasks if weights is None else weights
+        by_default = jnp.ones(shape, dtype) / n_tasks if weights is None else weights
         at = 0.0 if reference is None else reference
         return (
-            inputs.per_task("weights", by_default, shape, dtype, scalar=weights is None),
+            inputs.per_task("weights", by_default, shape, dtype, scalar=False),
             inputs.per_task("reference", at, shape, dtype),
         )
 
     def init(shape, dtype):
-        preference(shape, dtype, 1)
+        preference(shape, dtype, n_tasks=1)  # only their shapes matter here
         zeros = jnp.zeros(shape, jnp.int32)
         return STCHState(jnp.zeros(shape, dtype), zeros, zeros)
 
@@ -117,7 +117,7 @@ def stch(
 
     def warmed_up(state, values, mask):
         ready = mask & (state.epoch > n_warmup_epochs)
-        nadir = jnp.where(ready & (state.nadir != 0), state.nadir, 1)
+        nadir = jnp.where(ready & (state.nadir > 0), state.nadir, 1)
         # The logarithm of the quotient, which itself might overflow.
         logs = jnp.log(values + jnp.maximum(1e-20 * nadir, jnp.finfo(nadir.dtype).tiny)) - jnp.log(nadir)
         warming_up = jnp.sum(logs, where=mask & ~ready)
@@ -139,7 +139,8 @@ def stch(
 
 def _smooth_max(x, mu, mask):
     """``mu * log(sum(exp(x / mu)))`` of the tasks in ``mask``; 0 for none."""
-    x, some = numerics.finite(x), jnp.any(mask)
+    # Keeps XLA from fusing the product in x into the subtraction below, which would leave a rest where zero is due.
+    x, some = jax.lax.optimization_barrier(x), jnp.any(mask)
     largest = jax.lax.stop_gradient(jnp.max(x, where=mask, initial=-jnp.inf))
     largest = jnp.where(some, largest, 0)
     added = jnp.sum(jnp.exp(jnp.where(mask, (x - largest) / mu, -jnp.inf)))

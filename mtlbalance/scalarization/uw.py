@@ -28,19 +28,20 @@ def uw(initial_log_var: chex.ArrayTree | float = 0.0, classification: chex.Array
 
     .. math:: \sum_i a_i e^{-s_i} L_i + \tfrac{1}{2} s_i
 
-    with :math:`a_i` 1/2 for a regression (a squared error) and 1 for a classification (a cross entropy). For a
-    fixed loss the optimum is :math:`s_i = \log 2 a_i L_i`. Losses must be positive: a loss of zero drives
-    :math:`s_i` towards minus infinity and a negative one has no optimum. The weights sum to m/2 at the start, if
-    all are regressions.
+    with :math:`a_i` 1/2 for a regression (a squared error) and 1 for a classification (a cross entropy). For a fixed
+    loss the optimum is :math:`s_i = \log 2 a_i L_i`. Losses must be positive: a loss of zero drives :math:`s_i`
+    towards minus infinity and a negative one has no optimum. The weights sum to m/2 at the start, if all are
+    regressions.
 
-    The log-variances are trained by gradient, in one of two ways: differentiate with respect to the state and
-    give it to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`.
+    The log-variances are trained by gradient, in one of two ways: differentiate with respect to the state and give it
+    to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`.
 
     Note:
       By default every task is a regression, and :math:`s` starts at 0, as in TorchJD. LibMTL starts at -0.5.
 
     Args:
       initial_log_var: start of :math:`s`: one real number, or one per task (an array or a tree of the same names).
+        May be traced.
       classification: which tasks are classifications: one boolean for all, or one per task.
 
     Returns:
@@ -60,8 +61,8 @@ def uw(initial_log_var: chex.ArrayTree | float = 0.0, classification: chex.Array
       3.5 [ 0.  -0.5 -1.5]
 
     References:
-      Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses
-      <https://arxiv.org/abs/1705.07115>`_, CVPR 2018, eqs. 7 and 10 with :math:`s = \log \sigma^2`.
+      Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses <https://arxiv.org/abs/1705.07115>`_,
+      CVPR 2018, eqs. 7 and 10 with :math:`s = \log \sigma^2`.
     """
     for leaf in jax.tree.leaves(classification):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):

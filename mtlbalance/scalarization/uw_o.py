@@ -15,9 +15,10 @@ def uw_o() -> base.Scalarizer:
 
     .. math:: \sum_i w_i L_i, \quad w_i = 1 / L_i
 
-    The weights are constants of differentiation: the scalar is m, and its gradient that of
-    :func:`~mtlbalance.scalarization.scale_invariant`. Losses must be positive: the sign of a weight is the sign of its
-    loss. A loss of zero has weight zero.
+    The weights are constants of differentiation: the scalar is the number of losses that are not zero, and its
+    gradient that of :func:`~mtlbalance.scalarization.scale_invariant`, twice that of
+    :func:`~mtlbalance.scalarization.uw` at its optimum. Losses must be positive: the sign of a weight is the sign of
+    its loss. A loss of zero has weight zero.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`.

@@ -3,19 +3,21 @@
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import mtlbalance as mtl
 from mtlbalance.inputs import rows
+from tests.conformance.helpers import Built
 
 LOSSES = {
     "zero": jnp.zeros(3),
     "tiny": jnp.full(3, 1e-30),
     "huge": jnp.full(3, 1e30),
-    "huge at last": jnp.array([1e-30, 1.0, 1e30]),
+    "last is huge": jnp.array([1e-30, 1.0, 1e30]),
     "twelve decades": jnp.array([1e-6, 1.0, 1e6]),
     "negative": jnp.array([-1.0, -2.0, -0.5]),
-    "zero at first": jnp.array([0.0, 1.0, 1.0]),
+    "first is zero": jnp.array([0.0, 1.0, 1.0]),
 }
 
 # Rows of the Jacobian as multiples of one row and another.
@@ -47,6 +49,38 @@ def test_losses_without_sign_or_scale_stay_finite(scalarizer, losses):
         assert jnp.isnan(scalarizer.method.apply(scalarizer.init(), losses)[0])
     else:
         assert_stays_finite(scalarizer, losses)
+
+
+JUMPS = {
+    "from zero": [(0.0, 1.0, 1.0), (1.0, 1.0, 0.5)],
+    "to zero": [(1.0, 1.0, 1.0), (0.0, 1.0, 0.5)],
+    "from tiny to huge": [(1e-30, 1.0, 1.0), (1e30, 1.0, 0.5)],
+    "from huge to tiny": [(1e30, 1.0, 1.0), (1e-30, 1.0, 0.5)],
+    "one not finite": [(1.0, jnp.nan, 1.0), (1.0, 1.0, 0.5)],
+}
+
+
+@pytest.mark.parametrize("jump", JUMPS.values(), ids=JUMPS.keys())
+def test_losses_that_jump_between_calls_stay_finite(scalarizer, jump):
+    before, after = jnp.minimum(jnp.array(jump), scalarizer.case.largest)
+    finite = jnp.all(jnp.isfinite(before))
+    if not finite:
+        scalarizer = Built(scalarizer.case._replace(make=guarded(scalarizer.case.make)), "scalarization")
+    state = scalarizer.init()
+    for x in before, after, before, after, after, after:
+        output, state = scalarizer.step(state, x, ends_epoch=False)
+        assert jnp.isfinite(output) == jnp.all(jnp.isfinite(x))
+        chex.assert_tree_all_finite(state)
+
+
+def guarded(make):
+    """The method under ``skip_nonfinite``, with what is learned inside ``learn``."""
+
+    def make_guarded():
+        method = make()
+        return mtl.skip_nonfinite(mtl.learn(method, optax.adam(0.1)) if method.learned else method)
+
+    return make_guarded
 
 
 @pytest.mark.parametrize("combination", ROWS.values(), ids=ROWS.keys())

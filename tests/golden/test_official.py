@@ -145,8 +145,8 @@ def test_softadapt(case):
 
     expected = np.concatenate([np.full((1, m), 1 / m), case["weights"]])
     expected = expected[np.arange(1, n_windows * window + 1) // window]
-    # A slope is a sum of losses up to 10, each times up to 7: a few roundings of 100, times beta, are in the exponent.
-    np.testing.assert_allclose(weights, expected, rtol=10 * ROUNDING)
+    # A slope is a sum of differences up to 10, each times up to 8: some roundings of 200, times beta, in the exponent.
+    np.testing.assert_allclose(weights, expected, rtol=20 * ROUNDING)
 
 
 def test_softadapt_starts_with_equal_weights_of_total_1():

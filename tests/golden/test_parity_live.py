@@ -15,6 +15,13 @@ def fresh():
     return record.record(seed=1)
 
 
+def test_baselines(fresh):
+    for case in fresh["scalarizers"]:
+        comparisons.check_baseline_scalarizer(case)
+    for case in fresh["aggregators"]:
+        comparisons.check_baseline_aggregator(case)
+
+
 def test_uw(fresh):
     for case in fresh["uw"]:
         comparisons.check_uw(case)

@@ -78,17 +78,29 @@ def test_pbi_on_the_ray_and_beside_it():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: scalarization.stch(0.0), "mu: expected a number above 0, found 0.0"),
+        (lambda: scalarization.stch(0.0), "mu: expected a finite number above 0, found 0.0"),
         (lambda: scalarization.stch(1.0, n_warmup_epochs=-1), "n_warmup_epochs: expected an int of at least 0"),
         (lambda: scalarization.stch(1.0, jnp.ones(2), n_warmup_epochs=1), "n_warmup_epochs: expected None together"),
         (lambda: scalarization.stch(1.0, reference=[0.0], n_warmup_epochs=1), "n_warmup_epochs: expected None"),
         (lambda: scalarization.stch(1.0, n_warmup_epochs=1, steps_per_epoch=0), "steps_per_epoch: expected an int"),
         (lambda: scalarization.stch(1.0, steps_per_epoch=5), "steps_per_epoch: expected None without n_warmup_epochs"),
-        (lambda: scalarization.cosmos(-1.0, jnp.ones(2)), "lambda_: expected a number of at least 0, found -1.0"),
-        (lambda: scalarization.pbi(-1.0, jnp.ones(2)), "theta: expected a number of at least 0, found -1.0"),
+        (
+            lambda: scalarization.cosmos(-1.0, jnp.ones(2)),
+            "lambda_: expected a finite number of at least 0, found -1.0",
+        ),
+        (lambda: scalarization.pbi(-1.0, jnp.ones(2)), "theta: expected a finite number of at least 0, found -1.0"),
+        (lambda: scalarization.pbi(1.0, jnp.zeros(2)).init(2), "weights: expected numbers of at least 0, not all 0"),
+        (lambda: scalarization.pbi(1.0, [1.0, -1.0]).init(2), "weights: expected numbers of at least 0, not all 0"),
         (lambda: scalarization.pbi(1.0, jnp.ones(2), [1.0]).init(2), "reference: expected a scalar or one number per"),
     ],
 )
 def test_bounds(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_stch_shows_a_loss_that_is_not_finite(bad):
+    scalar, weights = value_and_weights(scalarization.stch(1.0), jnp.array([1.0, bad]))
+    assert not jnp.isfinite(scalar)
+    assert not jnp.all(jnp.isfinite(weights))

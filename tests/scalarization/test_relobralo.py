@@ -62,6 +62,12 @@ def test_a_task_on_its_first_call_keeps_its_weight_and_the_total_holds():
     np.testing.assert_allclose(jnp.sum(weights[2]), 3.0, rtol=1e-6)
 
 
+def test_the_constant_counts_for_losses_of_its_size():
+    losses = jnp.array([[1e-12, 4e-12, 1.0], [1e-12, 2e-12, 1.0]])
+    weights = weights_of_calls(scalarization.relobralo(), losses)
+    np.testing.assert_allclose(weights[1], 3 * jax.nn.softmax(jnp.array([0.5, 0.4, 1.0])), rtol=1e-5)
+
+
 def test_losses_below_the_constant_get_equal_weights():
     weights = weights_of_calls(scalarization.relobralo(), jnp.array([[1e-20, 1e-25, 0.0], [1e-21, 1e-25, 0.0]]))
     np.testing.assert_allclose(weights[1], jnp.ones(3), rtol=1e-6)

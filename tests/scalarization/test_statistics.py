@@ -61,6 +61,17 @@ def test_softadapt_normalized_by_slopes_that_add_up_to_zero():
     np.testing.assert_allclose(weights_of(method, state), np.full(3, 1 / 3), rtol=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["original", "normalized", "loss_weighted"])
+@pytest.mark.parametrize("window", [2, 3, 5, 10, 20])
+def test_softadapt_constant_losses_have_no_slope(window, variant):
+    method = scalarization.softadapt(window=window, variant=variant)
+    losses = jnp.array([1.3e8, 0.7, 1e30])
+    state = run(method, jnp.tile(losses, (window, 1)))
+    np.testing.assert_array_equal(state.slope, np.zeros(3))
+    expected = losses / losses.sum() if variant == "loss_weighted" else np.full(3, 1 / 3)
+    np.testing.assert_allclose(weights_of(method, state), expected, rtol=1e-5)
+
+
 def test_softadapt_huge_slopes():
     for variant in "original", "normalized", "loss_weighted":
         method = scalarization.softadapt(window=2, variant=variant)
@@ -72,6 +83,10 @@ def test_softadapt_huge_slopes():
 def test_softadapt_bounds():
     with pytest.raises(ValueError, match="window: expected an int of at least 2, found 1"):
         scalarization.softadapt(window=1)
+    with pytest.raises(ValueError, match="window: expected an int of at most 20, found 21"):
+        scalarization.softadapt(window=21)
+    with pytest.raises(ValueError, match="beta: expected a finite number, found nan"):
+        scalarization.softadapt(beta=float("nan"))
     with pytest.raises(ValueError, match=r"variant: expected one of \('original', .*found 'fancy'"):
         scalarization.softadapt(variant="fancy")
     with pytest.raises(ValueError, match=r"beta: expected a scalar, found shape \(2,\)"):
@@ -104,6 +119,18 @@ def test_cov_weighting_settled_losses_have_equal_weights():
         np.testing.assert_allclose(weights_of(method, run(method, losses)), np.full(3, 1 / 3), rtol=1e-5)
 
 
+def test_cov_weighting_after_a_huge_jump():
+    """The squares of the deviations would overflow."""
+    method = scalarization.cov_weighting()
+    losses = np.random.default_rng(1).uniform(0.5, 2.0, (30, 3))
+    losses[0, 0] = 1e-20
+    state = run(method, losses.astype(np.float32))
+    means = np.cumsum(losses, axis=0) / np.arange(1, 31)[:, None]
+    ratios = np.concatenate([np.ones((1, 3)), losses[1:] / means[:-1]])
+    expected = ratios.std(0) / ratios.mean(0)
+    np.testing.assert_allclose(weights_of(method, state), expected / expected.sum(), rtol=1e-4)
+
+
 def test_cov_weighting_bounds():
     with pytest.raises(ValueError, match=r"decay: expected a number from 0 to 1, found 1\.5"):
         scalarization.cov_weighting(1.5)
@@ -132,6 +159,14 @@ def test_lbtw_zeros():
     np.testing.assert_allclose(weights_of(method, state._replace(initial=jnp.ones(3)), jnp.zeros(3)), np.ones(3))
 
 
+def test_lbtw_powers_that_would_overflow():
+    method = scalarization.lbtw(alpha=3.0)
+    _, state = method.apply(method.init(3), jnp.ones(3))
+    np.testing.assert_allclose(weights_of(method, state, [1e20, 1e20, 1.0]), [1.5, 1.5, 0.0], rtol=1e-6)
+    _, state = method.apply(method.init(3), jnp.array([1e-30, 1.0, 1.0]))
+    np.testing.assert_allclose(weights_of(method, state, [1e30, 1.0, 1.0]), [3.0, 0.0, 0.0], rtol=1e-6)
+
+
 def test_lbtw_a_change_of_sign_is_seen():
     method = scalarization.lbtw()
     _, state = method.apply(method.init(3), jnp.array([-1.0, 1.0, 1.0]))
@@ -139,7 +174,7 @@ def test_lbtw_a_change_of_sign_is_seen():
 
 
 def test_lbtw_bounds():
-    with pytest.raises(ValueError, match=r"alpha: expected a number of at least 0, found -0\.5"):
+    with pytest.raises(ValueError, match=r"alpha: expected a finite number of at least 0, found -0\.5"):
         scalarization.lbtw(-0.5)
     with pytest.raises(ValueError, match="steps_per_epoch: expected an int of at least 1, found 0"):
         scalarization.lbtw(steps_per_epoch=0)
@@ -168,7 +203,7 @@ def test_dtp_at_the_ends_and_beyond():
 
 
 def test_dtp_bounds():
-    with pytest.raises(ValueError, match=r"gamma: expected a number of at least 0, found -1\.0"):
+    with pytest.raises(ValueError, match=r"gamma: expected a finite number of at least 0, found -1\.0"):
         scalarization.dtp(gamma=-1.0)
     for alpha in 0.0, 1.5:
         with pytest.raises(ValueError, match=f"alpha: expected a number above 0 and at most 1, found {alpha}"):
@@ -192,6 +227,14 @@ def test_group_dro_with_losses_that_would_overflow():
     np.testing.assert_array_equal(weights_of(method, state), [0.0, 1.0, 0.0])
     equal = run(method, [[1.1e30] * 3] * 3)
     np.testing.assert_allclose(jnp.exp(equal.log_weights), np.full(3, 1 / 3), rtol=1e-6)
+
+
+def test_group_dro_stays_finite_at_the_largest_numbers():
+    method = scalarization.group_dro(robust_step_size=1.0)
+    state = run(method, [[3e38, -3e38]] * 3)
+    scalar, state = method.apply(state, jnp.ones(2), mask=jnp.array([False, True]))
+    assert scalar == 1
+    assert jnp.all(jnp.isfinite(state.log_weights))
 
 
 def test_group_dro_bounds():

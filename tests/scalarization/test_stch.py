@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mtlbalance import scalarization
 
@@ -57,8 +58,21 @@ def test_losses_of_very_different_scale_count_by_their_progress():
     np.testing.assert_allclose(scalar, 3 * np.log(3.5), rtol=1e-5)
 
 
-def test_a_zero_nadir_counts_as_one():
+@pytest.mark.parametrize("nadir", [1.0, 1e-25])
+def test_a_zero_loss_has_the_logarithm_of_the_constant(nadir):
     method = scalarization.stch(1.0, n_warmup_epochs=0)
-    _, state = run(method, jnp.array([[0.0, 1.0]]), calls_per_epoch=1)
+    zero = jnp.zeros(1)
+    np.testing.assert_allclose(method.apply(method.init(1), zero)[0], np.log(1e-20), rtol=1e-6)
+    _, state = run(method, jnp.array([[nadir]]), calls_per_epoch=1)
+    # Below the smallest normal number the constant times the nadir is held at that number.
+    expected = np.log(max(1e-20, np.finfo(np.float32).tiny / nadir))
+    np.testing.assert_allclose(method.apply(state, zero)[0], expected, rtol=1e-5)
+    assert jnp.isfinite(jax.grad(lambda x: method.apply(state, x)[0])(zero))
+
+
+@pytest.mark.parametrize("loss", [0.0, -1.0, jnp.nan])
+def test_a_nadir_that_is_not_positive_counts_as_one(loss):
+    method = scalarization.stch(1.0, n_warmup_epochs=0)
+    _, state = run(method, jnp.array([[loss, 1.0]]), calls_per_epoch=1)
     scalar, _ = method.apply(state, jnp.array([3.0, 2.0]))
     np.testing.assert_allclose(scalar, 2 * np.log(5.0), rtol=1e-6)
