@@ -163,10 +163,9 @@ def main(argv=None):
             points[name, front] = trace_front(METHODS[name], POWERS[front], args.steps)
 
     print_table(points)
-    inside = {name: n_between(points[name, "concave"]) for name in METHODS}
-    print("A weighted sum misses a concave front: whatever the preference, one of the two ends is best.")
-    print(f"Of its {N_PREFERENCES} points {inside['weighted sum']} lie between the ends.", end=" ")
-    print(f"STCH covers the front: {inside['STCH']} do.")
+    linear, stch = (n_between(points[name, "concave"]) for name in ("weighted sum", "STCH"))
+    print("Whatever the preference, a weighted sum is least at one of the two ends of a concave front.")
+    print(f"Of its {N_PREFERENCES} points {linear} lie between them, of STCH's {stch}.")
     draw_fronts(points, args.output)
     print(f"The fronts: {args.output}")
 

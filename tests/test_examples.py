@@ -12,7 +12,7 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 TINY = {
     "quickstart": (["--epochs", "1"], "On the test images"),
     "sweep": (["--steps", "10"], "On the test images"),
-    "pareto_front": (["--steps", "10"], "STCH covers the front"),
+    "pareto_front": (["--steps", "10"], "lie between them"),
 }
 
 

@@ -182,6 +182,10 @@ def test_stch_covers_the_front(example, front):
     """Lin et al. 2024: for small mu, the minima of STCH for all preferences are the whole front, of any shape."""
     points = example.trace_front(example.METHODS["STCH"], example.POWERS[front], n_steps=3000)
     assert 0.99 < share_found(example, points, front) <= 1
+    # Without a hole: no two neighbours are far from each other.
+    steps = np.diff(points[np.argsort(points[:, 0])], axis=0)
+    assert example.n_between(points) > 150
+    assert np.max(np.linalg.norm(steps, axis=1)) < 0.1
 
 
 def test_weighted_sums_find_only_the_ends_of_a_concave_front(example):

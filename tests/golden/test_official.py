@@ -284,6 +284,14 @@ def test_relobralo_of_config(case):
     np.testing.assert_allclose(weights + difference, case["weights"], rtol=2 * ROUNDING)
 
 
+def test_relobralo_of_physicsnemo():
+    """It too keeps ``alpha``, 0.95, of the first weights on its second call: ``alpha ** 3`` of them two calls later."""
+    case = OFFICIAL["relobralo"]
+    _, weights, _ = run(scalarization.relobralo(1.0, alpha=0.95), *arrays(case, "losses"))
+    theirs = weights[3] + 0.95**3 * (1 - weights[1])
+    np.testing.assert_allclose(theirs, case["physicsnemo"]["3"], rtol=0, atol=1e-6)  # six decimals are printed
+
+
 # DWA over a sliding window.
 
 
