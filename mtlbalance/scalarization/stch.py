@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
+from mtlbalance import base, inputs, numerics
 
 
 class STCHState(NamedTuple):
@@ -139,12 +139,13 @@ def stch(
 
 def _smooth_max(x, mu, mask):
     """``mu * log(sum(exp(x / mu)))`` of the tasks in ``mask``; 0 for none."""
-    # Keeps XLA from fusing the product in x into the subtraction below, which would leave a rest where zero is due.
-    x, some = jax.lax.optimization_barrier(x), jnp.any(mask)
+    # What is not finite must show: in the gradient too, hence the product.
+    shown = jnp.where(jnp.all(jnp.isfinite(x), where=mask), 1, jnp.nan)
+    x, some = numerics.finite(x), jnp.any(mask)
     largest = jax.lax.stop_gradient(jnp.max(x, where=mask, initial=-jnp.inf))
     largest = jnp.where(some, largest, 0)
     added = jnp.sum(jnp.exp(jnp.where(mask, (x - largest) / mu, -jnp.inf)))
-    return mu * jnp.log(jnp.where(some, added, 1)) + largest
+    return shown * (mu * jnp.log(jnp.where(some, added, 1)) + largest)
 
 
 def _close(state, closing):
