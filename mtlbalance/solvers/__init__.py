@@ -1,9 +1,13 @@
 """Small convex problems over the tasks, solved on the device."""
 
 from mtlbalance.solvers.dual_cone import dual_cone
+from mtlbalance.solvers.fairness import alpha_fair
+from mtlbalance.solvers.nash import nash_bargaining
 from mtlbalance.solvers.simplex_qp import simplex_qp
 
 __all__ = [
+    "alpha_fair",
     "dual_cone",
+    "nash_bargaining",
     "simplex_qp",
 ]
