@@ -3,11 +3,13 @@
 from mtlbalance.solvers.dual_cone import dual_cone
 from mtlbalance.solvers.fairness import alpha_fair
 from mtlbalance.solvers.nash import nash_bargaining
+from mtlbalance.solvers.pcd import priority_constrained
 from mtlbalance.solvers.simplex_qp import simplex_qp
 
 __all__ = [
     "alpha_fair",
     "dual_cone",
     "nash_bargaining",
+    "priority_constrained",
     "simplex_qp",
 ]

@@ -1,0 +1,55 @@
+"""Priority-constrained descent's projection (https://arxiv.org/abs/2606.29521), on device."""
+
+import chex
+import jax.numpy as jnp
+
+from mtlbalance.solvers.interior_point import nonnegative_qp
+
+# In units of the rounding error: rows whose combination is shorter than its square root are taken to cancel.
+_CANCELLED = 10
+
+
+def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Array | None = None) -> chex.Array:
+    r"""The step nearest to the first gradient that gives every other task its share of progress.
+
+    .. math:: \min_d \tfrac12 \|d - g_1\|^2 \quad\text{where}\quad g_j^\top d \ge \tau_j \|g_j\|^2 \quad (j \ge 2)
+
+    The solution is :math:`d = g_1 + \sum_j \mu_j g_j` with the multipliers :math:`\mu \ge 0` of the constraints,
+    which minimise :math:`\mu^\top G \mu / 2 - \sum_j \mu_j (\tau_j G_{jj} - G_{j1})`. Constraints that contradict each
+    other are dropped, all of them, as TorchJD does: there the multipliers' combination of unit gradients vanishes,
+    which is tested to the square root of ten rounding errors. Exact to rounding times the multipliers' size, in
+    units of the first norm and of :math:`\tau_j \|g_j\|`.
+
+    Args:
+      gramian: inner products of the tasks' gradients, shape ``[m, m]``, of any scale, the primary task first.
+      tau: share of the progress along the task's own gradient, at least 0: one, or one per other task, ``[m - 1]``.
+      mask: tasks present, shape ``[m]``.
+
+    Returns:
+      Weights :math:`(1, \mu)`, shape ``[m]``; 0 for absent tasks and zero gradients of others, and all 0 where the
+      primary task is absent.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance.solvers import priority_constrained
+      >>> print(priority_constrained(jnp.array([[1.0, -1.0], [-1.0, 4.0]]), 0.0).round(3))
+      [1.   0.25]
+    """
+    norms = jnp.sqrt(jnp.diag(gramian))
+    mask = jnp.ones(norms.shape, bool) if mask is None else mask
+    others = mask & (norms != 0) & (jnp.arange(len(norms)) > 0)
+    norms = jnp.where(others, norms, 1)
+    tau = jnp.broadcast_to(jnp.asarray(tau, gramian.dtype), (len(norms) - 1,))
+    tau = jnp.concatenate([jnp.zeros(1, gramian.dtype), tau])
+    cosines = gramian / norms[:, None] / norms
+    # In mu_j |g_j| over the largest lack of progress along a unit gradient.
+    lacking = jnp.where(others, tau * norms - gramian[0] / norms, 0)
+    unit = jnp.max(jnp.abs(lacking))
+    unit = jnp.where(unit == 0, 1, unit)
+    multipliers = nonnegative_qp(cosines, -lacking / unit, others)
+    product = jnp.matmul(jnp.where(others[:, None] & others, cosines, 0), multipliers, precision="highest")
+    shortest = _CANCELLED * jnp.finfo(gramian.dtype).eps * jnp.sum(multipliers) ** 2
+    contradict = jnp.any(lacking > 0) & (jnp.dot(multipliers, product, precision="highest") <= shortest)
+    multipliers = jnp.where(contradict | jnp.all(lacking <= 0), 0, multipliers)
+    weights = jnp.where(others, unit * multipliers / norms, 0).at[0].set(1)
+    return jnp.where(mask & mask[0], weights, 0)
