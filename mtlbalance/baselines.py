@@ -42,3 +42,10 @@ def random_weights(state: RandomState, impl, mask: chex.Array) -> tuple[chex.Arr
     draws = jax.random.normal(draw_key, mask.shape, jnp.float32)
     weights = jax.nn.softmax(draws, axis=None, where=mask)
     return weights, count_seen(state, mask)._replace(key=jax.random.key_data(key))
+
+
+def random_orders(state, impl, m: int):
+    """One random order of all tasks for each task, ``[m, m]``, and the state with the next key."""
+    key, draw_key = jax.random.split(jax.random.wrap_key_data(state.key, impl=impl))
+    orders = jax.vmap(lambda key: jax.random.permutation(key, m))(jax.random.split(draw_key, m))
+    return orders, state._replace(key=jax.random.key_data(key))

@@ -123,6 +123,13 @@ def per_task(
     return jnp.broadcast_to(array, shape).astype(dtype)
 
 
+def preference(value: chex.ArrayTree | None, mask: chex.Array, dtype: chex.ArrayDType) -> chex.Array:
+    """An aggregator's ``pref_vector``: one number per task, equal ones of total 1 by default; 0 for absent tasks."""
+    if value is None:
+        return mask / jnp.maximum(jnp.sum(mask), 1).astype(dtype)
+    return jnp.where(mask, per_task("pref_vector", value, mask.shape, dtype, scalar=False), 0)
+
+
 def new_key(key: int | chex.Array) -> chex.PRNGKey:
     """The typed key that a factory's ``key: int | key`` stands for; the int may be traced."""
     if not _is_int(key) and not hasattr(key, "dtype"):

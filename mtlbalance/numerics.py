@@ -53,6 +53,43 @@ def unit(vector: chex.Array) -> chex.Array:
     return vector / optax.safe_norm(vector, 0.5)
 
 
+def project_simplex(vector: chex.Array, mask: chex.Array) -> chex.Array:
+    """The nearest weights of total 1, at least 0, for the tasks in ``mask``; the others get 0."""
+    largest = jnp.max(vector, where=mask, initial=-jnp.inf)
+    # Whatever lies more than 1 below the largest is projected to 0.
+    return optax.projections.projection_simplex(jnp.where(mask, vector, largest - 2)).astype(vector.dtype)
+
+
+def regularized(gramian: chex.Array, reg_eps: chex.Numeric, norm_eps: chex.Numeric) -> chex.Array:
+    """The Gramian over its trace, zero where that is below ``norm_eps``, plus ``reg_eps`` on the diagonal."""
+    size = scale(gramian)
+    gramian = gramian / size
+    trace = jnp.trace(gramian)
+    vanishes = (trace == 0) | (trace * size < norm_eps)
+    normalized = jnp.where(vanishes, 0, gramian / jnp.where(vanishes, 1, trace))
+    return normalized + reg_eps * jnp.eye(len(gramian), dtype=gramian.dtype)
+
+
+def cosines(gramian: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """The norms of the gradients, and the cosines of the angles between them: 0 with a zero gradient."""
+    norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
+    inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
+    return norms, gramian * inverse * inverse[:, None]
+
+
+def eigh_psd(matrix: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:
+    """Eigenvalues, ascending, and eigenvectors of a positive semidefinite matrix; and which are more than rounding."""
+    eigenvalues, vectors = jnp.linalg.eigh(matrix)
+    return eigenvalues, vectors, eigenvalues > len(matrix) * jnp.finfo(matrix.dtype).eps * eigenvalues[-1]
+
+
+def solve_psd(matrix: chex.Array, vector: chex.Array) -> chex.Array:
+    """The shortest least-squares solution ``x`` of ``matrix @ x = vector``, for a positive semidefinite matrix."""
+    eigenvalues, vectors, kept = eigh_psd(matrix)
+    components = jnp.dot(vectors.T, vector, precision="highest")
+    return jnp.dot(vectors, jnp.where(kept, components / jnp.where(kept, eigenvalues, 1), 0), precision="highest")
+
+
 def scale(x: chex.Array) -> chex.Array:
     """The largest magnitude, to divide by, a constant of differentiation; 1 for zeros.
 

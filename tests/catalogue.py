@@ -29,6 +29,7 @@ class Case(NamedTuple):
       nonlinear: the scalar is not linear in the losses at a given state.
       needs_positive: a negative loss makes the scalar NaN.
       largest: the largest loss that must not overflow.
+      fewest_tasks: the method refuses fewer.
       total: what the weights of the tasks present always add up to, 1 or their number m; ``None`` if free.
     """
 
@@ -41,6 +42,7 @@ class Case(NamedTuple):
     nonlinear: bool = False
     needs_positive: bool = False
     largest: float = 1e30
+    fewest_tasks: int = 1
     total: Literal["1", "m"] | None = None
 
 
@@ -188,6 +190,33 @@ AGGREGATORS = [
     Case("excess_mtl-warmup", lambda **kw: aggregation.excess_mtl(n_warmup_steps=2, **kw), sharded=True),
     Case("excess_mtl-raw", lambda **kw: aggregation.excess_mtl(0.1, normalize_first_step=False, **kw), sharded=True),
     Case("test-only inverse_norm", inverse_norm, sharded=True),
+    Case("imtl_g", aggregation.imtl_g, sharded=True),
+    Case("config", aggregation.config, {"pref_vector": (0.5, 1.0)}, sharded=True),
+    Case("aligned_mtl", aggregation.aligned_mtl, sharded=True),
+    Case("aligned_mtl-median", partial(aggregation.aligned_mtl, scale_mode="median"), sharded=True),
+    Case("krum", partial(aggregation.krum, n_byzantine=0, n_selected=2), sharded=True, fewest_tasks=3),
+    Case("pcgrad", partial(aggregation.pcgrad, 3), draws=True, sharded=True),
+    Case("gradvac", partial(aggregation.gradvac, 3), {"beta": (0.1, 0.5)}, draws=True, sharded=True),
+    Case("mgda", aggregation.mgda, sharded=True),
+    Case("upgrad", aggregation.upgrad, {"reg_eps": (0.0, 1e-4)}, sharded=True),
+    Case("dual_proj", aggregation.dual_proj, {"reg_eps": (0.0, 1e-4), "norm_eps": (0.0, 1e3)}, sharded=True),
+    Case("nash_mtl", aggregation.nash_mtl, {"max_norm": (0.0, 1.0)}, sharded=True),
+    Case("fairgrad", aggregation.fairgrad, {"alpha": (0.5, 1.0, 2.0)}, sharded=True),
+    Case("modo", aggregation.modo, {"gamma": (0.001, 0.1), "rho": (0.0, 0.1)}, sharded=True),
+    Case(
+        "sdmgrad", aggregation.sdmgrad, {"lr": (0.1, 10.0), "momentum": (0.0, 0.5), "lambda_": (0.0, 0.3)}, sharded=True
+    ),
+    Case(
+        "cr_mogm",
+        lambda alpha=0.9, axis_name=None: aggregation.cr_mogm(inverse_norm(axis_name), alpha),
+        {"alpha": (0.0, 0.5, 0.9)},
+        sharded=True,
+    ),
+    Case(
+        "cr_mogm-excess_mtl",
+        lambda axis_name=None: aggregation.cr_mogm(aggregation.excess_mtl(axis_name=axis_name)),
+        sharded=True,
+    ),
     Case(
         "test-only skip-inverse_norm",
         lambda axis_name=None: mtl.skip_nonfinite(inverse_norm(axis_name), axis_name=axis_name),

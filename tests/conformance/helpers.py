@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import mtlbalance as mtl
 
@@ -24,6 +25,8 @@ class Built:
 
     def method_for(self, tasks):
         """The method for some of the tasks alone, in that order."""
+        if len(jnp.ravel(tasks)) < self.case.fewest_tasks:
+            pytest.skip("refuses so few tasks")
         return self.case.make(tasks=tasks) if self.case.per_task else self.method
 
     def init(self, method=None, n_tasks=3, params=PARAMS):
@@ -56,6 +59,15 @@ class Built:
     def restrict(self, x, tasks):
         """The same inputs of some tasks only."""
         return jax.tree.map(lambda leaf: leaf[tasks], x)
+
+    def restrict_state(self, state, tasks):
+        """The part of a state that belongs to some of three tasks."""
+
+        def leaf(x):
+            x = x[tasks] if x.shape[:1] == (3,) else x
+            return x[:, tasks] if x.shape[1:] == (3,) else x
+
+        return jax.tree.map(leaf, state)
 
     def poison(self, x, mask, value):
         """The same inputs with ``value`` wherever a task is absent."""

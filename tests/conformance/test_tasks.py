@@ -70,7 +70,7 @@ def test_masked_goes_on_as_the_present_tasks_would_alone(built):
     masks = jax.random.bernoulli(jax.random.key(2), 0.6, (9, 3)).at[0].set(jnp.array([True, True, False]))
     for i, mask in enumerate(masks):
         _, state = built.step(state, built.sample(20 + i), mask=mask, ends_epoch=i % 3 == 2)
-    alone_state = jax.tree.map(lambda leaf: leaf[tasks] if leaf.shape[:1] == (3,) else leaf, state)
+    alone_state = built.restrict_state(state, tasks)
     for i in range(3):
         x = jax.tree.map(jnp.ones_like, built.sample(i)) if built.case.draws else built.sample(i)
         masked, state = built.step(state, x, mask=SOME)

@@ -1,0 +1,107 @@
+"""CR-MOGM: the weights of another method, smoothed over the calls.
+
+Zhou et al., "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond", NeurIPS 2022,
+https://openreview.net/forum?id=ScwfQ7hdwyP
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs
+from mtlbalance.baselines import count_seen
+
+
+class CRMOGMState(NamedTuple):
+    """State of :func:`cr_mogm`.
+
+    Attributes:
+      weights: the smoothed weights, one per task.
+      seen: int32, one per task: the calls in which it was present.
+      inner: the state of the wrapped method.
+    """
+
+    weights: chex.Array
+    seen: chex.Array
+    inner: chex.ArrayTree
+
+
+def cr_mogm(
+    method: base.Aggregator, alpha: chex.Numeric = 0.9, initial_weights: chex.ArrayTree | None = None
+) -> base.Aggregator:
+    r"""Follows the weights of a method by a running average, which takes the noise of small batches out of them.
+
+    .. math:: \lambda \leftarrow \alpha \lambda + (1 - \alpha) \hat\lambda
+
+    where :math:`\hat\lambda` are the method's own weights. The average starts at a task's first weight unless it is
+    given. It has the method's total, as far as that does not change between calls.
+
+    Args:
+      method: an aggregator that has weights.
+      alpha: :math:`\alpha`, from 0 to 1. May be traced; for a schedule, build the method inside the training step.
+      initial_weights: start of the average, one real number per task: an array or a tree of names.
+
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with the same paths and state :class:`CRMOGMState`.
+
+    Raises:
+      TypeError: if ``method`` is no aggregator.
+      ValueError: if it has no weights or ``alpha`` is out of bounds; at ``init``, if there is not one initial weight
+        per task.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import aggregation
+      >>> method = aggregation.cr_mogm(aggregation.mean(), alpha=0.75, initial_weights=jnp.array([1.0, 0.0]))
+      >>> weights, state = method.gramian_weighting.apply(method.gramian_weighting.init(2), jnp.eye(2))
+      >>> print(weights)
+      [0.875 0.125]
+
+    References:
+      Zhou et al., `On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond
+      <https://openreview.net/forum?id=ScwfQ7hdwyP>`_, NeurIPS 2022, algorithm 1.
+    """
+    if not isinstance(method, base.Aggregator):
+        inputs.reject("method", "an Aggregator", type(method).__name__, TypeError)
+    if method.weighting is None:
+        inputs.reject("method", "an Aggregator with weights", "weighting=None")
+    inputs.check("alpha", alpha, "a number from 0 to 1", lambda x: (x >= 0) & (x <= 1))
+
+    def init(m, params, dtype):
+        start = 0.0 if initial_weights is None else initial_weights
+        weights = inputs.per_task("initial_weights", start, (m,), dtype, scalar=initial_weights is None)
+        return CRMOGMState(weights, jnp.zeros(m, jnp.int32), method.init((m, params)))
+
+    def smooth(state, weights, inner, mask):
+        first = (state.seen == 0) & (initial_weights is None)
+        weights = jnp.where(first, weights, alpha * state.weights + (1 - alpha) * weights)
+        state = CRMOGMState(jnp.where(mask, weights, state.weights), state.seen, inner)
+        return weights, count_seen(state, mask)
+
+    def smoothed(apply):
+        def weigh(state, statistic, values, mask):
+            return smooth(state, *apply(state.inner, statistic, values=values, mask=mask), mask)
+
+        return weigh
+
+    def visit(state, i, row, mask):
+        inner, statistic = method.rowwise.visit(state.inner, i, row, mask=mask)
+        return state._replace(inner=inner), statistic
+
+    def on_inner(hook):
+        def hooked(state, *args, **kwargs):
+            return state._replace(inner=hook(state.inner, *args, **kwargs))
+
+        return hooked
+
+    of_gramian = method.gramian_weighting
+    return base.aggregator(
+        init,
+        weighting=smoothed(method.weighting.apply),
+        gramian_weighting=smoothed(of_gramian.apply) if of_gramian else None,
+        rowwise=method.rowwise and base.Rowwise(visit, smoothed(method.rowwise.weigh)),
+        end_epoch=on_inner(method.end_epoch),
+        observe=lambda state, values, mask: on_inner(method.observe)(state, values, mask=mask),
+        jacobian_shaped=method.jacobian_shaped,
+    )

@@ -1,0 +1,60 @@
+"""FairGrad: the direction that shares the progress of the tasks alpha-fairly.
+
+Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024, https://arxiv.org/abs/2402.15638
+"""
+
+from collections.abc import Hashable
+
+import chex
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs
+from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance.solvers import alpha_fair
+
+
+def fairgrad(alpha: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) -> base.Aggregator:
+    r"""The combination of the gradients whose products with them are the powers of its weights.
+
+    .. math:: g = \sum_i w_i g_i, \quad G w = w^{-1/\alpha}, \quad w > 0
+
+    With :math:`\alpha = 1` it is the direction of :func:`~mtlbalance.aggregation.nash_mtl`; the larger it is, the
+    more the task counts that gains least. The weights have no fixed total; a zero gradient has weight 0.
+
+    Note:
+      The equations are solved to rounding, TorchJD's and LibMTL's least squares to their tolerance. The official code
+      multiplies the gradient of the shared parameters by m, clips it to norm 1, and uses ``alpha=2``.
+
+    Args:
+      alpha: :math:`\alpha > 0`. May be traced. In float32 it is accurate from 1/5 to 5.
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.
+
+    Raises:
+      ValueError: if ``alpha`` is out of bounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import aggregation
+      >>> method = aggregation.fairgrad(alpha=1.0)
+      >>> gradient, state = method.apply(method.init((2, 3)), jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+      >>> print([f"{x:.4f}" for x in gradient])
+      ['0.0766', '0.9985', '0.9985']
+
+    References:
+      Ban and Ji, `Fair Resource Allocation in Multi-Task Learning <https://arxiv.org/abs/2402.15638>`_, ICML 2024,
+      eq. 8; https://github.com/OptMN-Lab/fairgrad.
+    """
+    inputs.check("alpha", alpha, "a finite number above 0", lambda x: (x > 0) & jnp.isfinite(x))
+
+    def init(m, params, dtype):
+        del params, dtype
+        return SeenState(jnp.zeros(m, jnp.int32))
+
+    def weigh(state, gramian, values, mask):
+        del values
+        return alpha_fair(gramian, alpha, mask), count_seen(state, mask)
+
+    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

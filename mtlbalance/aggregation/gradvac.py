@@ -1,0 +1,115 @@
+"""GradVac: gradient vaccine, each gradient turned until its angles to the others are the usual ones.
+
+Wang et al., "Gradient Vaccine: Investigating and Improving Multi-Task Optimization in Massively Multilingual Models",
+ICLR 2021, https://arxiv.org/abs/2010.05874
+"""
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs, numerics
+from mtlbalance.baselines import count_seen, random_orders
+
+
+class GradVacState(NamedTuple):
+    """State of :func:`gradvac`.
+
+    Attributes:
+      seen: int32, one per task: the calls in which it was present.
+      targets: running averages of the cosines between the gradients, shape ``[m, m]``.
+      key: uint32, the data of the key for the next draw (:func:`jax.random.key_data`).
+    """
+
+    seen: chex.Array
+    targets: chex.Array
+    key: chex.Array
+
+
+def gradvac(
+    key: int | chex.PRNGKey = 0,
+    beta: chex.Numeric = 0.5,
+    eps: chex.Numeric = 1e-8,
+    *,
+    axis_name: Hashable | None = None,
+) -> base.Aggregator:
+    r"""The sum of the gradients, each turned towards those that it is less similar to than usual.
+
+    Each gradient :math:`g_i` meets the others in a random order of its own. With the cosine :math:`\phi` of the two,
+    as they are then, and its target :math:`\hat\phi_{ij}`,
+
+    .. math:: g_i \leftarrow g_i + \frac{\lVert g_i \rVert \big( \hat\phi_{ij} \sqrt{1 - \phi^2}
+              - \phi \sqrt{1 - \hat\phi_{ij}^2} \big)}{\lVert g_j \rVert \sqrt{1 - \hat\phi_{ij}^2}} g_j
+              \quad \text{if } \phi < \hat\phi_{ij}, \qquad
+              \hat\phi_{ij} \leftarrow (1 - \beta) \hat\phi_{ij} + \beta \phi
+
+    The weights are at least 1 each and have no fixed total. The targets start at zero, so that the first call is
+    :func:`~mtlbalance.aggregation.pcgrad`.
+
+    Note:
+      As in TorchJD and LibMTL the whole gradient is one group, and ``eps`` is added to the denominators; here after
+      scaling by the largest norm, so that the scale of the gradients does not matter.
+
+    Args:
+      key: a seed, or a :func:`jax.random.key`, for the orders. To sweep seeds, build the method inside the function
+        that is mapped.
+      beta: :math:`\beta`, from 0 to 1. May be traced.
+      eps: at least 0, relative to the largest norm. May be traced.
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with state :class:`GradVacState`, ``weighting`` and ``gramian_weighting``.
+
+    Raises:
+      ValueError: if ``beta`` or ``eps`` is out of bounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import aggregation
+      >>> method = aggregation.gradvac()
+      >>> gradient, state = method.apply(method.init((2, 3)), jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+      >>> print([f"{x:.4f}" for x in gradient])
+      ['0.5848', '3.8012', '3.8012']
+
+    References:
+      Wang et al., `Gradient Vaccine <https://arxiv.org/abs/2010.05874>`_, ICLR 2021, algorithm 1 and eq. 4.
+    """
+    key = inputs.new_key(key)
+    inputs.check("beta", beta, "a number from 0 to 1", lambda x: (x >= 0) & (x <= 1))
+    inputs.check("eps", eps, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+
+    def init(m, params, dtype):
+        del params
+        return GradVacState(jnp.zeros(m, jnp.int32), jnp.zeros((m, m), dtype), jax.random.key_data(key))
+
+    def weigh(state, gramian, values, mask):
+        del values
+        m = mask.shape[0]
+        gramian = (gramian / numerics.scale(gramian)).astype(state.targets.dtype)
+        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
+
+        def turn(i, order, targets):
+            def meet(n, carry):
+                coefficients, targets = carry
+                j = order[n]
+                products = jnp.sum(coefficients * gramian, axis=1)
+                norm = jnp.sqrt(jnp.maximum(jnp.sum(coefficients * products), 0))
+                cosine, target = products[j] / (norm * norms[j] + eps), targets[j]
+                sine, target_sine = (jnp.sqrt(jnp.maximum(1 - x**2, 0)) for x in (cosine, target))
+                added = norm * (target * sine - cosine * target_sine) / (norms[j] * target_sine + eps)
+                meets = (j != i) & mask[i] & mask[j]
+                coefficients = coefficients.at[j].add(jnp.where(meets & (cosine < target), added, 0))
+                new_target = (1 - beta) * target + beta * cosine
+                return coefficients, targets.at[j].set(jnp.where(meets, new_target, target))
+
+            return jax.lax.fori_loop(0, m, meet, (jax.nn.one_hot(i, m, dtype=gramian.dtype), targets))
+
+        orders, state = random_orders(state, jax.random.key_impl(key), m)
+        coefficients, targets = jax.vmap(turn)(jnp.arange(m), orders, state.targets)
+        weights = jnp.sum(coefficients, axis=0, where=mask[:, None])
+        return weights, count_seen(state._replace(targets=targets), mask)
+
+    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

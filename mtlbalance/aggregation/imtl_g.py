@@ -1,0 +1,63 @@
+"""IMTL-G: impartial multi-task learning on the gradients, equal projections onto all of them.
+
+Liu et al., "Towards Impartial Multi-Task Learning", ICLR 2021, https://openreview.net/forum?id=IMPnRXEWpvr
+"""
+
+from collections.abc import Hashable
+
+import jax.numpy as jnp
+
+from mtlbalance import base, numerics
+from mtlbalance.baselines import SeenState, count_seen
+
+
+def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
+    r"""The combination of the gradients whose projections onto each of their directions are equal.
+
+    .. math:: g = \sum_i w_i g_i, \quad w = \frac{v}{\sum_i v_i}, \quad v = G^+ d, \quad d_i = \lVert g_i \rVert
+
+    with the pseudoinverse of the Gramian :math:`G`. The weights sum to 1 and may be negative. They are zero where
+    :math:`v` adds up to zero, as it does when all gradients are zero.
+
+    Note:
+      The pseudoinverse is TorchJD's, for dependent gradients. The paper and LibMTL solve a system of m - 1 equations,
+      which has the same solution for independent ones.
+
+    Args:
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import aggregation
+      >>> method = aggregation.imtl_g()
+      >>> gradient, state = method.apply(method.init((2, 3)), jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+      >>> print([f"{x:.4f}" for x in gradient])
+      ['0.0767', '1.0000', '1.0000']
+
+    References:
+      Liu et al., `Towards Impartial Multi-Task Learning <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021,
+      section 3.1.
+    """
+
+    def init(m, params, dtype):
+        del params, dtype
+        return SeenState(jnp.zeros(m, jnp.int32))
+
+    def weigh(state, gramian, values, mask):
+        del values
+        gramian = gramian / numerics.scale(gramian)
+        norms, cosines = numerics.cosines(gramian)
+        zero = norms == 0
+        cosines = cosines + jnp.diag(zero.astype(gramian.dtype))  # zero gradients depend on none
+        _, _, kept = numerics.eigh_psd(cosines)
+        # Where the gradients are independent, by the cosines, which keep their digits where the norms differ much.
+        independent = numerics.solve_psd(cosines, 1 - zero.astype(gramian.dtype)) / jnp.where(zero, 1, norms)
+        v = jnp.where(jnp.all(kept), independent, numerics.solve_psd(gramian, norms))
+        total = jnp.sum(v)
+        vanishes = jnp.abs(total) <= 1e-12 * jnp.sum(jnp.abs(v))
+        return jnp.where(vanishes, 0, v / jnp.where(vanishes, 1, total)), count_seen(state, mask)
+
+    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

@@ -1,0 +1,77 @@
+"""Krum: the gradients that have the nearest neighbours, so that a few wrong ones do no harm.
+
+Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017,
+https://arxiv.org/abs/1703.02757
+"""
+
+from collections.abc import Hashable
+
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs
+from mtlbalance.baselines import SeenState, count_seen
+
+
+def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = None) -> base.Aggregator:
+    r"""The mean of the gradients that are nearest to their neighbours (Multi-Krum).
+
+    .. math:: g = \frac{1}{k} \sum_{i \in S} g_i, \quad
+              s_i = \sum_{j \in N_i} \lVert g_i - g_j \rVert
+
+    where :math:`N_i` are the m - f - 2 gradients nearest to :math:`g_i`, f may be wrong, and :math:`S` are the k
+    gradients with the smallest scores :math:`s_i`, of equal ones the first. The weights are 1/k or 0 and sum to 1.
+    With tasks absent there are fewer neighbours, but always one, and no more than the tasks present are selected.
+
+    Note:
+      The distances are TorchJD's. The paper has their squares.
+
+    Args:
+      n_byzantine: f, at least 0.
+      n_selected: k, at least 1.
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.
+
+    Raises:
+      ValueError: if an argument is out of bounds; at ``init``, with fewer than f + 3 or fewer than k tasks.
+      TypeError: if an argument is not an int.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import aggregation
+      >>> method = aggregation.krum(n_byzantine=1)
+      >>> rows = jnp.array([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [-9.0, 5.0]])
+      >>> gradient, state = method.apply(method.init(rows.shape), rows)
+      >>> print(gradient)
+      [1. 0.]
+
+    References:
+      Blanchard et al., `Machine Learning with Adversaries <https://arxiv.org/abs/1703.02757>`_, NeurIPS 2017, section
+      4.
+    """
+    inputs.check_int("n_byzantine", n_byzantine, 0)
+    inputs.check_int("n_selected", n_selected, 1)
+
+    def init(m, params, dtype):
+        del params, dtype
+        for name, least in ("n_byzantine", n_byzantine + 3), ("n_selected", n_selected):
+            if m < least:
+                inputs.reject("number of tasks", f"at least {least} with this {name}", f"{m}")
+        return SeenState(jnp.zeros(m, jnp.int32))
+
+    def weigh(state, gramian, values, mask):
+        del values
+        m, n_present = mask.shape[0], jnp.sum(mask)
+        squares = jnp.diagonal(gramian)
+        distances = jnp.sqrt(jnp.maximum(squares + squares[:, None] - 2 * gramian, 0))
+        neighbours = mask & mask[:, None] & ~jnp.eye(m, dtype=bool)
+        nearest = jnp.sort(jnp.where(neighbours, distances, jnp.inf), axis=1)
+        n_nearest = jnp.clip(n_present - n_byzantine - 2, 1, n_present - 1)
+        scores = jnp.sum(nearest, axis=1, where=jnp.arange(m) < n_nearest)
+        order = jnp.argsort(jnp.where(mask, scores, jnp.inf), stable=True)
+        n_best = jnp.minimum(n_selected, n_present)
+        best = jnp.zeros(m, gramian.dtype).at[order].set((jnp.arange(m) < n_best) / n_best.astype(gramian.dtype))
+        return best, count_seen(state, mask)
+
+    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

@@ -1,0 +1,65 @@
+"""Nash-MTL: the gradients' bargaining solution, at which all tasks gain alike.
+
+Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, https://arxiv.org/abs/2202.01017
+"""
+
+from collections.abc import Hashable
+
+import chex
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs
+from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance.solvers import nash_bargaining
+
+
+def nash_mtl(max_norm: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) -> base.Aggregator:
+    r"""The direction that maximizes the product of the tasks' gains.
+
+    .. math:: g = \sum_i w_i g_i, \quad G w = 1 / w, \quad w > 0
+
+    Its norm is :math:`\sqrt m` whatever the gradients, and is clipped to ``max_norm``. The weights have no fixed
+    total; a zero gradient has weight 0.
+
+    Note:
+      The equations are solved to rounding. The official code, TorchJD and LibMTL approach them by a sequence of
+      convex problems that may stop elsewhere, and keep the weights for several steps on request.
+
+    Args:
+      max_norm: largest norm of the gradient, at least 0; 0 for no bound. May be traced.
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.
+
+    Raises:
+      ValueError: if ``max_norm`` is out of bounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import aggregation
+      >>> method = aggregation.nash_mtl(max_norm=0.0)
+      >>> weighting = method.gramian_weighting
+      >>> weights, state = weighting.apply(weighting.init(2), jnp.array([[4.0, 0.0], [0.0, 1.0]]))
+      >>> print([f"{weight:.4f}" for weight in weights])
+      ['0.5000', '1.0000']
+
+    References:
+      Navon et al., `Multi-Task Learning as a Bargaining Game <https://arxiv.org/abs/2202.01017>`_, ICML 2022, claim
+      3.1; https://github.com/AvivNavon/nash-mtl.
+    """
+    inputs.check("max_norm", max_norm, "a number of at least 0", lambda x: x >= 0)
+
+    def init(m, params, dtype):
+        del params, dtype
+        return SeenState(jnp.zeros(m, jnp.int32))
+
+    def weigh(state, gramian, values, mask):
+        del values
+        weights = nash_bargaining(gramian, mask)
+        # By sums of products near 1 each: their square root cannot overflow.
+        norm = jnp.sqrt(jnp.maximum(jnp.sum(weights * jnp.dot(gramian, weights, precision="highest")), 0))
+        clipped = (max_norm > 0) & (norm > max_norm)
+        return weights * jnp.where(clipped, max_norm / jnp.where(clipped, norm, 1), 1), count_seen(state, mask)
+
+    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
