@@ -32,7 +32,7 @@ def simplex_qp(matrix: chex.Array, linear: chex.Array | None = None, mask: chex.
       [0.2 0.8]
     """
     present = jnp.ones(len(matrix), bool) if mask is None else mask
-    linear = jnp.zeros(len(matrix), matrix.dtype) if linear is None else linear
+    linear = jnp.zeros(len(matrix), matrix.dtype) if linear is None else linear.astype(matrix.dtype)
     linear = linear - jnp.min(linear, where=present, initial=jnp.inf)  # a constant on the simplex
     linear = jnp.where(present, linear, 0)
     norms = jnp.sqrt(jnp.diag(matrix))
