@@ -1,5 +1,6 @@
 """Small convex problems over the tasks, solved on the device."""
 
+from mtlbalance.solvers.cagrad_dual import cagrad_dual
 from mtlbalance.solvers.dual_cone import dual_cone
 from mtlbalance.solvers.fairness import alpha_fair
 from mtlbalance.solvers.nash import nash_bargaining
@@ -8,6 +9,7 @@ from mtlbalance.solvers.simplex_qp import simplex_qp
 
 __all__ = [
     "alpha_fair",
+    "cagrad_dual",
     "dual_cone",
     "nash_bargaining",
     "priority_constrained",
