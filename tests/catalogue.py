@@ -200,6 +200,7 @@ AGGREGATORS = [
     Case("mgda", aggregation.mgda, sharded=True),
     Case("upgrad", aggregation.upgrad, {"reg_eps": (0.0, 1e-4)}, sharded=True),
     Case("dual_proj", aggregation.dual_proj, {"reg_eps": (0.0, 1e-4), "norm_eps": (0.0, 1e3)}, sharded=True),
+    Case("cagrad", aggregation.cagrad, {"c": (0.0, 0.5, 2.0)}, sharded=True),
     Case("nash_mtl", aggregation.nash_mtl, {"max_norm": (0.0, 1.0)}, sharded=True),
     Case("fairgrad", aggregation.fairgrad, {"alpha": (0.5, 1.0, 2.0)}, sharded=True),
     Case("modo", aggregation.modo, {"gamma": (0.001, 0.1), "rho": (0.0, 0.1)}, sharded=True),

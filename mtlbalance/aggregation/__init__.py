@@ -1,6 +1,7 @@
 """Jacobian to gradient: one file per method."""
 
 from mtlbalance.aggregation.aligned_mtl import aligned_mtl
+from mtlbalance.aggregation.cagrad import cagrad
 from mtlbalance.aggregation.config import config
 from mtlbalance.aggregation.constant import constant
 from mtlbalance.aggregation.cr_mogm import CRMOGMState, cr_mogm
@@ -30,6 +31,7 @@ __all__ = [
     "SDMGradState",
     "SeenState",
     "aligned_mtl",
+    "cagrad",
     "config",
     "constant",
     "cr_mogm",

@@ -7,7 +7,7 @@ from mtlbalance.solvers.interior_point import nonnegative_qp
 
 
 def dual_cone(gramian: chex.Array, lower: chex.Array, mask: chex.Array | None = None) -> chex.Array:
-    r"""Minimises :math:`v^\top G v` over :math:`v \ge u`.
+    r"""Minimizes :math:`v^\top G v` over :math:`v \ge u`.
 
     With :math:`G = J J^\top`, :math:`J^\top v` is the projection of :math:`J^\top u` on the cone of directions that
     conflict with no row of J. For several u, ``vmap`` over it: what depends on G alone is computed once.

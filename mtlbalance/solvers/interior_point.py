@@ -17,10 +17,10 @@ def nonnegative_qp(
     row: chex.Array | None = None,
     start: chex.Array | None = None,
 ) -> chex.Array:
-    r"""Minimises :math:`\frac12 (b + x)^\top R (b + x) + q^\top x` over :math:`x \ge 0` and :math:`d^\top x = 1`.
+    r"""Minimizes :math:`\frac12 (b + x)^\top R (b + x) + q^\top x` over :math:`x \ge 0` and :math:`d^\top x = 1`.
 
     A ridge of a few rounding errors is added to R: about as far below zero as rounding moves the eigenvalues of a
-    Gramian. It also bounds the set of minimisers, into whose middle an interior point would go, however far.
+    Gramian. It also bounds the set of minimizers, into whose middle an interior point would go, however far.
 
     Args:
       matrix: R, shape ``[m, m]``: positive semidefinite with a diagonal of at most about 1.
@@ -64,7 +64,7 @@ def nonnegative_qp(
         dx, dz, dprice = direction(jnp.where(present, centre - dx * dz, 0) - x * z)
         length = jnp.minimum(1, 0.99 * _longest(x, z, dx, dz))
         new = x + length * dx, z + length * dz, price + length * dprice
-        # Where x and z are below rounding there is nothing to gain, and the factorisation may break down.
+        # Where x and z are below rounding there is nothing to gain, and the factorization may break down.
         going_on = (gap > eps**2) & jnp.all(jnp.isfinite(new[0]) & (new[0] > 0) & jnp.isfinite(new[1]))
         return jax.tree.map(lambda new, old: jnp.where(going_on, new, old), new, iterate), None
 

@@ -7,7 +7,7 @@ from mtlbalance.solvers.interior_point import nonnegative_qp
 
 
 def simplex_qp(matrix: chex.Array, linear: chex.Array | None = None, mask: chex.Array | None = None) -> chex.Array:
-    r"""Minimises :math:`\frac12 w^\top Q w + c^\top w` over :math:`w \ge 0`, :math:`\sum_i w_i = 1`.
+    r"""Minimizes :math:`\frac12 w^\top Q w + c^\top w` over :math:`w \ge 0`, :math:`\sum_i w_i = 1`.
 
     Only the smallest of the squared norms on Q's diagonal bounds the optimum, so only they give the scale: the value is
     within 1e-6 of their harmonic mean, plus the range of c, of the least one, whatever the ratio of the norms.

@@ -57,6 +57,21 @@ def test_mgda_is_not_longer():
         assert np.linalg.norm(gradient) <= (1 + 1e-4) * theirs + 1e-3 * shortest, (case["kind"], rows.shape)
 
 
+def test_cagrad_has_the_least_gain_of_the_peers():
+    """By the objective, the least gain of a task, over the lengths of the gradient and of the shortest of the rows."""
+    method = aggregation.cagrad(c=0.5)
+    for case in cases("cagrad"):
+        rows = np.array(case["jacobian"])
+        gradient, _ = method.apply(method.init(rows.shape), jnp.array(rows, jnp.float32))
+        expected = np.array(case["methods"]["cagrad"]["gradient"])
+        if not expected.any():  # TorchJD takes a short direction for none
+            continue
+        mean = rows.mean(0)
+        assert np.linalg.norm(gradient - mean) <= 0.5001 * np.linalg.norm(mean)
+        tolerance = 1e-3 * np.linalg.norm(rows) * np.linalg.norm(mean)
+        assert np.min(rows @ np.array(gradient, float)) >= np.min(rows @ expected) - tolerance, case["kind"]
+
+
 def test_nash_mtl_solves_its_equations():
     """Where no positive combination vanishes; the peers' iterations stop elsewhere on some of these."""
     weighting, judged = aggregation.nash_mtl(max_norm=0.0).gramian_weighting, 0
@@ -103,6 +118,7 @@ PINNED = {
     "dual_proj": [0.5563, 1.1109, 1.1109],
     "fairgrad": [0.0766, 0.9985, 0.9985],
     "mgda": [0.0, 1.0, 1.0],
+    "cagrad": [0.1835, 1.2041, 1.2041],
     "nash_mtl": [0.0542, 0.7061, 0.7061],
     "aligned_mtl": [0.2133, 0.9673, 0.9673],
     "config": [0.1588, 2.0706, 2.0706],

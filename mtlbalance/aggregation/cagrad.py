@@ -1,0 +1,75 @@
+"""CAGrad: the direction near the mean gradient that is best for the task it is worst for.
+
+Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, https://arxiv.org/abs/2110.14048
+"""
+
+from collections.abc import Hashable
+
+import chex
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs, numerics
+from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance.solvers import cagrad_dual
+
+
+def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | None = None) -> base.Aggregator:
+    r"""Maximizes the least gain of a task within a ball around the mean gradient.
+
+    .. math:: \max_g \min_i g_i \cdot g \quad \text{with} \quad \lVert g - g_0 \rVert \le c \lVert g_0 \rVert, \qquad
+              g = g_0 + \frac{c \lVert g_0 \rVert}{\lVert g_w \rVert} g_w, \quad g_w = \sum_i w_i g_i
+
+    where :math:`g_0` is the mean gradient and :math:`w` minimizes
+    :math:`g_w \cdot g_0 + c \lVert g_0 \rVert \lVert g_w \rVert` on the simplex. The weights have no fixed total: 1 for
+    :math:`c = 0`, the mean. From :math:`c = 1` on no task loses. Where :math:`g_w` vanishes they are zero.
+
+    Note:
+      TorchJD, without a default for ``c``, does not rescale; LibMTL divides by :math:`1 + c^2` (``rescale=1``), the
+      authors' toy example by :math:`1 + c` (``rescale=2``), and Nash-MTL's code has c = 0.4 and m times the former.
+
+    Args:
+      c: :math:`c \ge 0`. May be traced.
+      rescale: 0, 1 or 2.
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.
+
+    Raises:
+      ValueError: if an argument is out of bounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import aggregation
+      >>> method = aggregation.cagrad(c=0.5)
+      >>> gradient, state = method.apply(method.init((2, 3)), jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+      >>> print([f"{x:.3f}" for x in gradient])
+      ['0.184', '1.204', '1.204']
+
+    References:
+      Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning <https://arxiv.org/abs/2110.14048>`_,
+      NeurIPS 2021, algorithm 1; https://github.com/Cranial-XIX/CAGrad.
+    """
+    inputs.check("c", c, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    if rescale not in (0, 1, 2):
+        inputs.reject("rescale", "0, 1 or 2", f"{rescale!r}")
+
+    def init(m, params, dtype):
+        del params, dtype
+        return SeenState(jnp.zeros(m, jnp.int32))
+
+    def weigh(state, gramian, values, mask):
+        del values
+        gramian = gramian / numerics.scale(gramian)
+        mean = inputs.preference(None, mask, gramian.dtype)
+        w = cagrad_dual(gramian, c, mask)
+        norm, mean_norm = (jnp.sqrt(jnp.maximum(_square(gramian, x), 0)) for x in (w, mean))
+        weights = jnp.where(norm > 0, mean + c * mean_norm / jnp.where(norm > 0, norm, 1) * w, 0)
+        weights = jnp.where(c == 0, mean, weights)
+        return weights / (1, 1 + c**2, 1 + c)[rescale], count_seen(state, mask)
+
+    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+
+
+def _square(gramian, weights):
+    return jnp.sum(weights * jnp.dot(gramian, weights, precision="highest"))
