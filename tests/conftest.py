@@ -1,7 +1,15 @@
 """Eight simulated devices for every test; scripts that need torch are run by hand, not collected."""
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 collect_ignore_glob = ["benchmarks/*", "golden/record*.py"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Each one maps some memory, of which Linux gives a process 65530 pieces: a few thousand programs would crash it."""
+    yield
+    jax.clear_caches()

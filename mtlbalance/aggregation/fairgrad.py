@@ -26,7 +26,8 @@ def fairgrad(alpha: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) ->
       multiplies the gradient of the shared parameters by m, clips it to norm 1, and uses ``alpha=2``.
 
     Args:
-      alpha: :math:`\alpha > 0`. May be traced. In float32 it is accurate from 1/5 to 5.
+      alpha: :math:`\alpha > 0`. May be traced. In float32 it is accurate from 1/2 to 2, and from 1/5 to 5 where the
+        norms differ by less than 1e3.
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
 
     Returns:

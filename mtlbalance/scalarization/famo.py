@@ -61,9 +61,9 @@ def famo(
 
     Note:
       The weight decay is that of the paper's algorithm 2, TorchJD and LibMTL; the official code has 0.01 in one file
-      and 1e-5 in the other, 0 for its toy problem, where it uses the delayed form. It also clips the
-      gradient of the shared parameters to norm 1: put ``optax.clip_by_global_norm(1.0)`` before your optimizer.
-      The decay is added to the gradient, as in ``torch.optim.Adam``.
+      and 1e-5 in the other, 0 for its toy problem, where it uses the delayed form. It also clips the gradient of the
+      shared parameters to norm 1: put ``optax.clip_by_global_norm(1.0)`` before your optimizer. The decay is added to
+      the gradient, as in ``torch.optim.Adam``. A loss below its bound makes all of :math:`w` NaN there.
 
     Args:
       min_losses: lower bounds :math:`b`: one real number, or one per task (an array or a tree of the same names). May
