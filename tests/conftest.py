@@ -10,6 +10,6 @@ collect_ignore_glob = ["benchmarks/*", "golden/record*.py"]
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """Each one maps some memory, of which Linux gives a process 65530 pieces: a few thousand programs would crash it."""
+    """Each maps some memory, of which Linux gives a process 65530 pieces: a few thousand programs would crash it."""
     yield
     jax.clear_caches()
