@@ -1,4 +1,4 @@
-"""What methods of both families share: the states of the baselines, the count of calls, the random weights."""
+"""What methods of both families share: the states of the baselines, the count of calls, the random draws."""
 
 from typing import NamedTuple
 
@@ -35,17 +35,22 @@ def count_seen(state, mask: chex.Array):
     return state._replace(seen=jnp.where(mask, optax.safe_increment(state.seen), state.seen))
 
 
+def split_key(state, impl):
+    """A key to draw with, and the state with the next one."""
+    key, draw_key = jax.random.split(jax.random.wrap_key_data(state.key, impl=impl))
+    return draw_key, state._replace(key=jax.random.key_data(key))
+
+
 def random_weights(state: RandomState, impl, mask: chex.Array) -> tuple[chex.Array, RandomState]:
     """Softmax of normal draws over the tasks present, and the state with the next key."""
-    key, draw_key = jax.random.split(jax.random.wrap_key_data(state.key, impl=impl))
+    draw_key, state = split_key(state, impl)
     # float32 whatever the state's dtype, so that a seed gives the same weights in either precision.
     draws = jax.random.normal(draw_key, mask.shape, jnp.float32)
-    weights = jax.nn.softmax(draws, axis=None, where=mask)
-    return weights, count_seen(state, mask)._replace(key=jax.random.key_data(key))
+    return jax.nn.softmax(draws, axis=None, where=mask), count_seen(state, mask)
 
 
 def random_orders(state, impl, m: int):
     """One random order of all tasks for each task, ``[m, m]``, and the state with the next key."""
-    key, draw_key = jax.random.split(jax.random.wrap_key_data(state.key, impl=impl))
+    draw_key, state = split_key(state, impl)
     orders = jax.vmap(lambda key: jax.random.permutation(key, m))(jax.random.split(draw_key, m))
-    return orders, state._replace(key=jax.random.key_data(key))
+    return orders, state

@@ -1,7 +1,8 @@
 """Reading what the caller gives: shapes, losses, masks, Jacobians, hyperparameters; and saying what is wrong.
 
-A method's file uses :func:`check`, :func:`check_int`, :func:`per_task` and :func:`new_key`; the rest serves ``base``
-and the wrappers.
+A method's file uses :func:`check`, its cases :func:`check_nonnegative`, :func:`check_positive` and
+:func:`check_fraction`, :func:`check_int`, :func:`per_task`, :func:`preference` and :func:`new_key`; the rest serves
+``base`` and the wrappers.
 """
 
 import math
@@ -75,6 +76,21 @@ def check(name: str, value: Any, bound: str, holds: Callable[[chex.Array], chex.
     with jax.ensure_compile_time_eval():
         if not holds(jnp.asarray(value)):
             reject(name, bound, f"{value}")
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """:func:`check` for a finite number of at least 0."""
+    check(name, value, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+
+
+def check_positive(name: str, value: Any) -> None:
+    """:func:`check` for a finite number above 0."""
+    check(name, value, "a finite number above 0", lambda x: (x > 0) & jnp.isfinite(x))
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """:func:`check` for a number from 0 to 1."""
+    check(name, value, "a number from 0 to 1", lambda x: (x >= 0) & (x <= 1))
 
 
 def check_int(name: str, value: Any, minimum: int) -> None:

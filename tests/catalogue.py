@@ -203,6 +203,8 @@ AGGREGATORS = [
     Case("cagrad", aggregation.cagrad, {"c": (0.0, 0.5, 2.0)}, sharded=True),
     Case("nash_mtl", aggregation.nash_mtl, {"max_norm": (0.0, 1.0)}, sharded=True),
     Case("fairgrad", aggregation.fairgrad, {"alpha": (0.5, 1.0, 2.0)}, sharded=True),
+    Case("pcd", aggregation.pcd, {"tau": (0.0, 0.02, 0.5), "beta": (0.0, 0.999), "eps": (0.0, 1.0)}, sharded=True),
+    Case("db_mtl", aggregation.db_mtl, sharded=True),
     Case("modo", aggregation.modo, {"gamma": (0.001, 0.1), "rho": (0.0, 0.1)}, sharded=True),
     Case(
         "sdmgrad", aggregation.sdmgrad, {"lr": (0.1, 10.0), "momentum": (0.0, 0.5), "lambda_": (0.0, 0.3)}, sharded=True

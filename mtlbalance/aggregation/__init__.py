@@ -5,6 +5,7 @@ from mtlbalance.aggregation.cagrad import cagrad
 from mtlbalance.aggregation.config import config
 from mtlbalance.aggregation.constant import constant
 from mtlbalance.aggregation.cr_mogm import CRMOGMState, cr_mogm
+from mtlbalance.aggregation.db_mtl import db_mtl
 from mtlbalance.aggregation.dual_proj import dual_proj
 from mtlbalance.aggregation.excess_mtl import ExcessMTLState, excess_mtl
 from mtlbalance.aggregation.fairgrad import fairgrad
@@ -15,6 +16,7 @@ from mtlbalance.aggregation.mean import mean
 from mtlbalance.aggregation.mgda import mgda
 from mtlbalance.aggregation.modo import MoDoState, modo
 from mtlbalance.aggregation.nash_mtl import nash_mtl
+from mtlbalance.aggregation.pcd import PCDState, pcd
 from mtlbalance.aggregation.pcgrad import pcgrad
 from mtlbalance.aggregation.random import random
 from mtlbalance.aggregation.sdmgrad import SDMGradState, sdmgrad
@@ -27,6 +29,7 @@ __all__ = [
     "ExcessMTLState",
     "GradVacState",
     "MoDoState",
+    "PCDState",
     "RandomState",
     "SDMGradState",
     "SeenState",
@@ -35,6 +38,7 @@ __all__ = [
     "config",
     "constant",
     "cr_mogm",
+    "db_mtl",
     "dual_proj",
     "excess_mtl",
     "fairgrad",
@@ -45,6 +49,7 @@ __all__ = [
     "mgda",
     "modo",
     "nash_mtl",
+    "pcd",
     "pcgrad",
     "random",
     "sdmgrad",

@@ -28,8 +28,7 @@ def aligned_mtl(
 
     Note:
       The smallest eigenvalue is the paper's choice and TorchJD's default; the official code's is the mean,
-      ``"rmse"``.
-      LibMTL adds up where the preference averages: its weights are m times as large.
+      ``"rmse"``. LibMTL adds up where the preference averages: its weights are m times as large.
 
     Args:
       pref_vector: preference :math:`p`, one real number per task: an array or a tree of names; 1/m each by default.

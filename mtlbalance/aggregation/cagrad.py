@@ -50,7 +50,7 @@ def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | Non
       Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning <https://arxiv.org/abs/2110.14048>`_,
       NeurIPS 2021, algorithm 1; https://github.com/Cranial-XIX/CAGrad.
     """
-    inputs.check("c", c, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    inputs.check_nonnegative("c", c)
     if rescale not in (0, 1, 2):
         inputs.reject("rescale", "0, 1 or 2", f"{rescale!r}")
 

@@ -59,11 +59,11 @@ def config(pref_vector: chex.ArrayTree | float = 1.0, *, axis_name: Hashable | N
         del values
         preference = inputs.per_task("pref_vector", pref_vector, mask.shape, gramian.dtype)
         norms, cosines = numerics.cosines(gramian)
-        inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
         v = numerics.solve_psd(cosines, jnp.where(mask, preference, 0))
         projections = jnp.dot(cosines, v, precision="highest")  # of the directions on d
         square = jnp.sum(v * projections)
         length = jnp.sum(norms * projections) / jnp.where(square > 0, square, 1)
-        return jnp.where(square > 0, length * v * inverse, 0), count_seen(state, mask)
+        moves = (square > 0) & (norms > 0)
+        return jnp.where(moves, length * (v / jnp.where(moves, norms, 1)), 0), count_seen(state, mask)
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

@@ -66,7 +66,7 @@ def cr_mogm(
         inputs.reject("method", "an Aggregator", type(method).__name__, TypeError)
     if method.weighting is None:
         inputs.reject("method", "an Aggregator with weights", "weighting=None")
-    inputs.check("alpha", alpha, "a number from 0 to 1", lambda x: (x >= 0) & (x <= 1))
+    inputs.check_fraction("alpha", alpha)
 
     def init(m, params, dtype):
         start = 0.0 if initial_weights is None else initial_weights

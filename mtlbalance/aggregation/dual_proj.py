@@ -60,10 +60,11 @@ def dual_proj(
       Lopez-Paz and Ranzato, `Gradient Episodic Memory for Continual Learning <https://arxiv.org/abs/1706.08840>`_,
       NeurIPS 2017, eq. 11.
     """
-    inputs.check("reg_eps", reg_eps, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
-    inputs.check("norm_eps", norm_eps, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    inputs.check_nonnegative("reg_eps", reg_eps)
+    inputs.check_nonnegative("norm_eps", norm_eps)
 
     def init(m, params, dtype):
+        del params
         inputs.preference(pref_vector, jnp.ones(m, bool), dtype)
         return SeenState(jnp.zeros(m, jnp.int32))
 

@@ -94,9 +94,7 @@ def excess_mtl(
       He et al., `Robust Multi-Task Learning with Excess Risks <https://arxiv.org/abs/2402.02009>`_, ICML 2024,
       eqs. 6, 7 and 9, and "scale processing" in section 3.2; warm-up: appendix C.1.
     """
-    inputs.check(
-        "robust_step_size", robust_step_size, "a finite number above 0", lambda eta: (eta > 0) & jnp.isfinite(eta)
-    )
+    inputs.check_positive("robust_step_size", robust_step_size)
     inputs.check_int("n_warmup_steps", n_warmup_steps, 0)
 
     def init(m, params, dtype):

@@ -48,7 +48,7 @@ def fairgrad(alpha: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) ->
       Ban and Ji, `Fair Resource Allocation in Multi-Task Learning <https://arxiv.org/abs/2402.15638>`_, ICML 2024,
       eq. 8; https://github.com/OptMN-Lab/fairgrad.
     """
-    inputs.check("alpha", alpha, "a finite number above 0", lambda x: (x > 0) & jnp.isfinite(x))
+    inputs.check_positive("alpha", alpha)
 
     def init(m, params, dtype):
         del params, dtype

@@ -78,8 +78,8 @@ def gradvac(
       Wang et al., `Gradient Vaccine <https://arxiv.org/abs/2010.05874>`_, ICLR 2021, algorithm 1 and eq. 4.
     """
     key = inputs.new_key(key)
-    inputs.check("beta", beta, "a number from 0 to 1", lambda x: (x >= 0) & (x <= 1))
-    inputs.check("eps", eps, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    inputs.check_fraction("beta", beta)
+    inputs.check_nonnegative("eps", eps)
 
     def init(m, params, dtype):
         del params

@@ -55,8 +55,8 @@ def modo(gamma: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hasha
       Chen et al., `Three-Way Trade-Off in Multi-Objective Learning <https://arxiv.org/abs/2305.20057>`_, NeurIPS
       2023, algorithm 1.
     """
-    inputs.check("gamma", gamma, "a finite number above 0", lambda x: (x > 0) & jnp.isfinite(x))
-    inputs.check("rho", rho, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    inputs.check_positive("gamma", gamma)
+    inputs.check_nonnegative("rho", rho)
 
     def init(m, params, dtype):
         del params

@@ -57,7 +57,7 @@ def nash_mtl(max_norm: chex.Numeric = 1.0, *, axis_name: Hashable | None = None)
     def weigh(state, gramian, values, mask):
         del values
         weights = nash_bargaining(gramian, mask)
-        # By sums of products near 1 each: their square root cannot overflow.
+        # Each product w_i (G w)_i is 1 at the solution: their sum cannot overflow, where the factors' squares could.
         norm = jnp.sqrt(jnp.maximum(jnp.sum(weights * jnp.dot(gramian, weights, precision="highest")), 0))
         clipped = (max_norm > 0) & (norm > max_norm)
         return weights * jnp.where(clipped, max_norm / jnp.where(clipped, norm, 1), 1), count_seen(state, mask)

@@ -76,10 +76,10 @@ def sdmgrad(
       Xiao et al., `Direction-oriented Multi-objective Learning <https://arxiv.org/abs/2305.18409>`_, NeurIPS 2023,
       algorithm 1; https://github.com/OptMN-Lab/sdmgrad.
     """
-    inputs.check("lr", lr, "a finite number above 0", lambda x: (x > 0) & jnp.isfinite(x))
+    inputs.check_positive("lr", lr)
     inputs.check("momentum", momentum, "a number of at least 0 and below 1", lambda x: (x >= 0) & (x < 1))
     inputs.check_int("n_iter", n_iter, 1)
-    inputs.check("lambda_", lambda_, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    inputs.check_nonnegative("lambda_", lambda_)
 
     def init(m, params, dtype):
         del params

@@ -60,10 +60,11 @@ def upgrad(
       Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization <https://arxiv.org/abs/2406.16232>`_, 2024,
       section 3; https://github.com/SimplexLab/TorchJD.
     """
-    inputs.check("reg_eps", reg_eps, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
-    inputs.check("norm_eps", norm_eps, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    inputs.check_nonnegative("reg_eps", reg_eps)
+    inputs.check_nonnegative("norm_eps", norm_eps)
 
     def init(m, params, dtype):
+        del params
         inputs.preference(pref_vector, jnp.ones(m, bool), dtype)
         return SeenState(jnp.zeros(m, jnp.int32))
 

@@ -48,7 +48,7 @@ def cosmos(lambda_: chex.Numeric, weights: chex.ArrayTree) -> base.Scalarizer:
       Ruchte and Grabocka, `Scalable Pareto Front Approximation for Deep Multi-Objective Learning
       <https://arxiv.org/abs/2103.13392>`_, ICDM 2021; https://github.com/ruchtem/cosmos.
     """
-    inputs.check("lambda_", lambda_, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    inputs.check_nonnegative("lambda_", lambda_)
 
     def init(shape, dtype):
         inputs.per_task("weights", weights, shape, dtype, scalar=False)

@@ -69,7 +69,7 @@ def cov_weighting(decay: chex.Numeric | None = None) -> base.Scalarizer:
       WACV 2021; https://github.com/rickgroen/cov-weighting.
     """
     if decay is not None:
-        inputs.check("decay", decay, "a number from 0 to 1", lambda x: (x >= 0) & (x <= 1))
+        inputs.check_fraction("decay", decay)
 
     def init(shape, dtype):
         zeros = jnp.zeros(shape, dtype)

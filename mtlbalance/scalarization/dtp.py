@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 
 from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import count_seen
 
 
 class DTPState(NamedTuple):
@@ -20,12 +19,10 @@ class DTPState(NamedTuple):
     Attributes:
       kpi: the running average of the task's performance indicator.
       observed: int32, how many were observed.
-      seen: int32, the calls of ``apply`` in which the task was present.
     """
 
     kpi: chex.Array
     observed: chex.Array
-    seen: chex.Array
 
 
 def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer:
@@ -69,19 +66,18 @@ def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer
       Guo et al., `Dynamic Task Prioritization for Multitask Learning
       <https://doi.org/10.1007/978-3-030-01270-0_17>`_, ECCV 2018, section 3.
     """
-    inputs.check("gamma", gamma, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    inputs.check_nonnegative("gamma", gamma)
     inputs.check("alpha", alpha, "a number above 0 and at most 1", lambda x: (x > 0) & (x <= 1))
 
     def init(shape, dtype):
-        zeros = jnp.zeros(shape, jnp.int32)
-        return DTPState(jnp.zeros(shape, dtype), zeros, zeros)
+        return DTPState(jnp.zeros(shape, dtype), jnp.zeros(shape, jnp.int32))
 
     def apply(state, values, mask):
         kpi = state.kpi
         weights = -((1 - kpi) ** gamma) * jnp.log(jnp.maximum(kpi, jnp.finfo(kpi.dtype).tiny))
         weights = jnp.where((kpi >= 0) & (kpi <= 1), weights, jnp.nan)
         weights = jnp.where(state.observed == 0, 1, weights)
-        return numerics.weighted_sum(weights, values, mask), count_seen(state, mask)
+        return numerics.weighted_sum(weights, values, mask), state
 
     def observe(state, values, mask):
         kpi = jnp.where(state.observed == 0, values, alpha * values + (1 - alpha) * state.kpi)

@@ -92,8 +92,8 @@ def famo(
       Liu et al., `FAMO: Fast Adaptive Multitask Optimization <https://arxiv.org/abs/2306.03792>`_, NeurIPS 2023,
       algorithm 2; https://github.com/Cranial-XIX/FAMO.
     """
-    inputs.check("lr", lr, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
-    inputs.check("weight_decay", weight_decay, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    inputs.check_nonnegative("lr", lr)
+    inputs.check_nonnegative("weight_decay", weight_decay)
 
     def distance(values):
         return values - inputs.per_task("min_losses", min_losses, values.shape, values.dtype) + 1e-8

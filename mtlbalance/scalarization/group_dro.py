@@ -57,9 +57,7 @@ def group_dro(robust_step_size: chex.Numeric = 0.01) -> base.Scalarizer:
       Sagawa et al., `Distributionally Robust Neural Networks for Group Shifts <https://arxiv.org/abs/1911.08731>`_,
       ICLR 2020, algorithm 1; https://github.com/kohpangwei/group_DRO.
     """
-    inputs.check(
-        "robust_step_size", robust_step_size, "a finite number above 0", lambda eta: (eta > 0) & jnp.isfinite(eta)
-    )
+    inputs.check_positive("robust_step_size", robust_step_size)
 
     def init(shape, dtype):
         return GroupDROState(jnp.full(shape, -math.log(math.prod(shape)), dtype))

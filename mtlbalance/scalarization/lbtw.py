@@ -62,7 +62,7 @@ def lbtw(alpha: chex.Numeric = 0.5, steps_per_epoch: int | None = None) -> base.
       Liu et al., `Loss-Balanced Task Weighting <https://doi.org/10.1609/aaai.v33i01.33019977>`_, AAAI 2019, algorithm
       1; https://github.com/chao1224/Loss-Balanced-Task-Weighting.
     """
-    inputs.check("alpha", alpha, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    inputs.check_nonnegative("alpha", alpha)
     if steps_per_epoch is not None:
         inputs.check_int("steps_per_epoch", steps_per_epoch, 1)
 

@@ -49,7 +49,7 @@ def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree 
     References:
       Zhang and Li, `MOEA/D <https://doi.org/10.1109/TEVC.2007.892759>`_, 2007, section II-C.
     """
-    inputs.check("theta", theta, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    inputs.check_nonnegative("theta", theta)
 
     def read(shape, dtype):
         preferred = inputs.per_task(

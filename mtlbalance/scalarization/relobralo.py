@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import count_seen
+from mtlbalance.baselines import count_seen, split_key
 
 
 class ReLoBRaLoState(NamedTuple):
@@ -86,8 +86,8 @@ def relobralo(
       <https://arxiv.org/abs/2110.09813>`_, 2021; https://github.com/rbischof/relative_balancing.
     """
     inputs.check("temperature", temperature, "a number above 0", lambda t: t > 0)
-    inputs.check("alpha", alpha, "a number from 0 to 1", lambda x: (x >= 0) & (x <= 1))
-    inputs.check("rho", rho, "a number from 0 to 1", lambda x: (x >= 0) & (x <= 1))
+    inputs.check_fraction("alpha", alpha)
+    inputs.check_fraction("rho", rho)
     key = inputs.new_key(key)
 
     def init(shape, dtype):
@@ -97,7 +97,7 @@ def relobralo(
         )
 
     def apply(state, values, mask):
-        new_key, draw_key = jax.random.split(jax.random.wrap_key_data(state.key, impl=jax.random.key_impl(key)))
+        draw_key, state = split_key(state, jax.random.key_impl(key))
         keeps = jax.random.uniform(draw_key, (), jnp.float32) < rho
         n_present = jnp.sum(mask)
         first, second = state.seen == 0, state.seen == 1
@@ -112,12 +112,10 @@ def relobralo(
         weights = jnp.where(first, running, jnp.where(second, recent, mixed))
         weights = numerics.normalize(weights, mask, n_present)
 
-        state = ReLoBRaLoState(
-            jnp.where(mask, weights, state.weights),
-            jnp.where(mask, values, state.previous),
-            jnp.where(mask, initial, state.initial),
-            state.seen,
-            jax.random.key_data(new_key),
+        state = state._replace(
+            weights=jnp.where(mask, weights, state.weights),
+            previous=jnp.where(mask, values, state.previous),
+            initial=jnp.where(mask, initial, state.initial),
         )
         return numerics.weighted_sum(weights, values, mask), count_seen(state, mask)
 

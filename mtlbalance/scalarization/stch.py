@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, inputs, numerics
+from mtlbalance.baselines import SeenState, count_seen
 
 
 class STCHState(NamedTuple):
-    """State of :func:`stch`; every field has one entry per task. Without a warm-up it stays as it is.
+    """State of :func:`stch` with a warm-up; every field has one entry per task.
 
     Attributes:
       nadir: mean loss of the epoch after the warm-up; 0 before.
@@ -67,7 +68,7 @@ def stch(
         warm-up.
 
     Returns:
-      A :class:`~mtlbalance.Scalarizer` with state :class:`STCHState`.
+      A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`; :class:`STCHState` with a warm-up.
 
     Raises:
       ValueError: if ``mu``, ``n_warmup_epochs`` or ``steps_per_epoch`` is out of bounds, if a preference or reference
@@ -86,7 +87,7 @@ def stch(
       Lin et al., `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
       <https://arxiv.org/abs/2402.19078>`_, ICML 2024, eq. 10; https://github.com/Xi-L/STCH.
     """
-    inputs.check("mu", mu, "a finite number above 0", lambda mu: (mu > 0) & jnp.isfinite(mu))
+    inputs.check_positive("mu", mu)
     if n_warmup_epochs is not None:
         inputs.check_int("n_warmup_epochs", n_warmup_epochs, 0)
         if weights is not None or reference is not None:
@@ -106,16 +107,20 @@ def stch(
 
     def init(shape, dtype):
         preference(shape, dtype, n_tasks=1)  # only their shapes matter here
+        return SeenState(jnp.zeros(shape, jnp.int32))
+
+    def apply(state, values, mask):
+        preferred, ideal = preference(values.shape, values.dtype, jnp.maximum(jnp.sum(mask), 1))
+        return _smooth_max(preferred * (values - ideal), mu, mask), count_seen(state, mask)
+
+    if n_warmup_epochs is None:
+        return base.scalarizer(init, apply)
+
+    def init_warm_up(shape, dtype):
         zeros = jnp.zeros(shape, jnp.int32)
         return STCHState(jnp.zeros(shape, dtype), zeros, zeros)
 
-    def apply(state, values, mask):
-        if n_warmup_epochs is not None:
-            return warmed_up(state, values, mask)
-        preferred, ideal = preference(values.shape, values.dtype, jnp.maximum(jnp.sum(mask), 1))
-        return _smooth_max(preferred * (values - ideal), mu, mask), state
-
-    def warmed_up(state, values, mask):
+    def apply_warm_up(state, values, mask):
         ready = mask & (state.epoch > n_warmup_epochs)
         nadir = jnp.where(ready & (state.nadir > 0), state.nadir, 1)
         # The logarithm of the quotient, which itself might overflow.
@@ -134,7 +139,7 @@ def stch(
     def end_epoch(state):
         return _close(state, state.count > 0)
 
-    return base.scalarizer(init, apply, end_epoch=end_epoch)
+    return base.scalarizer(init_warm_up, apply_warm_up, end_epoch=end_epoch)
 
 
 def _smooth_max(x, mu, mask):

@@ -20,14 +20,15 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
     which is tested to the square root of ten rounding errors. Exact to rounding times the multipliers' size, in
     units of the first norm and of :math:`\tau_j \|g_j\|`.
 
+    The first gradient is that of the first task present.
+
     Args:
       gramian: inner products of the tasks' gradients, shape ``[m, m]``, of any scale, the primary task first.
       tau: share of the progress along the task's own gradient, at least 0: one, or one per other task, ``[m - 1]``.
       mask: tasks present, shape ``[m]``.
 
     Returns:
-      Weights :math:`(1, \mu)`, shape ``[m]``; 0 for absent tasks and zero gradients of others, and all 0 where the
-      primary task is absent.
+      Weights :math:`(1, \mu)`, shape ``[m]``; 0 for absent tasks and zero gradients of others.
 
     Example:
       >>> import jax.numpy as jnp
@@ -37,13 +38,14 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
     """
     norms = jnp.sqrt(jnp.diag(gramian))
     mask = jnp.ones(norms.shape, bool) if mask is None else mask
-    others = mask & (norms != 0) & (jnp.arange(len(norms)) > 0)
+    primary = jnp.argmax(mask)
+    others = mask & (norms != 0) & (jnp.arange(len(norms)) > primary)
     norms = jnp.where(others, norms, 1)
     tau = jnp.broadcast_to(jnp.asarray(tau, gramian.dtype), (len(norms) - 1,))
     tau = jnp.concatenate([jnp.zeros(1, gramian.dtype), tau])
     cosines = gramian / norms[:, None] / norms
     # In mu_j |g_j| over the largest lack of progress along a unit gradient.
-    lacking = jnp.where(others, tau * norms - gramian[0] / norms, 0)
+    lacking = jnp.where(others, tau * norms - gramian[primary] / norms, 0)
     unit = jnp.max(jnp.abs(lacking))
     unit = jnp.where(unit == 0, 1, unit)
     multipliers = nonnegative_qp(cosines, -lacking / unit, others)
@@ -51,5 +53,5 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
     shortest = _CANCELLED * jnp.finfo(gramian.dtype).eps * jnp.sum(multipliers) ** 2
     contradict = jnp.any(lacking > 0) & (jnp.dot(multipliers, product, precision="highest") <= shortest)
     multipliers = jnp.where(contradict | jnp.all(lacking <= 0), 0, multipliers)
-    weights = jnp.where(others, unit * multipliers / norms, 0).at[0].set(1)
-    return jnp.where(mask & mask[0], weights, 0)
+    weights = jnp.where(others, unit * multipliers / norms, 0).at[primary].set(1)
+    return jnp.where(mask, weights, 0)

@@ -82,7 +82,13 @@ def test_contradicting_constraints_are_dropped(factor):
 def test_one_task_and_none():
     np.testing.assert_array_equal(SOLVE(jnp.full((1, 1), 4.0), 0.02), [1.0])
     np.testing.assert_array_equal(SOLVE(jnp.zeros((3, 3)), 0.02), [1.0, 0.0, 0.0])
-    np.testing.assert_array_equal(SOLVE(jnp.eye(2), 0.02, jnp.array([False, True])), [0.0, 0.0])
+    np.testing.assert_array_equal(SOLVE(jnp.eye(2), 0.02, jnp.array([False, False])), [0.0, 0.0])
+
+
+def test_the_first_task_present_is_the_primary_one():
+    matrix = jnp.array([[9.0, 2.0, 3.0], [2.0, 1.0, -1.0], [3.0, -1.0, 4.0]])
+    weights = SOLVE(matrix, 0.02, jnp.array([False, True, True]))
+    np.testing.assert_allclose(weights, [0, *SOLVE(matrix[1:, 1:], 0.02)], rtol=1e-6)
 
 
 def test_masked_is_the_smaller_problem():
