@@ -1,7 +1,8 @@
 """Records TorchJD's Gramian methods, in float64, into ``torchjd_gramian.json``; ``test_gramian_methods.py`` compares.
 
 Run by hand, with the ``parity`` extra: ``python -m tests.golden.record_gramian``. TorchJD does not always agree with
-itself: how far its result in float32 is from that in float64 is recorded too.
+itself: how far its result in float64 is from that in float32, and from that under noise of the size of float32's
+rounding, is recorded too, and printed for every method.
 """
 
 import json
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import torchjd.aggregation as peer
 
+from tests.golden.gramian_equations import RESIDUALS, disagreement, unstable
 from tests.golden.record import double, short, to_lists
 
 FILE = Path(__file__).with_name("torchjd_gramian.json")
@@ -37,30 +39,34 @@ RANDOM = ("pcgrad", "gradvac")  # comparable where there is but one order
 
 def jacobian(rng, m, kind):
     n = m + 4
+    rank = (m + 1) // 2
     if kind == "deficient":  # in whole numbers: rounding would make the rows independent again
-        rank = (m + 1) // 2
         return (rng.integers(-3, 4, size=(m, rank)) @ rng.integers(-3, 4, size=(rank, n))).astype(np.float32)
+    if kind == "rounded":  # as here
+        return (rng.normal(size=(m, rank)) @ rng.normal(size=(rank, n))).astype(np.float32)
     rows = rng.normal(size=(m, n)) + (0.5 if kind == "aligned" else 0.0)
     return short(rows * 10 ** rng.uniform(-1.5, 1.5, size=(m, 1)) if kind == "scales" else rows)
 
 
 def record(seed):
-    rng = np.random.default_rng(seed)
-    cases = []
-    for m in SIZES:
-        for kind in ("generic", "aligned", "deficient", "scales"):
-            rows = jacobian(rng, m, kind)
-            cases.append({"kind": kind, "jacobian": rows, "methods": dict(results(rows))})
+    rng, more = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    cases = [(kind, jacobian(rng, m, kind)) for m in SIZES for kind in ("generic", "aligned", "deficient", "scales")]
+    cases += [("rounded", jacobian(more, m, "rounded")) for m in SIZES]
     sequence = [jacobian(rng, 2, kind) for kind in 5 * ["generic"] + 5 * ["scales"]]
     gradvac = peer.GradVac()
     products = [short(rng.normal(size=(4, 4)) + 2 * np.eye(4)) for _ in range(10)]  # of two batches: not symmetric
     gramians = [short(rows @ rows.T) for rows in rng.normal(size=(10, 4, 9))]
     return {
-        "cases": cases,
+        "cases": [{"kind": kind, "jacobian": rows, "methods": dict(results(rows))} for kind, rows in cases],
         "modo": weights_of(peer.MoDoWeighting(), products),
         "sdmgrad": weights_of(peer.SDMGradWeighting(), products),
         "cr_mogm": weights_of(peer.CRMOGMWeighting(peer.IMTLGWeighting()), gramians),
         "gradvac_sequence": {"jacobians": sequence, "gradients": [gradvac(double(rows)) for rows in sequence]},
+        "pcd": [
+            pcd_sequence(more, 3),
+            pcd_sequence(more, 4, beta=0.5),
+            pcd_sequence(more, 5, tau=[0.0, 0.1, 0.3, 0.6]),
+        ],
     }
 
 
@@ -68,21 +74,45 @@ def weights_of(weighting, matrices):
     return {"matrices": matrices, "weights": [weighting(double(matrix)).clone() for matrix in matrices]}
 
 
+def pcd_sequence(rng, m, tau=0.02, beta=0.999):
+    """Ten calls with gradients whose norms change from call to call."""
+    method = peer.PCD(torch.tensor(tau, dtype=torch.float64) if isinstance(tau, list) else tau, beta)
+    jacobians = [jacobian(rng, m, "scales") for _ in range(10)]
+    gradients = [method(double(rows)) for rows in jacobians]
+    return {"tau": tau, "beta": beta, "jacobians": jacobians, "gradients": gradients}
+
+
 def results(rows):
     m = len(rows)
+    noisy = rows * (1 + 6e-8 * np.random.default_rng(m).uniform(-1, 1, rows.shape))
     for name, make in METHODS.items():
         if (name == "krum" and m < 4) or (name in RANDOM and m > 2):
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            gradient = make()(double(rows))
-            single = make()(torch.tensor(rows)).double()
-        difference = torch.linalg.norm(gradient - single) / np.linalg.norm(rows)
-        yield name, {"gradient": gradient, "difference_in_float32": float(difference)}
+            gradient, single, noised = (make()(x) for x in (double(rows), torch.tensor(rows), double(noisy)))
+            result = {"gradient": gradient}
+            for source, other in ("in_float32", single), ("under_noise", noised):
+                difference = torch.linalg.norm(gradient - other.double()) / np.linalg.norm(rows)
+                result[f"difference_{source}"] = float(difference)
+            if name == "fairgrad":  # which may stop far from a solution, at the same point each time
+                weights = make().gramian_weighting(double(rows) @ double(rows).T)
+                result["residual"] = RESIDUALS[name](rows.astype(float), weights.numpy())
+        yield name, result
+
+
+def print_table(cases):
+    print(f"{'method':20}{'matrices':>10}{'unstable':>10}{'worst difference':>18}")
+    for name in METHODS:
+        found = [case["methods"][name] for case in cases if name in case["methods"]]
+        n_unstable, worst = sum(map(unstable, found)), max(map(disagreement, found))
+        print(f"{name:20}{len(found):10}{n_unstable:10}{worst:18.1e}")
 
 
 if __name__ == "__main__":
+    recorded = to_lists(record(seed=0))
     with FILE.open("w") as file:
-        json.dump(to_lists(record(seed=0)), file, separators=(",", ":"))
+        json.dump(recorded, file, separators=(",", ":"))
         file.write("\n")
     print(f"{FILE}: {FILE.stat().st_size / 1e3:.0f} kB")
+    print_table(recorded["cases"])

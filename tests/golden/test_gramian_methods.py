@@ -1,4 +1,4 @@
-"""Gramian methods against TorchJD's, recorded in float64 by ``record_gramian.py``."""
+"""Gramian methods against TorchJD's, recorded in float64 by ``record_gramian.py``, and against their equations."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mtlbalance import aggregation
+from tests.golden.gramian_equations import RESIDUALS, TOLERANCE, unstable
 
 RECORDED = json.loads(Path(__file__).with_name("torchjd_gramian.json").read_text())
 METHODS = {
@@ -20,8 +21,21 @@ METHODS = {
     "aligned_mtl_rmse": lambda: aggregation.aligned_mtl(scale_mode="rmse"),
     "config": aggregation.config,
     "krum": lambda: aggregation.krum(n_byzantine=1, n_selected=2),
+    "pcd": lambda: aggregation.pcd(eps=1e-8),
     "pcgrad": aggregation.pcgrad,
     "gradvac": aggregation.gradvac,
+}
+# Matrices, of 40, on which TorchJD does not agree with itself: dependent ones, whose rank depends on precision and
+# noise, and norms over 1e3, whose small eigenvalues float32 takes for rounding. One of FairGrad's two is an opposite
+# pair, where TorchJD stops far from any solution.
+UNSTABLE = {
+    "imtl_g": 4,
+    "aligned_mtl": 4,
+    "aligned_mtl_median": 4,
+    "aligned_mtl_rmse": 4,
+    "config": 12,
+    "fairgrad": 2,
+    "pcd": 1,
 }
 
 
@@ -31,17 +45,22 @@ def cases(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients(name):
-    """Within 1e-3 of the Jacobian's norm, but where TorchJD's own float32 is 1e-4 from its float64."""
-    method, judged = METHODS[name](), 0
+    """All solve the method's equation; where TorchJD is stable they are within 1e-3 of the Jacobian's norm of its."""
+    weighting = METHODS[name]().weighting
     for case in cases(name):
-        rows, expected = jnp.array(case["jacobian"], jnp.float32), case["methods"][name]
-        if expected["difference_in_float32"] > 1e-4:
-            continue
-        gradient, _ = method.apply(method.init(rows.shape), rows)
-        error = np.linalg.norm(gradient - np.array(expected["gradient"])) / np.linalg.norm(rows)
-        assert error < 1e-3, (case["kind"], rows.shape, error)
-        judged += 1
-    assert judged >= 0.8 * len(cases(name)), judged
+        rows, expected = np.array(case["jacobian"]), case["methods"][name]
+        weights, _ = weighting.apply(weighting.init(rows.shape), jnp.array(rows, jnp.float32))
+        weights = np.array(weights, float)
+        residual = RESIDUALS[name](rows, weights)
+        assert residual < TOLERANCE, (case["kind"], rows.shape, residual)
+        error = np.linalg.norm(weights @ rows - expected["gradient"]) / np.linalg.norm(rows)
+        assert error < 1e-3 or unstable(expected), (case["kind"], rows.shape, error)
+
+
+def test_peer_is_unstable_on_few_matrices():
+    methods = {name for case in RECORDED["cases"] for name in case["methods"]}
+    for name in methods:
+        assert sum(unstable(case["methods"][name]) for case in cases(name)) <= UNSTABLE.get(name, 0), name
 
 
 def test_mgda_is_not_longer():
@@ -73,16 +92,16 @@ def test_cagrad_has_the_least_gain_of_the_peers():
 
 
 def test_nash_mtl_solves_its_equations():
-    """Where no positive combination vanishes; the peers' iterations stop elsewhere on some of these."""
-    weighting, judged = aggregation.nash_mtl(max_norm=0.0).gramian_weighting, 0
+    """Those of 1-fairness; without cancellation, so where no positive combination vanishes, to 1e-3 outright."""
+    weighting = aggregation.nash_mtl(max_norm=0.0).gramian_weighting
     for case in RECORDED["cases"]:
+        rows = np.array(case["jacobian"])
+        weights, _ = weighting.apply(weighting.init(len(rows)), jnp.array(rows @ rows.T, jnp.float32))
+        weights = np.array(weights, float)
+        residual = RESIDUALS["fairgrad"](rows, weights)
+        assert residual < TOLERANCE, (case["kind"], rows.shape, residual)
         if case["kind"] in ("generic", "aligned", "scales"):
-            rows = np.array(case["jacobian"])
-            weights, _ = weighting.apply(weighting.init(len(rows)), jnp.array(rows @ rows.T, jnp.float32))
-            gains = rows @ (rows.T @ np.array(weights, float))
-            np.testing.assert_allclose(weights * gains, np.ones(len(rows)), rtol=1e-3)
-            judged += 1
-    assert judged == 24
+            np.testing.assert_allclose(weights * (rows @ (rows.T @ weights)), np.ones(len(rows)), rtol=1e-3)
 
 
 def test_sequence_of_gradvac():
@@ -94,6 +113,17 @@ def test_sequence_of_gradvac():
         gradient, state = method.apply(state, rows)
         # A turn divides by sines: 1e-7 of a cosine near 1 is 3e-4 of its sine.
         np.testing.assert_allclose(gradient, expected, atol=1e-4 * np.linalg.norm(rows))
+
+
+@pytest.mark.parametrize("case", RECORDED["pcd"], ids=lambda case: f"{len(case['jacobians'][0])} tasks")
+def test_sequence_of_pcd(case):
+    tau = case["tau"] if isinstance(case["tau"], float) else jnp.array(case["tau"])
+    method = aggregation.pcd(tau, case["beta"], eps=1e-8)
+    state = method.init(np.shape(case["jacobians"][0]))
+    for rows, expected in zip(case["jacobians"], case["gradients"], strict=True):
+        gradient, state = method.apply(state, jnp.array(rows, jnp.float32))
+        # Of the solver's lengths, which are a few times the first gradient's, it promises 1e-5.
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * np.linalg.norm(rows[0]))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,167 @@
+"""The Gramian methods on one problem of three tasks, of which LibMTL's and TorchJD's numbers are known.
+
+The losses are l_i = c_i |x - a_i|^2 / 2 + o_i. LibMTL's numbers (of its commit 4336804, two calls of its own classes,
+with x moved by -0.05 times the gradient between them) and those of TorchJD 0.18 have six digits: hence 1e-4 throughout.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtlbalance import aggregation
+
+START = np.array([0.3, -0.7, 0.2, 0.5])
+CENTRES = np.array([[1, 0, 2, -1], [-2, 1, 0.5, 0], [0.5, -3, 1, 2]])
+FACTORS, OFFSETS = np.array([1, 4, 0.25]), np.array([0.1, 0.2, 0.3])
+
+
+def losses(x):
+    return 0.5 * FACTORS * np.sum((x - CENTRES) ** 2, axis=1) + OFFSETS
+
+
+def jacobian(x):
+    return jnp.array(FACTORS[:, None] * (x - CENTRES), jnp.float32)
+
+
+ROWS = jacobian(START)
+GRAMIAN = np.array(ROWS, float) @ np.array(ROWS, float).T
+
+
+def gradient_of(method, rows=ROWS):
+    return method.apply(method.init(rows.shape), rows)[0]
+
+
+def weights_of(method):
+    return method.weighting.apply(method.init(ROWS.shape), ROWS)[0]
+
+
+def assert_near(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_problem():
+    assert_near(losses(START), [3.335, 17.24, 1.3275])
+    assert_near(ROWS, [[-0.7, -0.7, -1.8, 1.5], [9.2, -6.8, -1.2, 2], [-0.05, 0.575, -0.2, -0.375]])
+
+
+# TorchJD's, but the exact ones of Nash-MTL, where TorchJD is elsewhere, and of MGDA, of which it has three digits.
+GRADIENTS = {
+    "upgrad": [2.71325, -0.441375, -2.03463, -0.0892692],
+    "dual_proj": [2.66133, -0.521924, -1.68803, -0.123383],
+    "cagrad": [2.67941, -0.729939, -1.61567, 0.0122789],
+    "aligned_mtl": [0.157921, -0.0346487, -0.269855, 0.0552546],
+    "fairgrad": [0.772645, 0.227249, -1.53325, 0.0231176],
+    "imtl_g": [0.268269, 0.0926802, -0.447298, -0.0330248],
+    "mgda": [0.168283, 0.22528, -0.387234, -0.118911],
+    "config": [2.81216, 0.971533, -4.68887, -0.346187],
+    "nash_mtl": [0.446087, 0.131203, -0.88522, 0.013347],
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients(name):
+    assert_near(gradient_of(getattr(aggregation, name)()), GRADIENTS[name])
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (aggregation.mgda(), [0.09797, 0.030483, 0.871548]),
+        (aggregation.imtl_g(), [0.127459, 0.043364, 0.829177]),
+        (aggregation.fairgrad(), [0.47742, 0.134243, 2.564]),
+        (aggregation.fairgrad(alpha=2.0), [0.417085, 0.107447, 2.673753]),
+        (aggregation.upgrad(), [0.458063, 0.351202, 3.94338]),
+        (aggregation.aligned_mtl(pref_vector=np.ones(3)), [0.276971, 0.078463, 1.084316]),
+    ],
+    ids=["mgda", "imtl_g", "fairgrad", "fairgrad, alpha 2", "upgrad", "aligned_mtl"],
+)
+def test_libmtl_weights(method, expected):
+    """Of MGDA and FairGrad the exact ones, from which LibMTL's are up to 4e-5; Aligned-MTL's preference is a sum."""
+    assert_near(weights_of(method), expected)
+
+
+def test_libmtl_gradients():
+    assert_near(gradient_of(aggregation.cagrad(rescale=1)), [2.14353, -0.583951, -1.29254, 0.00982311])
+    assert_near(gradient_of(aggregation.aligned_mtl(np.ones(3))), [0.473764, -0.103946, -0.809566, 0.165764])
+    # IMTL, at learned log-scales s: of the gradients of the losses times exp(s).
+    rows = jnp.exp(jnp.array([0.5, -0.2, 0.1]))[:, None] * ROWS
+    assert_near(gradient_of(aggregation.imtl_g(), rows), [0.304663, 0.105253, -0.50798, -0.0375051])
+    # With one batch in the place of three.
+    assert_near(gradient_of(aggregation.sdmgrad(lr=5.0)), [0.611538, -0.0903846, -0.4, -0.0480769])
+
+
+def test_two_calls_of_modo():
+    method = aggregation.modo(gamma=1e-3, rho=0.1)
+    weights, state = method.weighting.apply(method.init(ROWS.shape), ROWS)
+    assert_near(weights, [0.345692, 0.303845, 0.350464])
+    gradient = np.array(weights, float) @ np.array(ROWS)
+    assert_near(gradient, [2.53587, -2.10661, -1.05695, 0.994803])
+    weights, _ = method.weighting.apply(state, jacobian(START - 0.05 * gradient))
+    assert_near(weights, [0.355406, 0.280648, 0.363946])
+
+
+def test_two_calls_of_db_mtl():
+    """LibMTL averages the gradients of the log losses over the calls, with decay 0.9 and from zero."""
+    method, average, x = aggregation.db_mtl(), 0.0, START
+    for expected in (
+        [0.0337886, -0.00422475, -0.0830938, 0.0181389],
+        [0.0641126, -0.00806225, -0.157702, 0.0344672],
+    ):
+        rows = jacobian(x) / jnp.array(losses(x), jnp.float32)[:, None]
+        average = 0.9 * average + 0.1 * rows
+        gradient = gradient_of(method, average)
+        assert_near(gradient, expected)
+        if x is START:
+            np.testing.assert_allclose(gradient, 0.1 * gradient_of(method, rows), rtol=1e-6)
+        x = x - 0.05 * np.array(gradient)
+
+
+def over_keys(make, n_calls):
+    """The gradients of successive calls, by one seed in 1,000 each."""
+
+    def run(seed):
+        method, x, gradients = make(jax.random.key(seed)), jnp.array(START, jnp.float32), []
+        state = method.init(ROWS.shape)
+        for _ in range(n_calls):
+            gradient, state = method.apply(state, jnp.array(FACTORS, jnp.float32)[:, None] * (x - CENTRES))
+            gradients.append(gradient)
+            x = x - 0.05 * gradient
+        return jnp.stack(gradients)
+
+    return np.array(jax.jit(jax.vmap(run))(jnp.arange(1000)))
+
+
+def assert_among(found, expected):
+    distances = np.max(np.abs(found - np.array(expected)), axis=(1, 2))
+    assert np.min(distances) < 1e-4, np.min(distances)
+
+
+def test_orders_of_pcgrad():
+    """With three tasks the orders give eight results: LibMTL's and TorchJD's are two of them."""
+    found = over_keys(aggregation.pcgrad, n_calls=1)
+    assert_among(found, [[8.08784, -1.42081, -6.07566, -0.177028]])
+    assert_among(found, [[8.12201, -1.42263, -6.0437, -0.201412]])
+    assert len(np.unique(found.round(3), axis=0)) == 8
+
+
+def test_orders_of_gradvac():
+    """64 pairs of results in two calls: LibMTL's is one of them."""
+    found = over_keys(aggregation.gradvac, n_calls=2)
+    assert_among(found[:, :1], [[7.99146, -1.32614, -6.02667, -0.229791]])  # TorchJD's
+    assert_among(found, [[8.20074, -1.11686, -5.48853, -0.678239], [4.85177, -1.56134, -3.66395, 0.475976]])
+
+
+def bargaining_residual(weights):
+    """Of w_i (G w)_i = 1, up to a factor of the weights, as they may have been clipped."""
+    products = weights * (GRAMIAN @ weights)
+    return np.max(np.abs(products / np.mean(products) - 1))
+
+
+def test_nash_mtl_where_the_peers_stop_too_soon():
+    """At their point one task gains 8.7 times as much as each of the others; here all gain alike."""
+    libmtl = np.array([0.631531, 0.222657, 5.74981])
+    torchjd = np.linalg.lstsq(np.array(ROWS, float).T, [0.403809, 0.413338, -0.781943, -0.233786])[0]
+    assert bargaining_residual(np.array(weights_of(aggregation.nash_mtl()), float)) < 1e-5
+    # The same point, to the six digits of both.
+    np.testing.assert_allclose([bargaining_residual(libmtl), bargaining_residual(torchjd)], 1.43754, rtol=1e-4)
