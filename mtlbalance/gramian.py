@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+# Columns of a Jacobian that a CPU multiplies at a time: few enough for its cache, many enough to be worth a dot.
+_CHUNK = 4096
+
 
 def gramian(jacobian: chex.ArrayTree, *, axis_name: Hashable | None = None) -> chex.Array:
     r"""Inner products of the tasks' gradients, :math:`G = J J^\top`.
@@ -38,7 +41,7 @@ def gramian(jacobian: chex.ArrayTree, *, axis_name: Hashable | None = None) -> c
     if len({leaf.shape[:1] for leaf in leaves}) != 1 or leaves[0].ndim == 0:
         shapes = [leaf.shape for leaf in leaves]
         raise ValueError(f"jacobian: expected leaves that share a leading task axis, found shapes {shapes}")
-    products = sum(_contract(leaf, leaf, free=1) for leaf in leaves)
+    products = sum(map(_products, leaves))
     return products if axis_name is None else jax.lax.psum(products, axis_name)
 
 
@@ -96,6 +99,28 @@ def total(tree: chex.ArrayTree) -> chex.Array | float:
     """
     # A dot with ones: XLA's CPU backend adds up a leaf's last axis in one thread, one number at a time.
     return sum((_contract(leaf, jnp.ones_like(leaf), free=0) for leaf in jax.tree.leaves(tree)), 0.0)
+
+
+def _products(leaf):
+    """The Gramian of one leaf."""
+    # Of a leaf that lies on several devices a chunk would have to be gathered; under shard_map each has its own.
+    may_be_split = any(kind != AxisType.Manual for kind in jax.typeof(leaf).sharding.mesh.axis_types)
+    if may_be_split or leaf.size < 2 * len(leaf) * _CHUNK:
+        return _contract(leaf, leaf, free=1)
+    return jax.lax.platform_dependent(leaf, cpu=_products_by_chunks, default=lambda x: _contract(x, x, free=1))
+
+
+def _products_by_chunks(leaf):
+    # For a wide matrix XLA's CPU backend first copies both factors into another order: up to four times slower.
+    leaf = jnp.reshape(leaf, (len(leaf), -1))
+    n_chunks = leaf.shape[1] // _CHUNK
+
+    def add(i, products):
+        chunk = jax.lax.dynamic_slice_in_dim(leaf, i * _CHUNK, _CHUNK, axis=1)
+        return products + _contract(chunk, chunk, free=1)
+
+    rest = leaf[:, n_chunks * _CHUNK :]
+    return jax.lax.fori_loop(0, n_chunks, add, _contract(rest, rest, free=1))
 
 
 def _contract(x, y, free):

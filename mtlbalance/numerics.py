@@ -77,6 +77,13 @@ def cosines(gramian: chex.Array) -> tuple[chex.Array, chex.Array]:
     return norms, gramian * inverse * inverse[:, None]
 
 
+def squared_length(gramian: chex.Array, weights: chex.Array) -> chex.Array:
+    """The squared norm of the gradients' weighted sum; 0 where that is the rounding of what cancels in it."""
+    square = jnp.dot(weights, jnp.dot(gramian, weights, precision="highest"), precision="highest")
+    added = jnp.sum(jnp.abs(weights) * jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0)))
+    return jnp.where(square > 10 * jnp.finfo(gramian.dtype).eps * added**2, square, 0)
+
+
 def eigh_psd(matrix: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:
     """Eigenvalues, ascending, and eigenvectors of a positive semidefinite matrix; and which are more than rounding."""
     eigenvalues, vectors = jnp.linalg.eigh(matrix)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mtlbalance.gramian import combine, gramian, total
 
@@ -35,6 +36,44 @@ def test_total_is_the_sum_of_all_entries():
 
 def test_float16_products_do_not_overflow():
     assert gramian(jnp.full((2, 100), 300.0, jnp.float16))[0, 1] == 9e6
+
+
+WIDE = RNG.normal(size=(3, 5, 4001))  # in chunks on a CPU, with a rest
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_gramian_of_a_wide_leaf(dtype, tolerance):
+    rows = WIDE.reshape(3, -1)
+    products = jax.jit(gramian)(jnp.asarray(WIDE, dtype))
+    assert products.dtype == jnp.float32
+    np.testing.assert_allclose(products, rows @ rows.T, atol=tolerance * np.sum(rows**2))
+    np.testing.assert_array_equal(products, products.T)
+    batch = jnp.asarray(np.stack([WIDE, 2 * WIDE]), dtype)
+    np.testing.assert_allclose(jax.vmap(gramian)(batch)[1], 4 * products, rtol=1e-5, atol=1e-3)
+
+
+def test_gradient_of_the_gramian_of_a_wide_leaf():
+    rows = jnp.asarray(WIDE, jnp.float32)
+    gradient = jax.grad(lambda rows: jnp.sum(jnp.diag(gramian(rows))))(rows)
+    np.testing.assert_allclose(gradient, 2 * rows, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_wide_leaf_on_several_devices_is_not_gathered(kind):
+    mesh = jax.make_mesh((8,), ("x",), (getattr(AxisType, kind),))
+    rows = np.float32(RNG.normal(size=(3, 80_000)))
+    sharded = jax.device_put(rows, NamedSharding(mesh, PartitionSpec(None, "x")))
+    compiled = jax.jit(gramian).lower(sharded).compile()
+    assert "all-gather" not in compiled.as_text()
+    np.testing.assert_allclose(compiled(sharded), rows @ rows.T, atol=1e-6 * np.sum(rows**2))
+
+
+def test_a_wide_leaf_under_shard_map():
+    mesh, rows = jax.make_mesh((2,), ("x",), (AxisType.Auto,)), np.float32(RNG.normal(size=(3, 80_000)))
+    in_parts = jax.shard_map(
+        lambda x: gramian(x, axis_name="x"), mesh=mesh, in_specs=PartitionSpec(None, "x"), out_specs=PartitionSpec()
+    )
+    np.testing.assert_allclose(jax.jit(in_parts)(rows), rows @ rows.T, atol=1e-6 * np.sum(rows**2))
 
 
 def test_without_leaves_or_with_other_lengths_raises():

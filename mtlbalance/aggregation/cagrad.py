@@ -21,7 +21,8 @@ def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | Non
 
     where :math:`g_0` is the mean gradient and :math:`w` minimizes
     :math:`g_w \cdot g_0 + c \lVert g_0 \rVert \lVert g_w \rVert` on the simplex. The weights have no fixed total: 1 for
-    :math:`c = 0`, the mean. From :math:`c = 1` on no task loses. Where :math:`g_w` vanishes they are zero.
+    :math:`c = 0`, the mean. From :math:`c = 1` on no task loses. Where :math:`g_w` vanishes, up to rounding, they are
+    zero.
 
     Note:
       TorchJD, without a default for ``c``, does not rescale; LibMTL divides by :math:`1 + c^2` (``rescale=1``), the
@@ -63,13 +64,9 @@ def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | Non
         gramian = gramian / numerics.scale(gramian)
         mean = inputs.preference(None, mask, gramian.dtype)
         w = cagrad_dual(gramian, c, mask)
-        norm, mean_norm = (jnp.sqrt(jnp.maximum(_square(gramian, x), 0)) for x in (w, mean))
+        norm, mean_norm = (jnp.sqrt(numerics.squared_length(gramian, x)) for x in (w, mean))
         weights = jnp.where(norm > 0, mean + c * mean_norm / jnp.where(norm > 0, norm, 1) * w, 0)
         weights = jnp.where(c == 0, mean, weights)
         return weights / (1, 1 + c**2, 1 + c)[rescale], count_seen(state, mask)
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
-
-
-def _square(gramian, weights):
-    return jnp.sum(weights * jnp.dot(gramian, weights, precision="highest"))

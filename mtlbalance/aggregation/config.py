@@ -20,7 +20,7 @@ def config(pref_vector: chex.ArrayTree | float = 1.0, *, axis_name: Hashable | N
 
     where the rows of :math:`U` are the gradients' directions (zero for a zero gradient). Only the direction of the
     preference :math:`p` matters. The weights have no fixed total and may be negative; all are zero where :math:`d`
-    is.
+    is, up to rounding.
 
     Note:
       Here :math:`d` is found from the Gramian :math:`U U^\top`: directions that depend on each other nearly, with a
@@ -57,11 +57,12 @@ def config(pref_vector: chex.ArrayTree | float = 1.0, *, axis_name: Hashable | N
 
     def weigh(state, gramian, values, mask):
         del values
-        preference = inputs.per_task("pref_vector", pref_vector, mask.shape, gramian.dtype)
+        preferred = jnp.where(mask, inputs.per_task("pref_vector", pref_vector, mask.shape, gramian.dtype), 0)
         norms, cosines = numerics.cosines(gramian)
-        v = numerics.solve_psd(cosines, jnp.where(mask, preference, 0))
+        v = numerics.solve_psd(cosines, preferred)
         projections = jnp.dot(cosines, v, precision="highest")  # of the directions on d
-        square = jnp.sum(v * projections)
+        rounding = 10 * len(v) * jnp.finfo(v.dtype).eps * jnp.max(jnp.abs(preferred))
+        square = jnp.where(jnp.max(jnp.abs(projections)) > rounding, jnp.sum(v * projections), 0)
         length = jnp.sum(norms * projections) / jnp.where(square > 0, square, 1)
         moves = (square > 0) & (norms > 0)
         return jnp.where(moves, length * (v / jnp.where(moves, norms, 1)), 0), count_seen(state, mask)

@@ -30,9 +30,10 @@ def dual_proj(
     at least the preference each and have no fixed total.
 
     Note:
-      TorchJD regularizes by 1e-4 of the trace, which moves the result by up to 1e-2 of the Jacobian's norm where
-      norms differ by 1e3, and so does this function by default; ``reg_eps=0.0`` is exact. TorchJD takes Gramians with
-      a trace below 1e-4 for zero: ``norm_eps=1e-4`` does so here, for those below it only.
+      TorchJD regularizes by 1e-4 of the trace, and so does this function by default; ``reg_eps=0.0`` is exact.
+      That moves the result by up to 1e-2 of the Jacobian's norm where norms differ by 10, and by a tenth of it or
+      more where they differ by 1e3. TorchJD takes Gramians with a trace below 1e-4 for zero: ``norm_eps=1e-4`` does
+      so here, for those below it only.
 
     Args:
       pref_vector: preference :math:`p`, one real number per task: an array or a tree of names; 1/m each by default.

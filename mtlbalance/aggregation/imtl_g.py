@@ -16,8 +16,9 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
 
     .. math:: g = \sum_i w_i g_i, \quad w = \frac{v}{\sum_i v_i}, \quad v = G^+ d, \quad d_i = \lVert g_i \rVert
 
-    with the pseudoinverse of the Gramian :math:`G`. The weights sum to 1 and may be negative. They are zero where
-    :math:`v` adds up to zero, as it does when all gradients are zero.
+    with the pseudoinverse of the Gramian :math:`G`. The weights sum to 1 and may be negative; where :math:`v`
+    adds up to less than zero, so are the projections, and every task loses. The weights are zero where it adds up to
+    zero, as it does when all gradients are zero.
 
     Note:
       The pseudoinverse is TorchJD's, for dependent gradients. The paper and LibMTL solve a system of m - 1 equations,

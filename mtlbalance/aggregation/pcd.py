@@ -11,7 +11,7 @@ import chex
 import jax.numpy as jnp
 import optax
 
-from mtlbalance import base, inputs
+from mtlbalance import base, inputs, numerics
 from mtlbalance.solvers import priority_constrained
 
 
@@ -95,10 +95,8 @@ def pcd(
         scales = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
         products = gramian * scales * scales[:, None]
         weights = priority_constrained(products, shares(len(scales), products.dtype), mask)
-        primary, norms = jnp.argmax(mask), jnp.sqrt(jnp.maximum(jnp.diagonal(products), 0))
-        square = jnp.sum(weights * jnp.dot(products, weights, precision="highest"))
-        rounding = 10 * jnp.finfo(norms.dtype).eps * jnp.sum(weights * norms) ** 2
-        vanishes = (square <= rounding) | (norms[primary] == 0)
+        square, primary = numerics.squared_length(products, weights), jnp.argmax(mask)
+        vanishes = (square == 0) | (products[primary, primary] == 0)
         length = jnp.sqrt(gramian[primary, primary] / jnp.where(vanishes, 1, square))
         return jnp.where(vanishes, 0, weights * (scales * length)), state
 

@@ -45,7 +45,8 @@ def sdmgrad(
 
     Note:
       The official code has :math:`\lambda = 0.6` by default, and 0.3 in its scripts, as TorchJD. TorchJD adds 1e-8 to
-      the squared mean norm.
+      the squared mean norm. With the usual step size the steps overshoot where gradients conflict, and what the last of
+      them return depends on rounding, and so on the order of the tasks; 0.1 settles.
 
     Args:
       lr: step size :math:`\eta > 0`. May be traced.

@@ -3,10 +3,8 @@
 import chex
 import jax.numpy as jnp
 
+from mtlbalance import numerics
 from mtlbalance.solvers.interior_point import nonnegative_qp
-
-# In units of the rounding error: rows whose combination is shorter than its square root are taken to cancel.
-_CANCELLED = 10
 
 
 def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Array | None = None) -> chex.Array:
@@ -18,9 +16,7 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
     which minimise :math:`\mu^\top G \mu / 2 - \sum_j \mu_j (\tau_j G_{jj} - G_{j1})`. Constraints that contradict each
     other are dropped, all of them, as TorchJD does: there the multipliers' combination of unit gradients vanishes,
     which is tested to the square root of ten rounding errors. Exact to rounding times the multipliers' size, in
-    units of the first norm and of :math:`\tau_j \|g_j\|`.
-
-    The first gradient is that of the first task present.
+    units of the first norm and of :math:`\tau_j \|g_j\|`. The first gradient is that of the first task present.
 
     Args:
       gramian: inner products of the tasks' gradients, shape ``[m, m]``, of any scale, the primary task first.
@@ -49,9 +45,8 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
     unit = jnp.max(jnp.abs(lacking))
     unit = jnp.where(unit == 0, 1, unit)
     multipliers = nonnegative_qp(cosines, -lacking / unit, others)
-    product = jnp.matmul(jnp.where(others[:, None] & others, cosines, 0), multipliers, precision="highest")
-    shortest = _CANCELLED * jnp.finfo(gramian.dtype).eps * jnp.sum(multipliers) ** 2
-    contradict = jnp.any(lacking > 0) & (jnp.dot(multipliers, product, precision="highest") <= shortest)
+    cosines = jnp.where(others[:, None] & others, cosines, 0)
+    contradict = jnp.any(lacking > 0) & (numerics.squared_length(cosines, multipliers) == 0)
     multipliers = jnp.where(contradict | jnp.all(lacking <= 0), 0, multipliers)
     weights = jnp.where(others, unit * multipliers / norms, 0).at[primary].set(1)
     return jnp.where(mask, weights, 0)

@@ -1,0 +1,123 @@
+"""Random Jacobians, Pareto-stationary or not, and methods compiled once for all numbers of tasks."""
+
+import functools
+from typing import NamedTuple
+
+import hypothesis
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from mtlbalance import aggregation
+
+# Compiling is what costs time here: smaller problems are this size by absent tasks, and by columns of zeros.
+TASKS, PARAMS = 8, 12
+KINDS = "free", "strong", "strictly weak", "non-weak"
+METHODS = {
+    "mean": aggregation.mean,
+    "sum": aggregation.sum,
+    "constant": lambda: aggregation.constant(jnp.linspace(0.5, 2.0, TASKS)),
+    "random": lambda: aggregation.random(key=0),
+    "upgrad": aggregation.upgrad,
+    "upgrad exact": lambda: aggregation.upgrad(reg_eps=0.0),
+    "dual_proj": aggregation.dual_proj,
+    "dual_proj exact": lambda: aggregation.dual_proj(reg_eps=0.0),
+    "mgda": aggregation.mgda,
+    "cagrad c=1/2": aggregation.cagrad,
+    "cagrad c=1": lambda: aggregation.cagrad(c=1.0),
+    "cagrad c=2": lambda: aggregation.cagrad(c=2.0),
+    "nash_mtl": aggregation.nash_mtl,
+    "nash_mtl unbounded": lambda: aggregation.nash_mtl(max_norm=0.0),
+    "fairgrad": aggregation.fairgrad,
+    "fairgrad alpha=2": lambda: aggregation.fairgrad(alpha=2.0),
+    "imtl_g": aggregation.imtl_g,
+    "config": aggregation.config,
+    "aligned_mtl min": aggregation.aligned_mtl,
+    "aligned_mtl median": lambda: aggregation.aligned_mtl(scale_mode="median"),
+    "aligned_mtl rmse": lambda: aggregation.aligned_mtl(scale_mode="rmse"),
+    "krum": lambda: aggregation.krum(n_byzantine=0, n_selected=2),
+    "pcgrad": aggregation.pcgrad,
+    "gradvac": aggregation.gradvac,
+    "modo": aggregation.modo,
+    "sdmgrad": lambda: aggregation.sdmgrad(lr=0.1),  # at 10 its steps overshoot, and amplify rounding to 0.1
+    "cr_mogm": lambda: aggregation.cr_mogm(aggregation.mgda()),
+    "pcd": lambda: aggregation.pcd(tau=0.3),
+    "db_mtl": aggregation.db_mtl,
+}
+# Derandomized, so that a run repeats the last one.
+examples = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+
+
+class Problem(NamedTuple):
+    """A Jacobian and who is present; and a direction in which some task gains and none loses, if one is known."""
+
+    rows: np.ndarray
+    mask: np.ndarray
+    direction: np.ndarray | None
+
+
+class Result(NamedTuple):
+    """Weights of the tasks present, the gradient, and the length of what is added up: rounding is relative to that."""
+
+    weights: np.ndarray
+    gradient: np.ndarray
+    length: float
+
+
+def padded(rows, direction=None):
+    rows = np.asarray(rows)
+    m, n = rows.shape
+    whole = np.full((TASKS, PARAMS), 7, np.float32)  # what is absent may be anything
+    whole[:m], whole[:m, :n] = 0, rows
+    return Problem(whole, np.arange(TASKS) < m, direction)
+
+
+def jacobian(kind, m, rank, seed, decades=0.0):
+    """The Jacobian of m tasks, with singular values from 0.3 to 3; then the rows are scaled over some decades.
+
+    "strong": v J = 0 for some v > 0; "strictly weak": for some v >= 0 that has zeros, but for no v > 0; "non-weak":
+    for no v >= 0 but 0. Each needs certain vectors among the left singular ones, or orthogonal to them.
+    """
+    rng = np.random.default_rng([seed, m, rank])
+    v = rng.uniform(0.2, 1, m)
+    some = rng.permutation(m) < rng.integers(1, max(m, 2))
+    singular = {"strictly weak": [v * some], "non-weak": [v]}.get(kind, [])
+    orthogonal = {"strictly weak": [v * ~some], "strong": [v]}.get(kind, [])
+    fixed = [x / np.linalg.norm(x) for x in (*singular, *orthogonal)]
+    others = np.linalg.qr(np.column_stack([*fixed, rng.normal(size=(m, m - len(fixed)))]))[0][:, len(fixed) :]
+    left = np.column_stack([*fixed[: len(singular)], others])[:, :rank]
+    right = np.linalg.qr(rng.normal(size=(PARAMS, PARAMS)))[0][:, :rank]
+    rows = left * rng.uniform(0.3, 3, rank) @ right.T * 10 ** rng.uniform(0, decades, (m, 1))
+    return padded(rows, right[:, 0] if singular else None)
+
+
+@st.composite
+def problems(draw, kinds=KINDS, decades=0.0, independent=False):
+    """Up to 8 tasks; "free" ones of any rank, zero included, unless the gradients are to be independent."""
+    kind = draw(st.sampled_from(kinds))
+    stationary = kind in ("strong", "strictly weak")
+    m = draw(st.integers(1 + stationary, TASKS))
+    least = 0 if kind in ("free", "strong") else 1
+    rank = m if independent else draw(st.integers(least, m - stationary))
+    fixed = {"kind": kind, "m": m, "rank": rank, "decades": decades}
+    # Built by name, so that Hypothesis reports the call and not the matrix.
+    return draw(st.builds(jacobian, seed=st.integers(0, 2**31 - 1), **{x: st.just(y) for x, y in fixed.items()}))
+
+
+@functools.cache
+def built(name):
+    method = METHODS[name]().weighting
+    return method.apply, method.init((TASKS, PARAMS))
+
+
+def solve(name, rows, mask, before=None):
+    """A method's answer to a Jacobian, after a first call with another one if that is given.
+
+    The weights are added up in float64, so that only their own rounding shows.
+    """
+    apply, state = built(name)
+    if before is not None:
+        _, state = apply(state, jnp.asarray(before), mask=mask)
+    weights = np.asarray(apply(state, jnp.asarray(rows), mask=mask)[0], float)[mask]
+    rows = np.asarray(rows, float)[mask]
+    return Result(weights, weights @ rows, np.abs(weights) @ np.linalg.norm(rows, axis=1))
