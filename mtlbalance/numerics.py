@@ -90,9 +90,9 @@ def eigh_psd(matrix: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:
     return eigenvalues, vectors, eigenvalues > len(matrix) * jnp.finfo(matrix.dtype).eps * eigenvalues[-1]
 
 
-def solve_psd(matrix: chex.Array, vector: chex.Array) -> chex.Array:
-    """The shortest least-squares solution ``x`` of ``matrix @ x = vector``, for a positive semidefinite matrix."""
-    eigenvalues, vectors, kept = eigh_psd(matrix)
+def solve_psd(decomposition: tuple[chex.Array, chex.Array, chex.Array], vector: chex.Array) -> chex.Array:
+    """The shortest least-squares solution ``x`` of ``matrix @ x = vector``, from :func:`eigh_psd` of the matrix."""
+    eigenvalues, vectors, kept = decomposition
     components = jnp.dot(vectors.T, vector, precision="highest")
     return jnp.dot(vectors, jnp.where(kept, components / jnp.where(kept, eigenvalues, 1), 0), precision="highest")
 

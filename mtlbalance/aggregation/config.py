@@ -59,7 +59,7 @@ def config(pref_vector: chex.ArrayTree | float = 1.0, *, axis_name: Hashable | N
         del values
         preferred = jnp.where(mask, inputs.per_task("pref_vector", pref_vector, mask.shape, gramian.dtype), 0)
         norms, cosines = numerics.cosines(gramian)
-        v = numerics.solve_psd(cosines, preferred)
+        v = numerics.solve_psd(numerics.eigh_psd(cosines), preferred)
         projections = jnp.dot(cosines, v, precision="highest")  # of the directions on d
         rounding = 10 * len(v) * jnp.finfo(v.dtype).eps * jnp.max(jnp.abs(preferred))
         square = jnp.where(jnp.max(jnp.abs(projections)) > rounding, jnp.sum(v * projections), 0)

@@ -5,6 +5,7 @@ Liu et al., "Towards Impartial Multi-Task Learning", ICLR 2021, https://openrevi
 
 from collections.abc import Hashable
 
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
@@ -53,10 +54,13 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
         norms, cosines = numerics.cosines(gramian)
         zero = norms == 0
         cosines = cosines + jnp.diag(zero.astype(gramian.dtype))  # zero gradients depend on none
-        _, _, kept = numerics.eigh_psd(cosines)
+        decomposition = numerics.eigh_psd(cosines)
         # Where the gradients are independent, by the cosines, which keep their digits where the norms differ much.
-        independent = numerics.solve_psd(cosines, 1 - zero.astype(gramian.dtype)) / jnp.where(zero, 1, norms)
-        v = jnp.where(jnp.all(kept), independent, numerics.solve_psd(gramian, norms))
+        v = jax.lax.cond(
+            jnp.all(decomposition[2]),
+            lambda: numerics.solve_psd(decomposition, jnp.where(zero, 0, 1.0)) / jnp.where(zero, 1, norms),
+            lambda: numerics.solve_psd(numerics.eigh_psd(gramian), norms),
+        )
         total = jnp.sum(v)
         vanishes = jnp.abs(total) <= 1e-12 * jnp.sum(jnp.abs(v))
         return jnp.where(vanishes, 0, v / jnp.where(vanishes, 1, total)), count_seen(state, mask)

@@ -6,6 +6,7 @@ https://arxiv.org/abs/1703.02757
 
 from collections.abc import Hashable
 
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, inputs
@@ -66,12 +67,12 @@ def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = 
         squares = jnp.diagonal(gramian)
         distances = jnp.sqrt(jnp.maximum(squares + squares[:, None] - 2 * gramian, 0))
         neighbours = mask & mask[:, None] & ~jnp.eye(m, dtype=bool)
-        nearest = jnp.sort(jnp.where(neighbours, distances, jnp.inf), axis=1)
+        nearest = -jax.lax.top_k(jnp.where(neighbours, -distances, -jnp.inf), m - n_byzantine - 2)[0]
         n_nearest = jnp.clip(n_present - n_byzantine - 2, 1, n_present - 1)
-        scores = jnp.sum(nearest, axis=1, where=jnp.arange(m) < n_nearest)
-        order = jnp.argsort(jnp.where(mask, scores, jnp.inf), stable=True)
+        scores = jnp.sum(nearest, axis=1, where=jnp.arange(nearest.shape[1]) < n_nearest)
+        _, best = jax.lax.top_k(jnp.where(mask, -scores, -jnp.inf), n_selected)
         n_best = jnp.minimum(n_selected, n_present)
-        best = jnp.zeros(m, gramian.dtype).at[order].set((jnp.arange(m) < n_best) / n_best.astype(gramian.dtype))
-        return best, count_seen(state, mask)
+        selected = (jnp.arange(n_selected) < n_best) / n_best.astype(gramian.dtype)
+        return jnp.zeros(m, gramian.dtype).at[best].set(selected), count_seen(state, mask)
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
