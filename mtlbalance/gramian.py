@@ -120,7 +120,8 @@ def _products_by_chunks(leaf):
         return products + _contract(chunk, chunk, free=1)
 
     rest = leaf[:, n_chunks * _CHUNK :]
-    return jax.lax.fori_loop(0, n_chunks, add, _contract(rest, rest, free=1))
+    # Unrolled, because the dots of one iteration overlap in time: a quarter faster with 40 tasks.
+    return jax.lax.fori_loop(0, n_chunks, add, _contract(rest, rest, free=1), unroll=4)
 
 
 def _contract(x, y, free):

@@ -20,10 +20,12 @@ import torch
 import torchjd.aggregation as peer
 from interleave import interleave, median_of_ratios
 
-from mtlbalance import aggregation
+from mtlbalance import aggregation, base
+from mtlbalance.baselines import SeenState
 
 SHAPES = [(3, 10**5), (11, 10**5), (3, 2 * 10**6), (40, 10**5)]
 N_MATRICES = 3
+NO_METHOD = "(no method)"
 HEADER = f"{'ours':>10} {'TorchJD':>10} {'TorchJD / ours':>19} {'of minima':>11}"
 
 
@@ -31,6 +33,7 @@ def methods(m):
     """Name to our aggregator and TorchJD's, with the same hyperparameters."""
     wrong = min(2, m - 3)
     return {
+        NO_METHOD: (first_row(), lambda rows: (rows @ rows.T)[0] @ rows),
         "upgrad": (aggregation.upgrad(), peer.UPGrad()),
         "dual_proj": (aggregation.dual_proj(), peer.DualProj()),
         "mgda": (aggregation.mgda(), peer.MGDA()),
@@ -45,6 +48,20 @@ def methods(m):
         "krum": (aggregation.krum(wrong), peer.Krum(wrong)),
         "pcd": (aggregation.pcd(), peer.PCD()),
     }
+
+
+def first_row():
+    """What every method does with the Jacobian, and nothing else: the weights are the Gramian's first row."""
+
+    def init(m, params, dtype):
+        del params, dtype
+        return SeenState(jnp.zeros(m, jnp.int32))
+
+    def weigh(state, gramian, values, mask):
+        del values, mask
+        return gramian[0], state
+
+    return base.aggregator(init, gramian_weighting=weigh)
 
 
 def jacobians(m, n, independent):
@@ -83,7 +100,8 @@ def compare(m, n, arguments):
                 continue
             functions = {"ours": ours(method, matrices), "TorchJD": theirs(aggregator, matrices)}
             times = interleave(functions, arguments.rounds)
-            ratios[what].append(median_of_ratios(times["TorchJD"], times["ours"]))
+            if name != NO_METHOD:
+                ratios[what].append(median_of_ratios(times["TorchJD"], times["ours"]))
             print(line(name, times), flush=True)
         print(f"{'geometric mean':14} {statistics.geometric_mean(ratios[what]):41.2f}x")
 
