@@ -233,12 +233,12 @@ def read_jacobian(call: Call, jacobian: chex.ArrayTree) -> chex.ArrayTree:
 
 
 def read_gramian(call: Call, gramian: chex.Array) -> chex.Array:
-    """Checks a Gramian's shape; an absent task's row and column become zero."""
+    """Checks a Gramian's shape and casts it to float32 or wider; an absent task's row and column become zero."""
     _check_floating("gramian", gramian)
     (m,) = call.mask.shape
     if jnp.shape(gramian) != (m, m):
         reject("gramian", f"shape {(m, m)}", f"shape {jnp.shape(gramian)}")
-    return jnp.where(call.mask & call.mask[:, None], gramian, 0)
+    return jnp.where(call.mask & call.mask[:, None], gramian, 0).astype(jnp.result_type(jnp.float32, gramian))
 
 
 def read_statistics(call: Call, statistics: chex.ArrayTree) -> chex.ArrayTree:

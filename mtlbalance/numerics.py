@@ -1,4 +1,4 @@
-"""Small formulas that several methods share: quotients, shares and norms that stay finite."""
+"""Small formulas that several methods share: shares and norms that stay finite, cosines, semidefinite matrices."""
 
 import chex
 import jax
@@ -70,11 +70,12 @@ def regularized(gramian: chex.Array, reg_eps: chex.Numeric, norm_eps: chex.Numer
     return normalized + reg_eps * jnp.eye(len(gramian), dtype=gramian.dtype)
 
 
-def cosines(gramian: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """The norms of the gradients, and the cosines of the angles between them: 0 with a zero gradient."""
+def cosines(gramian: chex.Array, mask: chex.Array | None = None) -> tuple[chex.Array, chex.Array, chex.Array]:
+    """Which gradients are present and not zero; their norms, 1 elsewhere; and their cosines, 0 elsewhere."""
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
-    inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
-    return norms, gramian * inverse * inverse[:, None]
+    moving = (norms != 0) if mask is None else (norms != 0) & mask
+    norms = jnp.where(moving, norms, 1)
+    return moving, norms, jnp.where(moving[:, None] & moving, gramian / norms[:, None] / norms, 0)
 
 
 def squared_length(gramian: chex.Array, weights: chex.Array) -> chex.Array:

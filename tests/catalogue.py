@@ -4,13 +4,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, base, scalarization
-from mtlbalance.baselines import SeenState, count_seen
 
 WEIGHTS = jnp.array([0.5, 2.0, 1.25, -0.5])
 THREE = jnp.arange(3)
@@ -46,21 +44,8 @@ class Case(NamedTuple):
     total: Literal["1", "m"] | None = None
 
 
-def inverse_norm(axis_name=None):
-    """Weights that do read the Gramian, as no public method does yet: one over each gradient's norm."""
-
-    def init(m, params, dtype):
-        return SeenState(jnp.zeros(m, jnp.int32))
-
-    def weigh(state, gramian, values, mask):
-        squares = jnp.diagonal(gramian)
-        return jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0), count_seen(state, mask)
-
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
-
-
 def following(rate=0.5):
-    """A scalarizer with both hooks, as no public method has yet: it follows what it observes."""
+    """A scalarizer with both hooks, as no public method has: it follows what it observes."""
 
     def init(shape, dtype):
         return FollowState(jnp.ones(shape, dtype))
@@ -83,6 +68,11 @@ class FollowState(NamedTuple):
 
 def _weights(tasks):
     return WEIGHTS[tasks % len(WEIGHTS)]
+
+
+def preferring(factory, **fixed):
+    """The method with a preference for each task."""
+    return lambda tasks=THREE, **kwargs: factory(pref_vector=jnp.abs(_weights(tasks)), **fixed, **kwargs)
 
 
 ADAM_BEARS = 1e18  # beyond it the squares in its state overflow
@@ -182,36 +172,45 @@ SCALARIZERS = [
 ]
 
 AGGREGATORS = [
-    Case("mean", aggregation.mean),
-    Case("sum", aggregation.sum),
+    Case("mean", aggregation.mean, total="1"),
+    Case("sum", aggregation.sum, total="m"),
     Case("constant", lambda tasks=THREE: aggregation.constant(_weights(tasks)), per_task=True),
-    Case("random", lambda: aggregation.random(key=3), draws=True),
-    Case("excess_mtl", aggregation.excess_mtl, {"robust_step_size": (0.01, 0.3, 1.0)}, sharded=True),
-    Case("excess_mtl-warmup", lambda **kw: aggregation.excess_mtl(n_warmup_steps=2, **kw), sharded=True),
-    Case("excess_mtl-raw", lambda **kw: aggregation.excess_mtl(0.1, normalize_first_step=False, **kw), sharded=True),
-    Case("test-only inverse_norm", inverse_norm, sharded=True),
-    Case("imtl_g", aggregation.imtl_g, sharded=True),
-    Case("config", aggregation.config, {"pref_vector": (0.5, 1.0)}, sharded=True),
+    Case("random", lambda: aggregation.random(key=3), draws=True, total="1"),
+    Case("excess_mtl", aggregation.excess_mtl, {"robust_step_size": (0.01, 0.3, 1.0)}, sharded=True, total="1"),
+    Case("excess_mtl-warmup", partial(aggregation.excess_mtl, n_warmup_steps=2), sharded=True, total="1"),
+    Case("excess_mtl-raw", partial(aggregation.excess_mtl, 0.1, normalize_first_step=False), sharded=True, total="1"),
+    Case("imtl_g", aggregation.imtl_g, sharded=True, total="1"),
+    Case("config", preferring(aggregation.config), sharded=True, per_task=True),
     Case("aligned_mtl", aggregation.aligned_mtl, sharded=True),
-    Case("aligned_mtl-median", partial(aggregation.aligned_mtl, scale_mode="median"), sharded=True),
-    Case("krum", partial(aggregation.krum, n_byzantine=0, n_selected=2), sharded=True, fewest_tasks=3),
+    Case("aligned_mtl-median", preferring(aggregation.aligned_mtl, scale_mode="median"), sharded=True, per_task=True),
+    Case("krum", partial(aggregation.krum, n_byzantine=0, n_selected=2), sharded=True, fewest_tasks=3, total="1"),
     Case("pcgrad", partial(aggregation.pcgrad, 3), draws=True, sharded=True),
     Case("gradvac", partial(aggregation.gradvac, 3), {"beta": (0.1, 0.5)}, draws=True, sharded=True),
-    Case("mgda", aggregation.mgda, sharded=True),
+    Case("mgda", aggregation.mgda, sharded=True, total="1"),
     Case("upgrad", aggregation.upgrad, {"reg_eps": (0.0, 1e-4)}, sharded=True),
-    Case("dual_proj", aggregation.dual_proj, {"reg_eps": (0.0, 1e-4), "norm_eps": (0.0, 1e3)}, sharded=True),
+    Case(
+        "dual_proj",
+        preferring(aggregation.dual_proj),
+        {"reg_eps": (0.0, 1e-4), "norm_eps": (0.0, 1e3)},
+        sharded=True,
+        per_task=True,
+    ),
     Case("cagrad", aggregation.cagrad, {"c": (0.0, 0.5, 2.0)}, sharded=True),
     Case("nash_mtl", aggregation.nash_mtl, {"max_norm": (0.0, 1.0)}, sharded=True),
     Case("fairgrad", aggregation.fairgrad, {"alpha": (0.5, 1.0, 2.0)}, sharded=True),
     Case("pcd", aggregation.pcd, {"tau": (0.0, 0.02, 0.5), "beta": (0.0, 0.999), "eps": (0.0, 1.0)}, sharded=True),
     Case("db_mtl", aggregation.db_mtl, sharded=True),
-    Case("modo", aggregation.modo, {"gamma": (0.001, 0.1), "rho": (0.0, 0.1)}, sharded=True),
+    Case("modo", aggregation.modo, {"gamma": (0.001, 0.1), "rho": (0.0, 0.1)}, sharded=True, total="1"),
     Case(
-        "sdmgrad", aggregation.sdmgrad, {"lr": (0.1, 10.0), "momentum": (0.0, 0.5), "lambda_": (0.0, 0.3)}, sharded=True
+        "sdmgrad",
+        aggregation.sdmgrad,
+        {"lr": (0.1, 10.0), "momentum": (0.0, 0.5), "lambda_": (0.0, 0.3)},
+        sharded=True,
+        total="1",
     ),
     Case(
         "cr_mogm",
-        lambda alpha=0.9, axis_name=None: aggregation.cr_mogm(inverse_norm(axis_name), alpha),
+        lambda alpha=0.9, axis_name=None: aggregation.cr_mogm(aggregation.db_mtl(axis_name=axis_name), alpha),
         {"alpha": (0.0, 0.5, 0.9)},
         sharded=True,
     ),
@@ -221,8 +220,8 @@ AGGREGATORS = [
         sharded=True,
     ),
     Case(
-        "test-only skip-inverse_norm",
-        lambda axis_name=None: mtl.skip_nonfinite(inverse_norm(axis_name), axis_name=axis_name),
+        "skip-db_mtl",
+        lambda axis_name=None: mtl.skip_nonfinite(aggregation.db_mtl(axis_name=axis_name), axis_name=axis_name),
         sharded=True,
     ),
     Case("skip-random", lambda **kw: mtl.skip_nonfinite(aggregation.random(key=3), **kw), draws=True, sharded=True),

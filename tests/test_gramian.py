@@ -52,6 +52,16 @@ def test_gramian_of_a_wide_leaf(dtype, tolerance):
     np.testing.assert_allclose(jax.vmap(gramian)(batch)[1], 4 * products, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 4), WIDE.shape], ids=str)
+def test_products_with_the_gradients_of_another_batch(shape):
+    one, other = (RNG.normal(size=shape) for _ in range(2))
+    products = gramian({"a": jnp.asarray(one, jnp.float32)}, {"a": jnp.asarray(other, jnp.float32)})
+    expected = one.reshape(3, -1) @ other.reshape(3, -1).T
+    np.testing.assert_allclose(products, expected, atol=1e-6 * np.sum(one**2))
+    with pytest.raises(ValueError, match=r"other\['a'\]: expected shape \(3, 5, 4\), found shape \(3, 5\)"):
+        gramian({"a": jnp.ones((3, 5, 4))}, {"a": jnp.ones((3, 5))})
+
+
 def test_gradient_of_the_gramian_of_a_wide_leaf():
     rows = jnp.asarray(WIDE, jnp.float32)
     gradient = jax.grad(lambda rows: jnp.sum(jnp.diag(gramian(rows))))(rows)

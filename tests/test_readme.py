@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mtlbalance import aggregation, scalarization
-from tests.catalogue import SCALARIZERS
+from tests.catalogue import AGGREGATORS, SCALARIZERS
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -28,9 +28,10 @@ def test_method_table_names_every_method(family):
     assert set(re.findall(rf"^\| `{name}\.(\w+)\(", README, re.MULTILINE)) == methods
 
 
-def test_method_table_has_the_totals_that_are_tested():
-    rows = re.findall(r"^\| `scalarization\.(\w+)\(.*?\| (?:.*?) \| (?:.*?) \| (.*?) \|", README, re.MULTILINE)
+@pytest.mark.parametrize(("family", "cases"), [("scalarization", SCALARIZERS), ("aggregation", AGGREGATORS)])
+def test_method_table_has_the_totals_that_are_tested(family, cases):
+    rows = re.findall(rf"^\| `{family}\.(\w+)\(.*?\| (?:.*?) \| (?:.*?) \| (.*?) \|", README, re.MULTILINE)
     assert len(rows) > 20
-    totals = {case.name: case.total for case in SCALARIZERS}
+    totals = {case.name: case.total for case in cases}
     for name, total in rows:
         assert totals[name] == (total if total in ("1", "m") else None), name

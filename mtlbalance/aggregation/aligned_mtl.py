@@ -59,6 +59,7 @@ def aligned_mtl(
 
     def init(m, params, dtype):
         del params
+        # Checked here, where an error comes before the training.
         inputs.preference(pref_vector, jnp.ones(m, bool), dtype)
         return SeenState(jnp.zeros(m, jnp.int32))
 

@@ -25,19 +25,21 @@ def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | Non
     zero.
 
     Note:
-      TorchJD, without a default for ``c``, does not rescale; LibMTL divides by :math:`1 + c^2` (``rescale=1``), the
-      authors' toy example by :math:`1 + c` (``rescale=2``), and Nash-MTL's code has c = 0.4 and m times the former.
+      TorchJD has no default for ``c`` and does not rescale; it too returns zero where :math:`g_w` vanishes. Nash-MTL's
+      code has c = 0.4 and multiplies LibMTL's result by m.
 
     Args:
       c: :math:`c \ge 0`. May be traced.
-      rescale: 0, 1 or 2.
+      rescale: 0 returns :math:`g`; 1 divides it by :math:`1 + c^2` (LibMTL), 2 by :math:`1 + c` (the authors' toy
+        example).
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.
 
     Raises:
-      ValueError: if an argument is out of bounds.
+      ValueError: if ``c`` or ``rescale`` is out of bounds.
+      TypeError: if ``rescale`` is not an int.
 
     Example:
       >>> import jax.numpy as jnp
@@ -52,8 +54,9 @@ def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | Non
       NeurIPS 2021, algorithm 1; https://github.com/Cranial-XIX/CAGrad.
     """
     inputs.check_nonnegative("c", c)
-    if rescale not in (0, 1, 2):
-        inputs.reject("rescale", "0, 1 or 2", f"{rescale!r}")
+    inputs.check_int("rescale", rescale, 0)
+    if rescale > 2:
+        inputs.reject("rescale", "0, 1 or 2", f"{rescale}")
 
     def init(m, params, dtype):
         del params, dtype

@@ -15,8 +15,7 @@ def constant(weights: chex.ArrayTree) -> base.Aggregator:
     The weights are taken as they are: their total is yours.
 
     Args:
-      weights: one real number per task: a vector, or a tree of named numbers. May be traced, so that ``vmap``
-        sweeps weightings.
+      weights: one real number per task: an array or a tree of names. May be traced, so that ``vmap`` sweeps weightings.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.
@@ -35,6 +34,7 @@ def constant(weights: chex.ArrayTree) -> base.Aggregator:
 
     def init(m, params, dtype):
         del params
+        # Checked here, where an error comes before the training.
         inputs.per_task("weights", weights, (m,), dtype, scalar=False)
         return SeenState(jnp.zeros(m, jnp.int32))
 

@@ -17,13 +17,13 @@ class CRMOGMState(NamedTuple):
     """State of :func:`cr_mogm`.
 
     Attributes:
-      weights: the smoothed weights, one per task.
       seen: int32, one per task: the calls in which it was present.
+      weights: the smoothed weights, one per task.
       inner: the state of the wrapped method.
     """
 
-    weights: chex.Array
     seen: chex.Array
+    weights: chex.Array
     inner: chex.ArrayTree
 
 
@@ -46,9 +46,9 @@ def cr_mogm(
       An :class:`~mtlbalance.Aggregator` with the same paths and state :class:`CRMOGMState`.
 
     Raises:
-      TypeError: if ``method`` is no aggregator.
-      ValueError: if it has no weights or ``alpha`` is out of bounds; at ``init``, if there is not one initial weight
-        per task.
+      ValueError: if ``method`` has no weights or ``alpha`` is out of bounds; at ``init``, if there is not one initial
+        weight per task.
+      TypeError: if ``method`` is not an aggregator.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,12 +71,12 @@ def cr_mogm(
     def init(m, params, dtype):
         start = 0.0 if initial_weights is None else initial_weights
         weights = inputs.per_task("initial_weights", start, (m,), dtype, scalar=initial_weights is None)
-        return CRMOGMState(weights, jnp.zeros(m, jnp.int32), method.init((m, params)))
+        return CRMOGMState(jnp.zeros(m, jnp.int32), weights, method.init((m, params)))
 
     def smooth(state, weights, inner, mask):
         first = (state.seen == 0) & (initial_weights is None)
         weights = jnp.where(first, weights, alpha * state.weights + (1 - alpha) * weights)
-        state = CRMOGMState(jnp.where(mask, weights, state.weights), state.seen, inner)
+        state = state._replace(weights=jnp.where(mask, weights, state.weights), inner=inner)
         return weights, count_seen(state, mask)
 
     def smoothed(apply):

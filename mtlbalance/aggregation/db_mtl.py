@@ -17,7 +17,7 @@ def db_mtl(*, axis_name: Hashable | None = None) -> base.Aggregator:
     .. math:: g = \sum_i w_i g_i, \quad w_i = \frac{\max_j \lVert g_j \rVert}{\lVert g_i \rVert}
 
     The paper's :math:`g_i` are the gradients of the *logarithms* of positive losses: give it the Jacobian of
-    ``jnp.log(losses)``. The weights are at least 1 each, 0 for a zero gradient, and have no fixed total.
+    ``jnp.log(losses)``. The weights are at least 1, except 0 for a zero gradient, and have no fixed total.
 
     Note:
       In the paper, and in LibMTL, the :math:`g_i` are also running averages over the calls. This function has none: it
@@ -47,8 +47,8 @@ def db_mtl(*, axis_name: Hashable | None = None) -> base.Aggregator:
 
     def weigh(state, gramian, values, mask):
         del values
-        norms, _ = numerics.cosines(gramian / numerics.scale(gramian))
-        weights = jnp.where(norms > 0, jnp.max(norms) / jnp.where(norms > 0, norms, 1), 0)
-        return weights, count_seen(state, mask)
+        moving, norms, _ = numerics.cosines(gramian / numerics.scale(gramian))
+        longest = jnp.max(norms, where=moving, initial=0)
+        return jnp.where(moving, longest / norms, 0), count_seen(state, mask)
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

@@ -21,7 +21,7 @@ def dual_proj(
     *,
     axis_name: Hashable | None = None,
 ) -> base.Aggregator:
-    r"""The projection of the preferred sum of the gradients on the cone of directions that conflict with none.
+    r"""The sum of the gradients, weighted by preference, projected on the cone of directions that conflict with none.
 
     .. math:: g = \sum_i w_i g_i, \quad w = \arg\min_{v \ge p} v^\top \Big( \frac{G}{\mathrm{tr}\, G}
               + \epsilon I \Big) v
@@ -30,10 +30,8 @@ def dual_proj(
     at least the preference each and have no fixed total.
 
     Note:
-      TorchJD regularizes by 1e-4 of the trace, and so does this function by default; ``reg_eps=0.0`` is exact.
-      That moves the result by up to 1e-2 of the Jacobian's norm where norms differ by 10, and by a tenth of it or
-      more where they differ by 1e3. TorchJD takes Gramians with a trace below 1e-4 for zero: ``norm_eps=1e-4`` does
-      so here, for those below it only.
+      The regularization and the threshold are those of :func:`~mtlbalance.aggregation.upgrad`, whose note says how
+      they compare with TorchJD's, and by how much the result moves; the original has neither.
 
     Args:
       pref_vector: preference :math:`p`, one real number per task: an array or a tree of names; 1/m each by default.
@@ -66,6 +64,7 @@ def dual_proj(
 
     def init(m, params, dtype):
         del params
+        # Checked here, where an error comes before the training.
         inputs.preference(pref_vector, jnp.ones(m, bool), dtype)
         return SeenState(jnp.zeros(m, jnp.int32))
 

@@ -1,7 +1,6 @@
 """ExcessMTL: weights by excess risk, from the squared gradients so far.
 
 He et al., "Robust Multi-Task Learning with Excess Risks", ICML 2024, https://arxiv.org/abs/2402.02009
-Official code: https://github.com/yifei-he/ExcessMTL
 """
 
 from collections.abc import Hashable
@@ -92,7 +91,8 @@ def excess_mtl(
 
     References:
       He et al., `Robust Multi-Task Learning with Excess Risks <https://arxiv.org/abs/2402.02009>`_, ICML 2024,
-      eqs. 6, 7 and 9, and "scale processing" in section 3.2; warm-up: appendix C.1.
+      eqs. 6, 7 and 9, and "scale processing" in section 3.2; warm-up: appendix C.1;
+      https://github.com/yifei-he/ExcessMTL.
     """
     inputs.check_positive("robust_step_size", robust_step_size)
     inputs.check_int("n_warmup_steps", n_warmup_steps, 0)

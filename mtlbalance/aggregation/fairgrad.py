@@ -14,20 +14,23 @@ from mtlbalance.solvers import alpha_fair
 
 
 def fairgrad(alpha: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) -> base.Aggregator:
-    r"""The combination of the gradients whose products with them are the powers of its weights.
+    r"""The combination of the gradients in which task i gains :math:`w_i^{-1/\alpha}`.
 
     .. math:: g = \sum_i w_i g_i, \quad G w = w^{-1/\alpha}, \quad w > 0
 
-    With :math:`\alpha = 1` it is the direction of :func:`~mtlbalance.aggregation.nash_mtl`; the larger it is, the
-    more the task counts that gains least. The weights have no fixed total; a zero gradient has weight 0.
+    A task that gains little has a large weight. With :math:`\alpha = 1` it is the direction of
+    :func:`~mtlbalance.aggregation.nash_mtl`; the larger :math:`\alpha` is, the more the task counts that gains least.
+    The weights have no fixed total; a zero gradient has weight 0. The equations have no solution where a positive
+    combination of gradients vanishes: then those gradients have large, finite weights with which they cancel.
 
     Note:
-      The equations are solved to rounding, TorchJD's and LibMTL's least squares to their tolerance. The official code
-      multiplies the gradient of the shared parameters by m, clips it to norm 1, and uses ``alpha=2``.
+      The equations are solved to about 1e-5 relative to the terms of their sums (1e-4 for :math:`\alpha` other than 1),
+      TorchJD's and LibMTL's least squares to their tolerance. TorchJD's ``alpha=0``, the mean, is an error here. The
+      official code multiplies the gradient of the shared parameters by m, clips it to norm 1, and uses ``alpha=2``.
 
     Args:
       alpha: :math:`\alpha > 0`. May be traced. In float32 it is accurate from 1/2 to 2, and from 1/5 to 5 where the
-        norms differ by less than 1e3.
+        norms differ by a factor of up to 1e3.
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
 
     Returns:

@@ -17,13 +17,14 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
 
     .. math:: g = \sum_i w_i g_i, \quad w = \frac{v}{\sum_i v_i}, \quad v = G^+ d, \quad d_i = \lVert g_i \rVert
 
-    with the pseudoinverse of the Gramian :math:`G`. The weights sum to 1 and may be negative; where :math:`v`
-    adds up to less than zero, so are the projections, and every task loses. The weights are zero where it adds up to
+    with the pseudoinverse of the Gramian :math:`G`. The weights sum to 1 and may be negative; where :math:`v` adds up
+    to less than zero, the projections are negative, and every task loses. The weights are zero where it adds up to
     zero, as it does when all gradients are zero.
 
     Note:
       The pseudoinverse is TorchJD's, for dependent gradients. The paper and LibMTL solve a system of m - 1 equations,
-      which has the same solution for independent ones.
+      which has the same solution for independent ones. The sum of :math:`v` counts as zero where it is rounding error
+      (TorchJD: below 1e-12).
 
     Args:
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
@@ -51,18 +52,19 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
     def weigh(state, gramian, values, mask):
         del values
         gramian = gramian / numerics.scale(gramian)
-        norms, cosines = numerics.cosines(gramian)
-        zero = norms == 0
-        cosines = cosines + jnp.diag(zero.astype(gramian.dtype))  # zero gradients depend on none
+        moving, norms, cosines = numerics.cosines(gramian)
+        cosines = cosines + jnp.diag(1 - moving.astype(gramian.dtype))  # zero gradients depend on none
         decomposition = numerics.eigh_psd(cosines)
-        # Where the gradients are independent, by the cosines, which keep their digits where the norms differ much.
+        *_, independent = decomposition
+        # Independent gradients by the cosines, which keep their digits where the norms differ much; dependent ones by
+        # G itself, because its pseudoinverse is not that of the cosines, rescaled.
         v = jax.lax.cond(
-            jnp.all(decomposition[2]),
-            lambda: numerics.solve_psd(decomposition, jnp.where(zero, 0, 1.0)) / jnp.where(zero, 1, norms),
-            lambda: numerics.solve_psd(numerics.eigh_psd(gramian), norms),
+            jnp.all(independent),
+            lambda: numerics.solve_psd(decomposition, moving.astype(gramian.dtype)) / norms,
+            lambda: numerics.solve_psd(numerics.eigh_psd(gramian), jnp.where(moving, norms, 0)),
         )
         total = jnp.sum(v)
-        vanishes = jnp.abs(total) <= 1e-12 * jnp.sum(jnp.abs(v))
+        vanishes = jnp.abs(total) <= len(v) * jnp.finfo(v.dtype).eps * jnp.sum(jnp.abs(v))
         return jnp.where(vanishes, 0, v / jnp.where(vanishes, 1, total)), count_seen(state, mask)
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

@@ -19,16 +19,17 @@ def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = 
     .. math:: g = \frac{1}{k} \sum_{i \in S} g_i, \quad
               s_i = \sum_{j \in N_i} \lVert g_i - g_j \rVert
 
-    where :math:`N_i` are the m - f - 2 gradients nearest to :math:`g_i`, f may be wrong, and :math:`S` are the k
-    gradients with the smallest scores :math:`s_i`, of equal ones the first. The weights are 1/k or 0 and sum to 1.
-    With tasks absent there are fewer neighbours, but always one, and no more than the tasks present are selected.
+    where :math:`N_i` are the m - f - 2 gradients nearest to :math:`g_i`, and :math:`S` are the k gradients with the
+    smallest scores :math:`s_i`, of equal ones the first. The weights are 1/k or 0 and sum to 1. With tasks absent
+    there are fewer neighbours, but at least one if two tasks are present; only tasks present are selected, all of them
+    if they are fewer than k.
 
     Note:
       The distances are TorchJD's. The paper has their squares.
 
     Args:
-      n_byzantine: f, at least 0.
-      n_selected: k, at least 1.
+      n_byzantine: how many gradients may be wrong, :math:`f \ge 0`.
+      n_selected: how many are averaged, :math:`k \ge 1`.
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
 
     Returns:

@@ -19,11 +19,11 @@ def mgda(*, axis_name: Hashable | None = None) -> base.Aggregator:
 
     .. math:: g = \sum_i w_i g_i, \quad w = \arg\min_{w \in \Delta} \Big\lVert \sum_i w_i g_i \Big\rVert^2
 
-    It conflicts with no gradient, and is zero where the tasks are Pareto-stationary. The weights sum to 1. Short
-    gradients have the weight.
+    It conflicts with no gradient, and is zero where the tasks are Pareto-stationary. The weights sum to 1.
+    Most of the weight goes to the short gradients.
 
     Note:
-      The problem is solved to rounding. TorchJD's and LibMTL's iterations stop sooner, three digits or so from it.
+      The problem is solved to rounding. TorchJD's and LibMTL's iterations stop sooner, with about three correct digits.
 
     Args:
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
@@ -41,6 +41,9 @@ def mgda(*, axis_name: Hashable | None = None) -> base.Aggregator:
       ['0.2000', '0.8000']
 
     References:
+      Désidéri, `Multiple-gradient Descent Algorithm (MGDA) for Multiobjective Optimization
+      <https://doi.org/10.1016/j.crma.2012.03.014>`_, Comptes Rendus Mathematique 350, 2012.
+
       Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization <https://arxiv.org/abs/1810.04650>`_,
       NeurIPS 2018, eq. 3.
     """

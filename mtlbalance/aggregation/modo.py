@@ -27,9 +27,13 @@ def modo(gamma: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hasha
 
     .. math:: \lambda \leftarrow \Pi_\Delta \big( \lambda - \gamma (A \lambda + \rho \lambda) \big)
 
-    where :math:`A = J_1 J_2^\top` should be made of two independent batches: give it to ``gramian_weighting``, and
-    the weights to the loss of a third one. ``apply`` uses the Gramian of its one Jacobian. The weights start equal
-    and sum to 1. The step depends on the scale of the gradients.
+    where :math:`A = J_1 J_2^\top` should be made of the Jacobians of two independent batches and given to
+    ``gramian_weighting``. The weights are then used for the losses of a third batch, as in the example. ``apply`` has
+    one Jacobian, :math:`J_1 = J_2`. The weights start equal and sum to 1. The step depends on the scale of the
+    gradients.
+
+    Note:
+      LibMTL has :math:`\gamma` = 1e-3.
 
     Args:
       gamma: step size :math:`\gamma > 0`. May be traced.
@@ -43,17 +47,24 @@ def modo(gamma: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hasha
       ValueError: if ``gamma`` or ``rho`` is out of bounds.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from mtlbalance import aggregation
+      >>> from mtlbalance.gramian import gramian
       >>> method = aggregation.modo(gamma=0.1, rho=0.0)
-      >>> products = jnp.array([[4.0, 1.0], [1.0, 2.0]])  # of the gradients of two batches
+      >>> def losses(params, batch):
+      ...     return jnp.stack([jnp.mean((params - batch) ** 2), jnp.mean((params + batch) ** 2)])
+      >>> params, batch_1, batch_2, batch_3 = jnp.array([[0.5, 1.0], [2.0, 1.0], [3.0, 1.0], [1.0, 2.0]])
+      >>> jacobian_1, jacobian_2 = (jax.jacrev(losses)(params, batch) for batch in (batch_1, batch_2))
+      >>> products = gramian(jacobian_1, jacobian_2)
       >>> weights, state = method.gramian_weighting.apply(method.gramian_weighting.init(2), products)
       >>> print([f"{weight:.4f}" for weight in weights])
-      ['0.4500', '0.5500']
+      ['0.7000', '0.3000']
+      >>> gradient = jax.grad(lambda params: weights @ losses(params, batch_3))(params)
 
     References:
       Chen et al., `Three-Way Trade-Off in Multi-Objective Learning <https://arxiv.org/abs/2305.20057>`_, NeurIPS
-      2023, algorithm 1.
+      2023, algorithm 1; https://github.com/heshandevaka/Trade-Off-MOL.
     """
     inputs.check_positive("gamma", gamma)
     inputs.check_nonnegative("rho", rho)

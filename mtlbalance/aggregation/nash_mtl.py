@@ -18,12 +18,15 @@ def nash_mtl(max_norm: chex.Numeric = 1.0, *, axis_name: Hashable | None = None)
 
     .. math:: g = \sum_i w_i g_i, \quad G w = 1 / w, \quad w > 0
 
-    Its norm is :math:`\sqrt m` whatever the gradients, and is clipped to ``max_norm``. The weights have no fixed
-    total; a zero gradient has weight 0.
+    Its norm is the square root of the number of non-zero gradients, however long they are, and is clipped to
+    ``max_norm``: with the default the gradient always has length 1. The weights have no fixed total; a zero gradient
+    has weight 0. The equations have no solution where a positive combination of gradients vanishes: then those
+    gradients have large, finite weights with which they cancel, and do not count for the norm.
 
     Note:
-      The equations are solved to rounding. The official code, TorchJD and LibMTL approach them by a sequence of
-      convex problems that may stop elsewhere, and keep the weights for several steps on request.
+      The equations are solved to about 1e-5 relative to the terms of their sums. The official code, TorchJD and LibMTL
+      approach them by a sequence of convex problems that may stop elsewhere. They can also reuse weights for several
+      steps (``update_weights_every``); this function cannot.
 
     Args:
       max_norm: largest norm of the gradient, at least 0; 0 for no bound. May be traced.

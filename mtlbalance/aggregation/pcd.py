@@ -19,12 +19,12 @@ class PCDState(NamedTuple):
     """State of :func:`pcd`.
 
     Attributes:
-      squares: running average of each gradient's squared norm.
       seen: int32, one per task: the calls in which it was present.
+      squares: running averages of the gradients' squared norms, one per task.
     """
 
-    squares: chex.Array
     seen: chex.Array
+    squares: chex.Array
 
 
 def pcd(
@@ -41,16 +41,17 @@ def pcd(
               g = \lVert g_1 \rVert \frac{d}{\lVert d \rVert}, \qquad s_i = \frac{1}{\sqrt{\hat v_i + \epsilon}}
 
     where :math:`\hat v_i` is the running average of :math:`\lVert g_i \rVert^2`, without bias towards its start. The
-    first task present is the primary one. The weights have no fixed total, and only the primary one's is never zero
-    but where the gradient is. Where the constraints contradict each other they are dropped, all of them; where
-    :math:`g_1` or :math:`d` vanishes, up to rounding, so does the gradient.
+    first task present is the primary one. The weights have no fixed total, and the primary task's is zero only if the
+    whole gradient is. Where the constraints contradict each other they are dropped, all of them; where :math:`g_1` or
+    :math:`d` vanishes, up to rounding, so does the gradient.
 
     Note:
       TorchJD's :math:`\epsilon` is 1e-8; without it the scale of the gradients does not matter. It solves in float64
       on the host, and counts the calls of all tasks together.
 
     Args:
-      tau: shares :math:`\tau` from 0 to 1: one for all other tasks, or one for each, shape ``[m - 1]``. May be traced.
+      tau: shares :math:`\tau` from 0 to 1: one for all other tasks, or one for each, shape ``[m - 1]``. Entry j - 2 is
+        task j's, also when an earlier task is absent; the share of a task that is primary is unused. May be traced.
       beta: decay of the running averages, at least 0 and below 1. May be traced.
       eps: :math:`\epsilon \ge 0`. May be traced.
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
@@ -77,15 +78,16 @@ def pcd(
     inputs.check("beta", beta, "a number of at least 0 and below 1", lambda x: (x >= 0) & (x < 1))
     inputs.check_nonnegative("eps", eps)
 
-    def shares(m, dtype):
+    def read_tau(m, dtype):
         return inputs.per_task(
             "tau", tau, (m - 1,), dtype, bound="numbers from 0 to 1", holds=lambda x: jnp.all((x >= 0) & (x <= 1))
         )
 
     def init(m, params, dtype):
         del params
-        shares(m, dtype)
-        return PCDState(jnp.zeros(m, dtype), jnp.zeros(m, jnp.int32))
+        # Checked here, where an error comes before the training.
+        read_tau(m, dtype)
+        return PCDState(jnp.zeros(m, jnp.int32), jnp.zeros(m, dtype))
 
     def weigh(state, gramian, values, mask):
         del values
@@ -94,7 +96,7 @@ def pcd(
         root = jnp.sqrt(state.squares + eps)
         scales = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
         products = gramian * scales * scales[:, None]
-        weights = priority_constrained(products, shares(len(scales), products.dtype), mask)
+        weights = priority_constrained(products, read_tau(len(scales), products.dtype), mask)
         square, primary = numerics.squared_length(products, weights), jnp.argmax(mask)
         vanishes = (square == 0) | (products[primary, primary] == 0)
         length = jnp.sqrt(gramian[primary, primary] / jnp.where(vanishes, 1, square))
@@ -104,6 +106,6 @@ def pcd(
         seen = optax.safe_increment(state.seen)
         decay = jnp.asarray(beta, squares.dtype)
         rate = (1 - decay) / -jnp.expm1(seen * jnp.log(decay))  # 1 on the first call, 1 - beta in the end
-        return PCDState(state.squares + rate * (squares - state.squares), seen)
+        return PCDState(seen, state.squares + rate * (squares - state.squares))
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

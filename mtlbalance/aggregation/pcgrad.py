@@ -64,6 +64,7 @@ def pcgrad(key: int | chex.PRNGKey = 0, *, axis_name: Hashable | None = None) ->
             def meet(n, coefficients):
                 j = order[n]
                 product = jnp.sum(coefficients * gramian[j])
+                # An absent task's products are zero: it conflicts with none.
                 conflict = (product < 0) & (j != i)
                 return coefficients.at[j].add(jnp.where(conflict, -product / squares[j], 0))
 

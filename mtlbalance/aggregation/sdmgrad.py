@@ -38,10 +38,11 @@ def sdmgrad(
     .. math:: \frac{w + \lambda p}{1 + \lambda}, \quad
               v \leftarrow \beta v + A (w + \lambda p), \quad w \leftarrow \Pi_\Delta (w - \eta v)
 
-    where :math:`A = J_1 J_2^\top`, over the squared mean norm of the gradients, should be made of two independent
-    batches: give it to ``gramian_weighting``, and the weights to the loss of a third one. ``apply`` uses the Gramian
-    of its one Jacobian. :math:`w` starts equal, each call goes on from the last one's, and :math:`v` from zero. The
-    weights sum to 1 if the preference does.
+    where :math:`A` is :math:`J_1 J_2^\top` divided by the square of the gradients' mean norm (the mean root of its
+    diagonal). The product should be made of the Jacobians of two independent batches and given to
+    ``gramian_weighting``. The weights are then used for the losses of a third batch, as in the example. ``apply`` has
+    one Jacobian, :math:`J_1 = J_2`. :math:`w` starts equal, each call goes on from the last one's, and :math:`v` from
+    zero. The weights sum to 1 if the preference does.
 
     Note:
       The official code has :math:`\lambda = 0.6` by default, and 0.3 in its scripts, as TorchJD. TorchJD adds 1e-8 to
@@ -65,13 +66,20 @@ def sdmgrad(
       TypeError: if ``n_iter`` is not an int.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from mtlbalance import aggregation
-      >>> method = aggregation.sdmgrad()
-      >>> products = jnp.array([[4.0, 1.0], [1.0, 2.0]])  # of the gradients of two batches
+      >>> from mtlbalance.gramian import gramian
+      >>> method = aggregation.sdmgrad(lr=0.1)
+      >>> def losses(params, batch):
+      ...     return jnp.stack([jnp.mean((params - batch) ** 2), jnp.mean((params + batch) ** 2)])
+      >>> params, batch_1, batch_2, batch_3 = jnp.array([[0.5, 1.0], [2.0, 1.0], [3.0, 1.0], [1.0, 2.0]])
+      >>> jacobian_1, jacobian_2 = (jax.jacrev(losses)(params, batch) for batch in (batch_1, batch_2))
+      >>> products = gramian(jacobian_1, jacobian_2)
       >>> weights, state = method.gramian_weighting.apply(method.gramian_weighting.init(2), products)
-      >>> print(f"{weights.sum():.4f}")
-      1.0000
+      >>> print([f"{weight:.4f}" for weight in weights])
+      ['0.6427', '0.3573']
+      >>> gradient = jax.grad(lambda params: weights @ losses(params, batch_3))(params)
 
     References:
       Xiao et al., `Direction-oriented Multi-objective Learning <https://arxiv.org/abs/2305.18409>`_, NeurIPS 2023,
@@ -84,6 +92,7 @@ def sdmgrad(
 
     def init(m, params, dtype):
         del params
+        # Checked here, where an error comes before the training.
         inputs.preference(pref_vector, jnp.ones(m, bool), dtype)
         return SDMGradState(jnp.full(m, 1 / m, dtype))
 

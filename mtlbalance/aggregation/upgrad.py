@@ -21,7 +21,7 @@ def upgrad(
     *,
     axis_name: Hashable | None = None,
 ) -> base.Aggregator:
-    r"""The preferred sum of the gradients' projections on the cone of directions that conflict with none of them.
+    r"""The sum, weighted by preference, of the gradients projected on the cone of directions that conflict with none.
 
     .. math:: g = \sum_i w_i g_i, \quad w = \sum_i \arg\min_{v \ge p_i e_i} v^\top \Big( \frac{G}{\mathrm{tr}\, G}
               + \epsilon I \Big) v
@@ -33,7 +33,7 @@ def upgrad(
       TorchJD regularizes by 1e-4 of the trace, and so does this function by default; ``reg_eps=0.0`` is the paper's.
       That moves the result by up to 1e-2 of the Jacobian's norm where norms differ by 10, and by a tenth of it or
       more where they differ by 1e3. TorchJD takes Gramians with a trace below 1e-4 for zero: ``norm_eps=1e-4`` does
-      so here, for those below it only.
+      so here.
 
     Args:
       pref_vector: preference :math:`p`, one real number per task: an array or a tree of names; 1/m each by default.
@@ -66,6 +66,7 @@ def upgrad(
 
     def init(m, params, dtype):
         del params
+        # Checked here, where an error comes before the training.
         inputs.preference(pref_vector, jnp.ones(m, bool), dtype)
         return SeenState(jnp.zeros(m, jnp.int32))
 
@@ -73,7 +74,7 @@ def upgrad(
         del values
         preferred = inputs.preference(pref_vector, mask, gramian.dtype)
         regularized = numerics.regularized(gramian, reg_eps, norm_eps)
-        rows = jax.vmap(lambda lower: dual_cone(regularized, lower, mask))(jnp.diag(preferred))
-        return jnp.sum(rows, axis=0), count_seen(state, mask)
+        solutions = jax.vmap(lambda lower: dual_cone(regularized, lower, mask))(jnp.diag(preferred))
+        return jnp.sum(solutions, axis=0), count_seen(state, mask)
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

@@ -1,10 +1,10 @@
 """Small convex problems over the tasks, solved on the device."""
 
+from mtlbalance.solvers.alpha_fair import alpha_fair
 from mtlbalance.solvers.cagrad_dual import cagrad_dual
 from mtlbalance.solvers.dual_cone import dual_cone
-from mtlbalance.solvers.fairness import alpha_fair
-from mtlbalance.solvers.nash import nash_bargaining
-from mtlbalance.solvers.pcd import priority_constrained
+from mtlbalance.solvers.nash_bargaining import nash_bargaining
+from mtlbalance.solvers.priority_constrained import priority_constrained
 from mtlbalance.solvers.simplex_qp import simplex_qp
 
 __all__ = [

@@ -12,12 +12,13 @@ _CLOSE = 1e-5
 _MOST_TRIALS = 18
 
 
+@jax.jit  # a bare call would compile the loops each time
 def cagrad_dual(gramian: chex.Array, c: chex.Numeric, mask: chex.Array | None = None) -> chex.Array:
     r"""Minimizes :math:`g_w^\top g_0 + c \|g_0\| \|g_w\|` over :math:`g_w = \sum_i w_i g_i`, :math:`w` on the simplex.
 
     :math:`g_0` is the mean gradient. As :math:`\|g_w\|` is the least :math:`\|g_w\|^2 / 2t + t / 2` over t > 0, it is a
-    quadratic program for each t inside a convex problem in t alone: :math:`\|g_w\| > t` left of its solution, which a
-    bracketed secant finds. Unlike Newton's method on the norm itself it does not mind a solution with
+    quadratic program for each t inside a convex problem in t alone: :math:`\|g_w\| > t` for t below its solution, which
+    a bracketed secant finds. Unlike Newton's method on the norm itself it does not mind a solution with
     :math:`g_w = 0`.
 
     The value is within 1e-5 of the least one, in units of its terms or of :math:`\|g_0\|` times the smallest norm.
@@ -63,6 +64,7 @@ def cagrad_dual(gramian: chex.Array, c: chex.Numeric, mask: chex.Array | None = 
         square = jnp.dot(x, jnp.matmul(matrix, x, precision="highest"), precision="highest")
         return x, jnp.log2(jnp.maximum(square, jnp.finfo(dtype).tiny)) / 2 - log_t  # how much longer than t
 
+    # A combination shorter than 1e-5 of the unit counts as vanishing.
     x = _search(weigh, jnp.asarray(jnp.log2(1e-5), dtype), -jnp.log2(jnp.min(row)), jnp.zeros_like(row))
     weights = jnp.where(present, row * x, 0)
     return weights / jnp.where(jnp.any(present), jnp.sum(weights), 1)
@@ -88,6 +90,7 @@ def _search(weigh, low, high, x):
         *_, excess, count = carry
         return (jnp.abs(excess) > _CLOSE) & (count < _MOST_TRIALS)
 
+    # The excess at the bounds is not known: with these the first trial is their middle.
     one = jnp.ones_like(low)
     start = (low, high), (one, -one), jnp.array(True), x, one, 0
     return jax.lax.while_loop(unfinished, step, start)[3]

@@ -3,6 +3,7 @@
 import chex
 import jax.numpy as jnp
 
+from mtlbalance import numerics
 from mtlbalance.solvers.interior_point import nonnegative_qp
 
 
@@ -15,9 +16,9 @@ def dual_cone(gramian: chex.Array, lower: chex.Array, mask: chex.Array | None = 
     Note:
       It is solved in :math:`x_i = v_i \sqrt{G_{ii}}`, in which G becomes a matrix of cosines, so norms may differ by
       any ratio. Where the cone is so narrow that v must grow far beyond u, as between gradients that are opposite but
-      for 1e-3, rounding G to float32 moves the least value by up to :math:`10^{-6} \sum_i v_i^2 G_{ii}`, and so far
-      the value may be from it; otherwise it is within 1e-5 of :math:`\sum_i u_i^2 G_{ii}`. Where many v are optimal,
-      as when G is singular, a short one is given.
+      for 1e-3, rounding G to float32 moves the least value by up to :math:`10^{-6} \sum_i v_i^2 G_{ii}`, and the value
+      may be that far from the least; otherwise it is within 1e-5 of :math:`\sum_i u_i^2 G_{ii}`. Where many v are
+      optimal, as when G is singular, a short one is given.
 
     Args:
       gramian: G, symmetric, positive semidefinite up to rounding, shape ``[m, m]``.
@@ -34,13 +35,10 @@ def dual_cone(gramian: chex.Array, lower: chex.Array, mask: chex.Array | None = 
       >>> print(dual_cone(jnp.array([[4.0, -1.0], [-1.0, 1.0]]), jnp.array([1.0, 0.0])).round(3))
       [1. 1.]
     """
-    present = jnp.ones(len(gramian), bool) if mask is None else mask
-    lower = jnp.where(present, lower, 0).astype(gramian.dtype)
-    norms = jnp.sqrt(jnp.diag(gramian))
-    present = present & (norms != 0)
-    norms = jnp.where(present, norms, 1)
-    cosines = jnp.where(present[:, None] & present, gramian / norms[:, None] / norms, 0)
-    scaled = jnp.where(present, norms * lower, 0)
+    lower = jnp.where(True if mask is None else mask, lower, 0).astype(gramian.dtype)
+    moving, norms, cosines = numerics.cosines(gramian, mask)
+    scaled = jnp.where(moving, norms * lower, 0)
     size = jnp.max(jnp.abs(scaled))
-    above = nonnegative_qp(cosines, jnp.zeros_like(norms), present, start=scaled / jnp.where(size == 0, 1, size))
+    offset = scaled / jnp.where(size == 0, 1, size)
+    above = nonnegative_qp(cosines, jnp.zeros_like(norms), moving, offset=offset)
     return lower + size * above / norms

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 
-# Generic problems take 5 to 12, singular ones all.
+# Generic problems take 4 to 12, those with gradients that depend on each other up to all.
 _MOST_ITERATIONS = 30
 
 
@@ -13,9 +13,9 @@ _MOST_ITERATIONS = 30
 def nonnegative_qp(
     matrix: chex.Array,
     linear: chex.Array,
-    present: chex.Array,
-    row: chex.Array | None = None,
-    start: chex.Array | None = None,
+    mask: chex.Array,
+    coefficients: chex.Array | None = None,
+    offset: chex.Array | None = None,
 ) -> chex.Array:
     r"""Minimizes :math:`\frac12 (b + x)^\top R (b + x) + q^\top x` over :math:`x \ge 0` and :math:`d^\top x = 1`.
 
@@ -25,36 +25,36 @@ def nonnegative_qp(
     Args:
       matrix: R, shape ``[m, m]``: positive semidefinite with a diagonal of at most about 1.
       linear: q, shape ``[m]``, of a magnitude for which 1 is not small.
-      present: booleans, shape ``[m]``; the other entries are not there.
-      row: d, shape ``[m]``: at least 0, its largest entry among those present 1. Without it there is no such equation.
-      start: b, shape ``[m]``, 0 by default. R b could be a part of q, but here what cancels in b + x does so exactly.
+      mask: booleans, shape ``[m]``: which entries are there.
+      coefficients: d, shape ``[m]``: at least 0, the largest of those there 1. Without it there is no such equation.
+      offset: b, shape ``[m]``, 0 by default. R b could be a part of q, but here what cancels in b + x does so exactly.
 
     Returns:
-      x, shape ``[m]``, 0 where absent; NaN where present if what was given is not finite.
+      x, shape ``[m]``, 0 where absent; NaN where there if what was given is not finite.
     """
     m, dtype = len(linear), matrix.dtype
     eps = float(jnp.finfo(dtype).eps)
     ridge, identity = (4 + m**0.5) * eps, jnp.eye(m, dtype=dtype)
     # An absent entry rests at x = 1 with no gradient and no multiplier, which leaves every sum below to the others.
-    matrix = jnp.where(present[:, None] & present, matrix + ridge * identity, identity)
-    linear = jnp.where(present, linear, -1).astype(dtype)
-    start = jnp.zeros(m, dtype) if start is None else jnp.where(present, start, 0).astype(dtype)
-    n_present = jnp.maximum(jnp.sum(present), 1).astype(dtype)
-    constrained = row is not None
-    row = jnp.where(present, row, 0).astype(dtype) if constrained else jnp.zeros(m, dtype)
+    matrix = jnp.where(mask[:, None] & mask, matrix + ridge * identity, identity)
+    linear = jnp.where(mask, linear, -1).astype(dtype)
+    offset = jnp.zeros(m, dtype) if offset is None else jnp.where(mask, offset, 0).astype(dtype)
+    n_present = jnp.maximum(jnp.sum(mask), 1).astype(dtype)
+    constrained = coefficients is not None
+    coefficients = jnp.where(mask, coefficients, 0).astype(dtype) if constrained else jnp.zeros(m, dtype)
 
     def step(carry):
-        count, _, (x, z, price) = carry
+        count, _, infeasible, (x, z, price) = carry
         gap = _dot(x, z) / n_present
-        dual = _dot(matrix, start + x) + linear - price * row - z
+        dual = _dot(matrix, offset + x) + linear - price * coefficients - z
         # Cholesky's error does not depend on the scale of rows and columns: entries of z / x may range from 0 to 1e10.
         factor = cho_factor(matrix + jnp.diag(z / x), lower=True)
-        along = cho_solve(factor, row) if constrained else row
-        slope = _dot(row, along)
+        along = cho_solve(factor, coefficients) if constrained else coefficients
+        slope = _dot(coefficients, along)
 
         def direction(target):  # Newton's, towards x * z = target
             free = cho_solve(factor, target / x - dual)
-            dprice = (1 - _dot(row, x + free)) / slope if constrained else price
+            dprice = (1 - _dot(coefficients, x + free)) / slope if constrained else price
             dx = free + dprice * along
             return dx, (target - z * dx) / x, dprice
 
@@ -62,26 +62,28 @@ def nonnegative_qp(
         length = _longest(x, z, dx, dz)
         after = _dot(x + length * dx, z + length * dz) / n_present
         centre = gap * jnp.clip(after / jnp.maximum(gap, jnp.finfo(dtype).tiny), 0, 1) ** 3
-        dx, dz, dprice = direction(jnp.where(present, centre - dx * dz, 0) - x * z)
+        dx, dz, dprice = direction(jnp.where(mask, centre - dx * dz, 0) - x * z)
         # Near the solution almost to the boundary: with a fixed part of the way the gap would shrink by a fixed factor.
         length = jnp.minimum(1, jnp.clip(1 - gap, 0.99, 0.999) * _longest(x, z, dx, dz))
         new = x + length * dx, z + length * dz, price + length * dprice
         # Where x and z are far below rounding the factorization may break down.
         sound = jnp.all(jnp.isfinite(new[0]) & (new[0] > 0) & jnp.isfinite(new[1]))
-        iterate = jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, carry[2])
+        iterate = jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, (x, z, price))
         # The value has settled at eps, the small entries, which are large ones for a task with a small norm, at eps^2.
-        return count + 1, sound & (_dot(*iterate[:2]) > eps**2 * n_present), iterate
+        infeasible = infeasible * (1 - length)
+        unsettled = (_dot(*iterate[:2]) > eps**2 * n_present) | (infeasible > eps)
+        return count + 1, sound & unsettled, infeasible, iterate
 
     # Solutions without the equation have many zeros: starting there at 1 takes two iterations more.
-    x = jnp.where(present, 1 / jnp.maximum(jnp.sum(row), 1) if constrained else 0.2, 1)
-    gradient = _dot(matrix, start + x) + linear
-    price = jnp.sum(jnp.where(present, x * gradient, 0)) if constrained else jnp.zeros((), dtype)
-    surplus = jnp.where(present, gradient - price * row, 0)
-    z = jnp.where(present, jnp.maximum(surplus, 0) + jnp.max(jnp.abs(surplus)) / 10, 0)
+    x = jnp.where(mask, 1 / jnp.maximum(jnp.sum(coefficients), 1) if constrained else 0.2, 1)
+    gradient = _dot(matrix, offset + x) + linear
+    price = jnp.sum(jnp.where(mask, x * gradient, 0)) if constrained else jnp.zeros((), dtype)
+    surplus = jnp.where(mask, gradient - price * coefficients, 0)
+    z = jnp.where(mask, jnp.maximum(surplus, 0) + jnp.max(jnp.abs(surplus)) / 10, 0)
     unfinished = lambda carry: (carry[0] < _MOST_ITERATIONS) & carry[1]
-    _, _, (x, _, _) = jax.lax.while_loop(unfinished, step, (0, True, (x, z, price)))
+    *_, (x, _, _) = jax.lax.while_loop(unfinished, step, (0, True, jnp.ones((), dtype), (x, z, price)))
     x = jnp.where(x > eps, x, 0)
-    return jnp.where(present, jnp.where(jnp.all(jnp.isfinite(surplus)), x, jnp.nan), 0)
+    return jnp.where(mask, jnp.where(jnp.all(jnp.isfinite(surplus)), x, jnp.nan), 0)
 
 
 def _dot(x, y):

@@ -129,6 +129,18 @@ def test_half_precision_inputs_are_computed_in_float32(built, dtype):
         chex.assert_trees_all_close(as_float, widened, rtol=one_rounding, atol=one_rounding)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_gramians_are_computed_in_float32(aggregator, dtype):
+    weighting = aggregator.method.gramian_weighting
+    if weighting is None:
+        pytest.skip("needs more than the Gramian")
+    products = mtl.gramian.gramian(aggregator.sample(0)).astype(dtype)
+    weights, _ = weighting.apply(weighting.init(3), products)
+    widened, _ = weighting.apply(weighting.init(3), products.astype(jnp.float32))
+    assert weights.dtype == jnp.float32
+    chex.assert_trees_all_close(weights, widened, **SAME)
+
+
 def test_half_precision_does_not_overflow_inside(built):
     x = jax.tree.map(lambda leaf: jnp.full_like(leaf, 300.0), built.sample(0, dtype=jnp.float16))
     state = built.init()

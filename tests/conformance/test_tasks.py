@@ -98,18 +98,21 @@ def test_statistics_advance_while_present_and_only_then(built):
         np.testing.assert_array_equal(seen, masks.sum(0))
 
 
-def test_weights_of_the_tasks_present_add_up_to_their_total(scalarizer):
+def test_weights_of_the_tasks_present_add_up_to_their_total(built):
     """Whoever comes and goes."""
-    if scalarizer.case.total is None:
+    if built.case.total is None:
         pytest.skip("the total is free")
     masks = jax.random.bernoulli(jax.random.key(1), 0.5, (20, 3)).at[:, 0].set(True)
-    state = scalarizer.init()
+    state = built.init()
     for i, mask in enumerate(masks):
-        x = scalarizer.sample(i)
-        weights, _ = jax.grad(scalarizer.method.apply, argnums=1, has_aux=True)(state, x, mask=mask)
-        expected = {"1": 1, "m": mask.sum()}[scalarizer.case.total]
+        x = built.sample(i)
+        if built.is_scalarizer:
+            weights, _ = jax.grad(built.method.apply, argnums=1, has_aux=True)(state, x, mask=mask)
+        else:
+            weights, _ = built.method.weighting.apply(state, x, mask=mask)
+        expected = {"1": 1, "m": mask.sum()}[built.case.total]
         np.testing.assert_allclose(jnp.sum(weights), expected, rtol=1e-5)
-        _, state = scalarizer.step(state, x, mask=mask, ends_epoch=i % 3 == 2)
+        _, state = built.step(state, x, mask=mask, ends_epoch=i % 3 == 2)
 
 
 def test_gradient_to_an_absent_value_is_zero_and_to_the_others_finite(scalarizer):

@@ -5,20 +5,23 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 
+from mtlbalance import numerics
+
 # Ten suffice for generic gradients, 15 for every hard case at alpha = 1; the rest is for norms that differ by 1e6
 # with alpha at 1/2 or 2, and by 1e3 at 1/5 or 5.
-ITERATIONS = 40
+_ITERATIONS = 40
 # In units of the rounding error: keeps the factorization of a singular Gramian positive.
-RIDGE = 4
+_RIDGE = 4
 
 
 def alpha_fair(gramian: chex.Array, alpha: chex.Numeric, mask: chex.Array | None = None) -> chex.Array:
     r"""Weights that share progress alpha-fairly: the positive solution of :math:`G w = w^{-1/\alpha}`.
 
-    It is the stationary point of the convex :math:`w^\top G w / 2 + \sum_i w_i^{1 - 1/\alpha} / (1/\alpha - 1)`. It
-    exists unless a positive combination of gradients vanishes; then the ridge bounds the weights, as it does where the
-    rounding of ``gramian`` hides whether one vanishes. The relative residual of equation i is of the order of
-    the rounding error times :math:`\sum_j |G_{ij}| w_j / w_i^{-1/\alpha}`, the condition of its sum.
+    It is the stationary point of the convex :math:`w^\top G w / 2 + \sum_i w_i^{1 - 1/\alpha} / (1/\alpha - 1)`, with
+    :math:`-\sum_i \log w_i` for the second term if :math:`\alpha = 1`. It exists unless a positive combination of
+    gradients vanishes; then the ridge bounds the weights, as it does where the rounding of ``gramian`` hides whether
+    one vanishes. The relative residual of equation i is of the order of the rounding error times
+    :math:`\sum_j |G_{ij}| w_j / w_i^{-1/\alpha}`, the condition of its sum.
 
     Args:
       gramian: inner products of the tasks' gradients, shape ``[m, m]``, of any scale.
@@ -37,18 +40,15 @@ def alpha_fair(gramian: chex.Array, alpha: chex.Numeric, mask: chex.Array | None
       [0.397 1.   ]
     """
     power = 1 / jnp.asarray(alpha, gramian.dtype)
-    norms = jnp.sqrt(jnp.diag(gramian))
-    present = (norms != 0) if mask is None else (norms != 0) & mask
-    norms = jnp.where(present, norms, 1)
-    unit = jnp.exp(jnp.sum(jnp.log(norms)) / jnp.maximum(jnp.sum(present), 1))
-    cosines = jnp.where(present[:, None] & present, gramian / norms[:, None] / norms, 0)
-    ridge = RIDGE * jnp.finfo(gramian.dtype).eps
+    moving, norms, cosines = numerics.cosines(gramian, mask)
+    unit = jnp.exp(jnp.sum(jnp.log(norms)) / jnp.maximum(jnp.sum(moving), 1))
+    ridge = _RIDGE * jnp.finfo(gramian.dtype).eps
     cosines = jnp.where(jnp.eye(len(norms), dtype=bool), 1 + ridge, cosines)
     # The equations in u = n w, the gradients' contributions to the sum: C u = u^(-1/alpha) n^(1/alpha - 1).
-    log_targets = jnp.where(present, (power - 1) * jnp.log(norms / unit), 0)
+    log_targets = jnp.where(moving, (power - 1) * jnp.log(norms / unit), 0)
     contributions = _solve(cosines, log_targets, power)
     contributions = jnp.where(jnp.all(jnp.isfinite(cosines)), contributions, jnp.nan)
-    return jnp.where(present, contributions / norms * unit ** ((power - 1) / (power + 1)), 0)
+    return jnp.where(moving, contributions / norms * unit ** ((power - 1) / (power + 1)), 0)
 
 
 @jax.jit  # a bare call would compile the loop each time
@@ -71,4 +71,4 @@ def _solve(matrix, log_targets, power):
         return jax.tree.map(lambda after, before: jnp.where(sound, after, before), new, point), None
 
     alone = jnp.exp(log_targets / (power + 1))  # the solution for orthogonal gradients
-    return jax.lax.scan(step, (alone, alone), length=ITERATIONS)[0][0]
+    return jax.lax.scan(step, (alone, alone), length=_ITERATIONS)[0][0]

@@ -32,20 +32,16 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
       >>> print(priority_constrained(jnp.array([[1.0, -1.0], [-1.0, 4.0]]), 0.0).round(3))
       [1.   0.25]
     """
-    norms = jnp.sqrt(jnp.diag(gramian))
-    mask = jnp.ones(norms.shape, bool) if mask is None else mask
+    mask = jnp.ones(len(gramian), bool) if mask is None else mask
     primary = jnp.argmax(mask)
-    others = mask & (norms != 0) & (jnp.arange(len(norms)) > primary)
-    norms = jnp.where(others, norms, 1)
-    tau = jnp.broadcast_to(jnp.asarray(tau, gramian.dtype), (len(norms) - 1,))
+    others, norms, cosines = numerics.cosines(gramian, mask & (jnp.arange(len(mask)) > primary))
+    tau = jnp.broadcast_to(jnp.asarray(tau, gramian.dtype), (len(mask) - 1,))
     tau = jnp.concatenate([jnp.zeros(1, gramian.dtype), tau])
-    cosines = gramian / norms[:, None] / norms
     # In mu_j |g_j| over the largest lack of progress along a unit gradient.
     lacking = jnp.where(others, tau * norms - gramian[primary] / norms, 0)
     unit = jnp.max(jnp.abs(lacking))
     unit = jnp.where(unit == 0, 1, unit)
     multipliers = nonnegative_qp(cosines, -lacking / unit, others)
-    cosines = jnp.where(others[:, None] & others, cosines, 0)
     contradict = jnp.any(lacking > 0) & (numerics.squared_length(cosines, multipliers) == 0)
     multipliers = jnp.where(contradict | jnp.all(lacking <= 0), 0, multipliers)
     weights = jnp.where(others, unit * multipliers / norms, 0).at[primary].set(1)

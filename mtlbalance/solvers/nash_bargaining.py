@@ -2,16 +2,19 @@
 
 import chex
 
-from mtlbalance.solvers.fairness import alpha_fair
+from mtlbalance.solvers.alpha_fair import alpha_fair
 
 
 def nash_bargaining(gramian: chex.Array, mask: chex.Array | None = None) -> chex.Array:
-    r"""Weights at which every task gains the same: :math:`\alpha_i (G \alpha)_i = 1` with :math:`\alpha > 0`.
+    r"""Weights at which every task gains the same: :math:`w_i (G w)_i = 1` with :math:`w > 0`.
 
-    The direction :math:`\sum_i \alpha_i g_i` maximizes the product of the tasks' gains among directions of its length,
-    whatever the gradients' norms. The equations are those of 1-fairness, whose bounds hold here for norms that
-    differ by 1e6: they have no solution where a positive combination of gradients vanishes, and finite weights
-    come back there. Note that the sequence of convex problems in the official code can stop at another point.
+    The direction :math:`\sum_i w_i g_i` maximizes the product of the tasks' gains among directions of its length,
+    whatever the gradients' norms. The equations are those of :func:`alpha_fair` for :math:`\alpha = 1`, and solved as
+    exactly, also for norms that differ by 1e6. They have no solution where a positive combination of gradients
+    vanishes; finite weights come back there.
+
+    Note:
+      The sequence of convex problems in the official code can stop at another point.
 
     Args:
       gramian: inner products of the tasks' gradients, shape ``[m, m]``, of any scale.
