@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchjd.aggregation as peer
+from torchjd.linalg import QuadprogProjector
 
 from tests.golden.gramian_equations import RESIDUALS, disagreement, unstable
 from tests.golden.record import double, short, to_lists
@@ -67,11 +68,33 @@ def record(seed):
             pcd_sequence(more, 4, beta=0.5),
             pcd_sequence(more, 5, tau=[0.0, 0.1, 0.3, 0.6]),
         ],
+        "keywords": [keywords(jacobian(more, 4, kind)) for kind in ("generic", "aligned")],
     }
 
 
 def weights_of(weighting, matrices):
     return {"matrices": matrices, "weights": [weighting(double(matrix)).clone() for matrix in matrices]}
+
+
+def keywords(rows):
+    """Results with preferences and thresholds that are not the default ones."""
+    preference = torch.tensor([0.1, 0.4, 2.0, 0.7], dtype=torch.float64)
+    methods = {
+        "upgrad": peer.UPGrad(preference),
+        "dual_proj": peer.DualProj(preference),
+        "aligned_mtl": peer.AlignedMTL(preference),
+        "config": peer.ConFIG(preference),
+        "upgrad, norm_eps": peer.UPGrad(projector=QuadprogProjector(norm_eps=1e9, reg_eps=1e-4)),
+        "upgrad, reg_eps": peer.UPGrad(projector=QuadprogProjector(norm_eps=1e-4, reg_eps=1e-2)),
+        "aligned_mtl, rmse": peer.AlignedMTL(preference, scale_mode="rmse"),
+        "pcd, tau": peer.PCD(tau=0.5),
+        "cagrad, c": peer.CAGrad(c=1.5),
+        "fairgrad, alpha": peer.FairGrad(alpha=2.0),
+    }
+    gradients = {name: method(double(rows)) for name, method in methods.items()}
+    weighting = peer.SDMGradWeighting(lr=0.1, pref_vector=preference)
+    gradients["sdmgrad, lr"] = weighting(double(rows @ rows.T)) @ double(rows)
+    return {"preference": preference, "jacobian": rows, "gradients": gradients}
 
 
 def pcd_sequence(rng, m, tau=0.02, beta=0.999):
