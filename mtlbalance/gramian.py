@@ -114,7 +114,8 @@ def total(tree: chex.ArrayTree) -> chex.Array | float:
 
 def _products(x, y):
     """The part of one leaf, or of a leaf of either tree, in the Gramian."""
-    # Of a leaf that lies on several devices a chunk would have to be gathered; under shard_map each has its own.
+    # Of a leaf that lies on several devices a chunk would have to be gathered; under shard_map each has its own. A mesh
+    # that only `in_shardings` knows of is not seen here: then, on CPUs, it is gathered.
     may_be_split = any(kind != AxisType.Manual for kind in jax.typeof(x).sharding.mesh.axis_types)
     if may_be_split or x.size < 2 * len(x) * _CHUNK:
         return _contract(x, y, free=1)

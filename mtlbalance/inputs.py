@@ -126,6 +126,8 @@ def per_task(
 
     As in :func:`check`, ``holds`` says whether the numbers are within their ``bound``.
     """
+    for leaf in filter(lambda leaf: not _is_number(leaf), jax.tree.leaves(value)):
+        reject(name, "numbers", type(leaf).__name__, TypeError)
     array = flatten(name, value)
     if jnp.iscomplexobj(array):
         reject(name, "real numbers", f"dtype {array.dtype}", TypeError)
@@ -234,6 +236,8 @@ def read_jacobian(call: Call, jacobian: chex.ArrayTree) -> chex.ArrayTree:
 
 def read_gramian(call: Call, gramian: chex.Array) -> chex.Array:
     """Checks a Gramian's shape and casts it to float32 or wider; an absent task's row and column become zero."""
+    if not hasattr(gramian, "shape"):
+        reject("gramian", "an array", type(gramian).__name__, TypeError)
     _check_floating("gramian", gramian)
     (m,) = call.mask.shape
     if jnp.shape(gramian) != (m, m):

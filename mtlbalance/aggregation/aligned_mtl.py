@@ -29,6 +29,8 @@ def aligned_mtl(
     Note:
       The smallest eigenvalue is the paper's choice and TorchJD's default; the official code's is the mean,
       ``"rmse"``. LibMTL adds up where the preference averages: its weights are m times as large.
+      In float32 a component shorter than about :math:`3 \cdot 10^{-4} \sqrt{m}` of the longest is rounding error, and a
+      task whose gradient is that short loses its weight; so it does in TorchJD's float32.
 
     Args:
       pref_vector: preference :math:`p`, one real number per task: an array or a tree of names; 1/m each by default.

@@ -35,7 +35,7 @@ def cr_mogm(
     .. math:: \lambda \leftarrow \alpha \lambda + (1 - \alpha) \hat\lambda
 
     where :math:`\hat\lambda` are the method's own weights. The average starts at a task's first weight unless it is
-    given. It has the method's total, as far as that does not change between calls.
+    given. It has the method's total while that and the tasks present stay the same; after a change it moves there.
 
     Args:
       method: an aggregator that has weights.

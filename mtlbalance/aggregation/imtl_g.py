@@ -19,12 +19,13 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
 
     with the pseudoinverse of the Gramian :math:`G`. The weights sum to 1 and may be negative; where :math:`v` adds up
     to less than zero, the projections are negative, and every task loses. The weights are zero where it adds up to
-    zero, as it does when all gradients are zero.
+    zero, as between opposite gradients, and when all gradients are zero.
 
     Note:
       The pseudoinverse is TorchJD's, for dependent gradients. The paper and LibMTL solve a system of m - 1 equations,
-      which has the same solution for independent ones. The sum of :math:`v` counts as zero where it is rounding error
-      (TorchJD: below 1e-12).
+      which has the same solution for independent ones. What is rounding error counts as zero (TorchJD: below 1e-12):
+      so dependent gradients whose norms differ by 1e3 or more are what the longest make of them, as in TorchJD's
+      float32.
 
     Args:
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
@@ -63,8 +64,11 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
             lambda: numerics.solve_psd(decomposition, moving.astype(gramian.dtype)) / norms,
             lambda: numerics.solve_psd(numerics.eigh_psd(gramian), jnp.where(moving, norms, 0)),
         )
-        total = jnp.sum(v)
-        vanishes = jnp.abs(total) <= len(v) * jnp.finfo(v.dtype).eps * jnp.sum(jnp.abs(v))
+        total, rounding = jnp.sum(v), 10 * len(v) * jnp.finfo(v.dtype).eps
+        # Between opposite gradients v itself is rounding, and so are the projections.
+        projections = jnp.dot(gramian, v, precision="highest")
+        vanishes = jnp.max(jnp.abs(projections)) <= rounding * jnp.max(norms, where=moving, initial=0)
+        vanishes |= jnp.abs(total) <= rounding * jnp.sum(jnp.abs(v))
         return jnp.where(vanishes, 0, v / jnp.where(vanishes, 1, total)), count_seen(state, mask)
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

@@ -27,7 +27,8 @@ def alpha_fair(gramian: chex.Array, alpha: chex.Numeric, mask: chex.Array | None
       gramian: inner products of the tasks' gradients, shape ``[m, m]``, of any scale.
       alpha: positive, may be traced. 1 is the bargaining solution; as it grows the least progress counts most.
         Far from 1 the weights spread beyond float32: they solve the equations for alpha in [1/2, 2] with norms
-        that differ by 1e6, in [1/5, 5] with norms that differ by 1e3.
+        that differ by 1e6, in [1/5, 5] with norms that differ by 1e3 and gradients that do not all but depend on
+        each other.
       mask: tasks present, shape ``[m]``.
 
     Returns:

@@ -16,7 +16,7 @@ def dual_cone(gramian: chex.Array, lower: chex.Array, mask: chex.Array | None = 
     Note:
       It is solved in :math:`x_i = v_i \sqrt{G_{ii}}`, in which G becomes a matrix of cosines, so norms may differ by
       any ratio. Where the cone is so narrow that v must grow far beyond u, as between gradients that are opposite but
-      for 1e-3, rounding G to float32 moves the least value by up to :math:`10^{-6} \sum_i v_i^2 G_{ii}`, and the value
+      for 1e-3, rounding G to float32 moves the least value by about :math:`10^{-6} \sum_i v_i^2 G_{ii}`, and the value
       may be that far from the least; otherwise it is within 1e-5 of :math:`\sum_i u_i^2 G_{ii}`. Where many v are
       optimal, as when G is singular, a short one is given.
 

@@ -36,6 +36,22 @@ def test_config_stops_between_opposite_gradients(seed):
     np.testing.assert_array_equal(gradient_of(aggregation.config(), jnp.stack([row, -3 * row])), jnp.zeros(5))
 
 
+@pytest.mark.parametrize("n_rows", [1, 2, 4])
+def test_config_and_imtl_g_stop_between_opposite_gradients(n_rows):
+    for seed in range(5):
+        some = jax.random.normal(jax.random.key(seed), (n_rows, 9))
+        rows = jnp.concatenate([some, -some])
+        np.testing.assert_array_equal(gradient_of(aggregation.imtl_g(), rows), jnp.zeros(9))
+        np.testing.assert_array_equal(gradient_of(aggregation.config(), rows), jnp.zeros(9))
+
+
+def test_config_goes_on_between_nearly_opposite_gradients():
+    """At 4e-3 from opposite the common direction is what is left: it is found to the Gramian's rounding."""
+    rows = jnp.array([[1.0, 2e-3], [-1.0, 2e-3]])
+    gradient = gradient_of(aggregation.config(), rows)
+    np.testing.assert_allclose(gradient, [0.0, 4e-3], atol=1e-4)
+
+
 def test_lengths_of_the_bisectors():
     for seed in range(10):
         rows, mask, _ = two_tasks(seed)
@@ -165,6 +181,16 @@ def test_krum_leaves_out_the_odd_one_and_absent_tasks():
     np.testing.assert_allclose(weights, [0, 0.5, 0, 0, 0.5])
     with pytest.raises(ValueError, match="number of tasks: expected at least 4 with this n_byzantine, found 3"):
         method.init((3, 2))
+
+
+def test_krum_has_as_many_neighbours_as_the_tasks_present_alone_would():
+    mask = jnp.array([True, True, True, False, True, True, True])
+    method = aggregation.krum(n_byzantine=1)
+    for seed in range(10):
+        rows = jax.random.normal(jax.random.key(seed), (7, 3))
+        masked, _ = method.weighting.apply(method.init((7, 3)), rows, mask=mask)
+        alone, _ = method.weighting.apply(method.init((6, 3)), rows[mask])
+        np.testing.assert_array_equal(masked[mask], alone)
 
 
 def test_norm_of_nash_mtl():
