@@ -78,3 +78,51 @@ def test_unit_along_an_axis_and_of_zero():
 def test_reverse_gradient():
     value, gradient = jax.value_and_grad(lambda x: numerics.reverse_gradient(x) ** 2)(3.0)
     assert (value, gradient) == (9.0, -6.0)
+
+
+def test_cosines_of_zero_and_absent_gradients():
+    rows = np.array([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    moving, norms, cosines = numerics.cosines(jnp.asarray(rows @ rows.T), jnp.array([True, True, True, False]))
+    np.testing.assert_array_equal(moving, [True, False, True, False])
+    np.testing.assert_allclose(norms, [5, 1, 2, 1])
+    expected = np.zeros((4, 4))
+    expected[np.ix_([0, 2], [0, 2])] = [[1, 0.8], [0.8, 1]]
+    np.testing.assert_allclose(cosines, expected, rtol=1e-6)
+    assert jnp.isnan(numerics.cosines(jnp.full((2, 2), jnp.nan))[2]).all()  # not taken for a zero gradient
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1.0, 1e20])
+def test_squared_length_is_zero_where_it_is_rounding(factor):
+    def length(angle):
+        rows = np.array([[1.0, 0.0], [-3 * np.cos(angle), 3 * np.sin(angle)]])
+        return numerics.squared_length(jnp.asarray(factor * rows @ rows.T, jnp.float32), jnp.array([3.0, 1.0]))
+
+    assert length(0.0) == 0
+    # The sum is half as long as the angle, over the 6 that are added: it counts above the root of ten roundings, 1.1e-3.
+    assert length(1e-3) == 0
+    np.testing.assert_allclose(length(3e-2), 9 * factor * 3e-2**2, rtol=1e-2)
+
+
+def test_least_squares_of_a_dependent_matrix_is_the_shortest():
+    rows = np.random.default_rng(0).normal(size=(5, 3))
+    matrix, vector = rows @ rows.T, np.arange(5.0)
+    decomposition = numerics.eigh_psd(jnp.asarray(matrix, jnp.float32))
+    assert decomposition[2].tolist() == [False, False, True, True, True]
+    expected = np.linalg.pinv(matrix, rcond=1e-6) @ vector
+    solution = numerics.solve_psd(decomposition, jnp.asarray(vector, jnp.float32))
+    np.testing.assert_allclose(solution, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_regularized_gramians():
+    gramian = jnp.diag(jnp.array([3.0, 1.0]))
+    np.testing.assert_allclose(numerics.regularized(gramian, 0.1, 0.0), np.diag([0.85, 0.35]), rtol=1e-6)
+    np.testing.assert_allclose(numerics.regularized(gramian, 0.1, 4.0), np.diag([0.85, 0.35]), rtol=1e-6)
+    np.testing.assert_allclose(numerics.regularized(gramian, 0.1, 4.1), 0.1 * np.eye(2), rtol=1e-6)
+    np.testing.assert_allclose(numerics.regularized(0 * gramian, 0.1, 0.0), 0.1 * np.eye(2), rtol=1e-6)
+    np.testing.assert_allclose(numerics.regularized(1e37 * gramian, 0.0, 0.0), np.diag([0.75, 0.25]), rtol=1e-6)
+
+
+def test_projection_on_the_simplex_of_the_tasks_present():
+    mask = jnp.array([True, True, False, True])
+    projected = numerics.project_simplex(jnp.array([0.9, 0.5, 9.0, -3.0]), mask)
+    np.testing.assert_allclose(projected, [0.7, 0.3, 0, 0], atol=1e-6)

@@ -42,7 +42,7 @@ def alpha_fair(gramian: chex.Array, alpha: chex.Numeric, mask: chex.Array | None
     """
     power = 1 / jnp.asarray(alpha, gramian.dtype)
     moving, norms, cosines = numerics.cosines(gramian, mask)
-    unit = jnp.exp(jnp.sum(jnp.log(norms)) / jnp.maximum(jnp.sum(moving), 1))
+    unit = jnp.exp(jnp.sum(jnp.log(norms)) / jnp.maximum(jnp.sum(moving, dtype=norms.dtype), 1))
     ridge = _RIDGE * jnp.finfo(gramian.dtype).eps
     cosines = jnp.where(jnp.eye(len(norms), dtype=bool), 1 + ridge, cosines)
     # The equations in u = n w, the gradients' contributions to the sum: C u = u^(-1/alpha) n^(1/alpha - 1).

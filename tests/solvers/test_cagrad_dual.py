@@ -1,29 +1,23 @@
 """The dual of conflict-averse descent: judged by its value in float64."""
 
-import re
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtlbalance.solvers import cagrad_dual
+from mtlbalance.solvers import cagrad_dual, simplex_qp
 from tests.solvers import problems
 
 SOLVE = jax.jit(cagrad_dual)
 BATCH = jax.jit(jax.vmap(cagrad_dual, in_axes=(0, None, 0)))
 KINDS = list(problems.KINDS)
-LOOSE = (
-    "norms over 1e6",
-    "opposite pairs",
-    "rank-deficient",
-    "Pareto-stationary",
-    "Pareto-stationary, norms over 1e6",
-)
+VANISHING = "opposite pairs", "rank-deficient", "Pareto-stationary", "Pareto-stationary, norms over 1e6"
 
 
 def value(gramian, weights, c):
-    """The value, and the magnitude of its terms or of a step along the smallest gradient, whichever is larger."""
+    """The value, and its unit: the magnitude of its terms, or of a step along the smallest gradient if larger."""
     gramian, weights = gramian.astype(float), weights.astype(float)
     mean = np.mean(gramian, axis=1)
     radius = c * np.sqrt(max(np.mean(mean), 0))
@@ -34,45 +28,64 @@ def value(gramian, weights, c):
     return mean @ weights + radius * length, max(magnitude, (1 + c) / c * radius * smallest)
 
 
-def gap(gramian, weights, c):
-    """How far the value may be above the least one: the linearised problem's optimum is a corner (Frank and Wolfe)."""
-    gramian, weights = gramian.astype(float), weights.astype(float)
-    mean = np.mean(gramian, axis=1)
-    product = gramian @ weights
-    gradient = mean + c * np.sqrt(np.mean(mean)) * product / np.sqrt(weights @ product)
-    return gradient @ weights - np.min(gradient)
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(0, None, 0))
+def least_value(gramian, c, mask):
+    """No weights have less, up to float64's rounding, and some at most 1e-6 units more: by duality.
+
+    The least gain ``min_i g_i @ (g_0 + y)`` is a bound for every y no longer than ``c |g_0|``: here for ``g_w`` times
+    ``c |g_0| / t``, with weights that minimize ``g_w @ g_0 + c |g_0| |g_w|^2 / 2t``, and t found by halving.
+    """
+    gramian, n = jnp.where(mask[:, None] & mask, gramian, 0), jnp.sum(mask)
+    mean, norms = jnp.sum(gramian, axis=1) / n, jnp.sqrt(jnp.diag(gramian))
+    radius = c * jnp.sqrt(jnp.maximum(jnp.sum(mean) / n, 0))
+
+    def products(log_t):
+        """Of all gradients with g_w; and whether it is longer than t."""
+        weights = simplex_qp(gramian * radius / jnp.exp(log_t), mean, mask)
+        return gramian @ weights, weights @ gramian @ weights > jnp.exp(2 * log_t)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        longer = products(middle)[1]
+        return jnp.where(longer, middle, low), jnp.where(longer, high, middle)
+
+    largest = jnp.max(norms)
+    smallest = jnp.min(norms, where=norms > 0, initial=largest)
+    tiny = jnp.log(jnp.where(largest == 0, 1, 1e-6 * smallest))
+    _, log_t = jax.lax.fori_loop(0, 24, halve, (tiny, jnp.maximum(tiny, jnp.log(largest))))
+    return jnp.min(mean + radius / jnp.exp(log_t) * products(log_t)[0], where=mask, initial=jnp.inf)
 
 
-@pytest.mark.parametrize("c", [0.1, 0.5, 1.0, 5.0])
-def test_value_is_the_least(c):
-    """Within 1e-5 of float64's value, judged on what is convex of the matrix. Within 3 roots of rounding where
-    rows cancel, so that the combination's length is known no better, and where norms differ by 1e6."""
-    for width, sizes in problems.PADDED.items():
-        for size in sizes:
-            matrices = problems.gramians(size, kinds=KINDS, count=32)
-            padded, _, mask = problems.padded(matrices, matrices[:, 0], width)
-            weights = np.asarray(BATCH(padded, c, mask))
-            assert not weights[:, size:].any()
-            assert np.all(weights >= 0)
-            np.testing.assert_allclose(np.sum(weights, axis=1), 1, rtol=1e-6)
-            parts = np.stack([problems.convex(matrix) for matrix in matrices])
-            padded, _, mask = problems.padded(parts, parts[:, 0], width)
-            exact = problems.in_float64(lambda m, k: BATCH(m, c, k), padded, mask)[:, :size]
-            for i, (part, found, best) in enumerate(zip(parts, weights[:, :size], exact, strict=True)):
-                least, magnitude = value(part, best, c)
-                tolerance = 1e-3 if KINDS[i % len(KINDS)] in LOOSE else 1e-5
-                assert value(part, found, c)[0] - least <= tolerance * magnitude
+def tolerance(kind, c):
+    """1e-5; more where the length of a combination that vanishes is known to a root of rounding, 3e-4, and below.
+
+    With norms over 1e6 and a small ball the smallest gradients' weights are 1e-6 of what is added up.
+    """
+    if kind in VANISHING and c >= 1:
+        return 1e-3
+    return 5e-5 if kind == "norms over 1e6" and c < 0.5 else 1e-5
 
 
 @pytest.mark.parametrize("size", problems.SIZES)
-def test_certified_gap(size):
-    """No weights give 1e-5 less, whatever float64 says. For generic gradients: the bound multiplies a weight's error
-    with the largest norm, and says nothing where rows cancel."""
-    matrices = problems.gramians(size, seed=4, count=20, kinds=("generic",))
-    padded, _, mask = problems.padded(matrices, matrices[:, 0], 11 if size <= 11 else 40)
-    for c in 0.1, 0.5, 5.0:
-        for matrix, weights in zip(matrices, np.asarray(BATCH(padded, c, mask))[:, :size], strict=True):
-            assert gap(matrix, weights, c) <= 1e-5 * value(matrix, weights, c)[1]
+def test_value_is_the_least(size):
+    """Judged on what is convex of the matrix, by a bound of all values, in units of the terms."""
+    width = next(width for width, sizes in problems.PADDED.items() if size in sizes)
+    matrices = problems.gramians(size)
+    parts = np.stack([problems.convex(matrix) for matrix in matrices])
+    padded, _, mask = problems.padded(matrices, matrices[:, 0], width)
+    convex, _, _ = problems.padded(parts, parts[:, 0], width)
+    for c in 0.1, 0.5, 1.0, 5.0:
+        weights = np.asarray(BATCH(padded, c, mask))
+        assert not weights[:, size:].any()
+        assert np.all(weights >= 0)
+        np.testing.assert_allclose(np.sum(weights, axis=1), 1, rtol=1e-6)
+        least = problems.in_float64(lambda part, mask, c=c: least_value(part, c, mask), convex, mask)
+        for i, (part, found) in enumerate(zip(parts, weights[:, :size], strict=True)):
+            reached, unit = value(part, found, c)
+            kind = KINDS[i % len(KINDS)]
+            assert reached - least[i] <= tolerance(kind, c) * unit, (kind, c)
 
 
 def test_as_good_as_cvxpy():
@@ -89,22 +102,6 @@ def test_as_good_as_cvxpy():
             problem.solve(solver="CLARABEL")
             found, magnitude = value(part, np.asarray(SOLVE(jnp.asarray(matrix), 0.5)), 0.5)
             assert found <= problem.value + 1e-5 * magnitude
-
-
-def test_golden_values():
-    """TorchJD's directions, g_0 + c |g_0| g_w / |g_w|."""
-    for rows, expected in (
-        ([[-4.0, 1, 1], [6, 1, 1]], [0.1835, 1.2041, 1.2041]),
-        (
-            [[-0.7, -0.7, -1.8, 1.5], [9.2, -6.8, -1.2, 2], [-0.05, 0.575, -0.2, -0.375]],
-            [2.67941, -0.729939, -1.61567, 0.0122789],
-        ),
-    ):
-        rows = np.array(rows)
-        step = np.asarray(SOLVE(jnp.asarray(rows @ rows.T, jnp.float32), 0.5)) @ rows
-        mean = np.mean(rows, axis=0)
-        direction = mean + 0.5 * np.linalg.norm(mean) * step / np.linalg.norm(step)
-        np.testing.assert_allclose(direction, expected, atol=1e-4)
 
 
 def test_opposite_gradients_cancel():
@@ -125,41 +122,3 @@ def test_without_a_ball_the_least_component_along_the_mean_has_all_weight():
 def test_one_task_and_none():
     np.testing.assert_allclose(SOLVE(jnp.full((1, 1), 4.0), 0.5), [1.0], rtol=1e-6)
     np.testing.assert_array_equal(SOLVE(jnp.eye(2), 0.5, jnp.zeros(2, bool)), [0.0, 0.0])
-
-
-def test_c_may_be_traced():
-    matrix = jnp.asarray(problems.gramians(3, count=1)[0])
-    swept = jax.vmap(lambda c: SOLVE(matrix, c))(jnp.array([0.0, 0.5, 2.0]))
-    np.testing.assert_allclose(swept, jnp.stack([SOLVE(matrix, c) for c in (0.0, 0.5, 2.0)]), atol=1e-5)
-
-
-def test_masked_is_the_smaller_problem():
-    matrix = jnp.asarray(problems.gramians(5, count=1)[0]).at[1].set(jnp.nan).at[:, 1].set(jnp.nan)
-    mask, kept = jnp.array([True, False, True, True, False]), np.array([0, 2, 3])
-    weights = SOLVE(matrix, 0.5, mask)
-    np.testing.assert_array_equal(weights[np.array([1, 4])], 0)
-    np.testing.assert_allclose(weights[kept], SOLVE(matrix[kept][:, kept], 0.5), atol=2e-5)
-
-
-def test_vmap_is_a_loop():
-    matrices = jnp.asarray(problems.gramians(3, count=6, kinds=("generic", "norms over 1e3")))
-    looped = jnp.stack([SOLVE(matrix, 0.5) for matrix in matrices])
-    np.testing.assert_allclose(BATCH(matrices, 0.5, jnp.ones((6, 3), bool)), looped, atol=2e-5)
-
-
-@pytest.mark.parametrize("factor", [1e-20, 1e20])
-def test_scale_does_not_matter(factor):
-    for matrix in problems.gramians(3, count=6, kinds=("generic", "norms over 1e3")):
-        expected = SOLVE(jnp.asarray(matrix), 0.5)
-        np.testing.assert_allclose(SOLVE(factor * jnp.asarray(matrix), 0.5), expected, atol=2e-4)
-
-
-def test_what_is_not_finite_shows():
-    assert np.all(np.isnan(SOLVE(jnp.eye(3).at[1].set(jnp.nan), 0.5)))
-    assert np.all(np.isnan(SOLVE(jnp.eye(3).at[0, 0].set(jnp.inf), 0.5)))
-
-
-def test_exports_without_callbacks():
-    shape = jax.ShapeDtypeStruct((3, 3), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-    exported = jax.export.export(SOLVE, platforms=["cpu", "cuda", "tpu"])(*shape)
-    assert not re.search(r"custom_call @\S*callback", exported.mlir_module())

@@ -1,18 +1,19 @@
 """Priority-constrained descent: judged in float64 by optimality conditions."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import nnls
 
 from mtlbalance.solvers import priority_constrained
 from tests.solvers import problems
 
 SOLVE = jax.jit(priority_constrained)
 BATCH = jax.jit(jax.vmap(priority_constrained, in_axes=(0, None, 0)))
-FREE = "generic", "norms over 1e3", "norms over 1e6", "zero rows"
+TAUS = 0.0, 0.02, 0.5
+# Of the shortest mean of directions: below it constraints are taken to contradict each other.
+VANISHES = (10 * np.finfo(np.float32).eps) ** 0.5
 
 
 def worst(gramian, weights, tau):
@@ -25,35 +26,90 @@ def worst(gramian, weights, tau):
     return max(np.max(np.where(norms[1:] > 0, np.abs(tight), 0), initial=0) / size if size else 0, -np.min(parts))
 
 
-@pytest.mark.parametrize("size", problems.SIZES)
-@pytest.mark.parametrize("tau", [0.0, 0.02, 0.5])
-def test_optimality_conditions(size, tau):
-    """Within 1e-5, or 1e-4 where gradients cancel, of the length of what is added up, unless constraints contradict."""
+def shortest_mean(gramian):
+    """The least length of a weighted mean of the other tasks' directions."""
+    norms, cosines = problems.norms_and_cosines(gramian)
+    rows = root(cosines)[1:][norms[1:] > 0]
+    # With a row for the total of the weights; whatever total comes out, they are proportional to the mean's.
+    weights, _ = nnls(np.vstack([rows.T, np.ones(len(rows))]), np.append(np.zeros(len(gramian)), 1))
+    return np.linalg.norm(weights @ rows) / np.sum(weights) if len(rows) else 1
+
+
+def root(matrix):
+    """Rows whose inner products are the entries."""
+    values, vectors = np.linalg.eigh(matrix)
+    return vectors * np.sqrt(np.maximum(values, 0))
+
+
+@pytest.fixture(scope="module", params=problems.SIZES)
+def solved(request):
+    """Of one size the Gramians with their shortest means, and by tau all their weights."""
+    size = request.param
     width = next(width for width, sizes in problems.PADDED.items() if size in sizes)
-    for kinds in FREE, [kind for kind in problems.KINDS if kind not in FREE]:
-        matrices = problems.gramians(size, kinds=kinds, count=63)
-        padded, _, mask = problems.padded(matrices, matrices[:, 0], width)
-        weights = np.asarray(BATCH(padded, tau, mask))
-        assert not weights[:, size:].any()
-        assert np.all(np.isfinite(weights))
-        np.testing.assert_array_equal(weights[:, 0], 1)
-        for matrix, found in zip(matrices, weights[:, :size], strict=True):
-            dropped = not found[1:].any() and kinds != FREE and tau > 0
-            assert worst(matrix, found, tau) <= (1e-5 if kinds == FREE else 1e-4) or dropped
+    matrices = problems.gramians(size)
+    padded, _, mask = problems.padded(matrices, matrices[:, 0], width)
+    weights = {tau: np.asarray(BATCH(padded, tau, mask)) for tau in TAUS}
+    return matrices, [shortest_mean(matrix) for matrix in matrices], weights
 
 
-def test_as_good_as_quadprog():
+@pytest.mark.parametrize("tau", TAUS)
+def test_optimality_conditions(solved, tau):
+    """Within 1e-6 of the length of what is added up; 2e-5 where the Gramian is singular but for rounding.
+
+    Unless the constraints contradict each other, so that all are dropped. Zero shares never do: no step reaches them.
+    """
+    matrices, means, weights = solved
+    size = matrices.shape[1]
+    assert not weights[tau][:, size:].any()
+    np.testing.assert_array_equal(weights[tau][:, 0], 1)
+    in_between = 0
+    for matrix, mean, found in zip(matrices, means, weights[tau][:, :size], strict=True):
+        assert np.all(np.isfinite(found))
+        dropped = tau > 0 and not found[1:].any()
+        # A factor of 2 either way for how the solver comes to its mean; few problems fall between.
+        if tau > 0 and mean < VANISHES / 2:
+            assert dropped
+        elif tau > 0 and mean < VANISHES * 2:
+            in_between += 1
+            assert dropped or worst(matrix, found, tau) <= 2e-5
+        else:
+            assert worst(matrix, found, tau) <= (2e-5 if mean < VANISHES else 1e-6)
+    assert in_between <= 1
+
+
+def test_constraints_contradict_each_other_often_enough(solved):
+    """Or the exemption above is not tested: opposite and dependent directions, of more than two other tasks."""
+    matrices, means, _ = solved
+    if matrices.shape[1] > 3:
+        assert 20 <= np.sum(np.array(means) < VANISHES) <= 30
+
+
+def test_float64():
+    matrices = problems.gramians(8, dtype="float64", count=40, kinds=("generic", "norms over 1e6", "near-duplicates"))
+    mask = np.ones((40, 8), bool)
+    weights = problems.in_float64(lambda matrix, mask: BATCH(matrix, 0.5, mask), matrices, mask)
+    for matrix, found in zip(matrices, weights, strict=True):
+        assert worst(matrix, found, 0.5) <= 1e-14
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_as_near_as_quadprog(solved, tau):
+    """All that do not contradict each other by much: beyond that it too depends on rounding."""
     quadprog = pytest.importorskip("quadprog")
-    for size in 2, 3, 5, 11:
-        for matrix in problems.gramians(size, seed=2, count=12, kinds=("generic", "norms over 1e3", "near-duplicates")):
-            norms, cosines = problems.norms_and_cosines(matrix)
-            rows = np.linalg.cholesky(cosines + 1e-13 * np.eye(size))
-            step = quadprog.solve_qp(np.eye(size), norms[0] * rows[0], rows[1:].T, 0.1 * norms[1:])[0]
-            found = (norms * np.asarray(SOLVE(jnp.asarray(matrix), 0.1), float)) @ rows
-            # The distance's square is what the rounding of the matrix leaves determined.
-            primary = norms[0] * rows[0]
-            distance, least = np.sum((found - primary) ** 2), np.sum((step - primary) ** 2)
-            np.testing.assert_allclose(distance, least, atol=1e-5 * (np.sum(primary**2) + np.sum(step**2)))
+    matrices, means, weights = solved
+    size = matrices.shape[1]
+    for matrix, mean, found in zip(matrices, means, weights[tau][:, :size], strict=True):
+        if mean < 2 * VANISHES:
+            continue
+        norms, cosines = problems.norms_and_cosines(matrix)
+        rows = root(cosines)
+        unit = np.max(norms) or 1
+        primary, shares = norms[0] / unit * rows[0], tau * norms[1:] / unit
+        step = quadprog.solve_qp(np.eye(size), primary, rows[1:].T, shares)[0] if size > 1 else primary
+        ours = (norms / unit * found) @ rows
+        # The distance's square is what the rounding of the matrix leaves determined.
+        distance, least = np.sum((ours - primary) ** 2), np.sum((step - primary) ** 2)
+        assert abs(distance - least) <= 1e-5 * (np.sum(primary**2) + np.sum(step**2))
 
 
 def test_one_violated_constraint_in_closed_form():
@@ -89,34 +145,3 @@ def test_the_first_task_present_is_the_primary_one():
     matrix = jnp.array([[9.0, 2.0, 3.0], [2.0, 1.0, -1.0], [3.0, -1.0, 4.0]])
     weights = SOLVE(matrix, 0.02, jnp.array([False, True, True]))
     np.testing.assert_allclose(weights, [0, *SOLVE(matrix[1:, 1:], 0.02)], rtol=1e-6)
-
-
-def test_masked_is_the_smaller_problem():
-    matrix = jnp.asarray(problems.gramians(5, count=1)[0]).at[1].set(jnp.nan).at[:, 1].set(jnp.nan)
-    mask, kept = jnp.array([True, False, True, True, False]), np.array([0, 2, 3])
-    weights = SOLVE(matrix, 0.3, mask)
-    np.testing.assert_array_equal(weights[np.array([1, 4])], 0)
-    np.testing.assert_allclose(weights[kept], SOLVE(matrix[kept][:, kept], 0.3), rtol=1e-5)
-
-
-def test_vmap_is_a_loop():
-    matrices = jnp.asarray(problems.gramians(3, count=6, kinds=FREE))
-    looped = jnp.stack([SOLVE(matrix, 0.3) for matrix in matrices])
-    np.testing.assert_allclose(BATCH(matrices, 0.3, jnp.ones((6, 3), bool)), looped, rtol=1e-5)
-
-
-@pytest.mark.parametrize("factor", [1e-20, 1e20])
-def test_scale_does_not_matter(factor):
-    for matrix in problems.gramians(3, count=6, kinds=("generic", "norms over 1e3")):
-        expected = SOLVE(jnp.asarray(matrix), 0.3)
-        np.testing.assert_allclose(SOLVE(factor * jnp.asarray(matrix), 0.3), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_what_is_not_finite_shows():
-    assert np.any(np.isnan(SOLVE(jnp.eye(3).at[1].set(jnp.nan), 0.02)))
-
-
-def test_exports_without_callbacks():
-    shape = jax.ShapeDtypeStruct((3, 3), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-    exported = jax.export.export(SOLVE, platforms=["cpu", "cuda", "tpu"])(*shape)
-    assert not re.search(r"custom_call @\S*callback", exported.mlir_module())
