@@ -98,7 +98,7 @@ def test_squared_length_is_zero_where_it_is_rounding(factor):
         return numerics.squared_length(jnp.asarray(factor * rows @ rows.T, jnp.float32), jnp.array([3.0, 1.0]))
 
     assert length(0.0) == 0
-    # The sum is half as long as the angle, over the 6 that are added: it counts above the root of ten roundings, 1.1e-3.
+    # Over the 6 that are added the sum is half the angle: it counts above the root of ten roundings, 1.1e-3.
     assert length(1e-3) == 0
     np.testing.assert_allclose(length(3e-2), 9 * factor * 3e-2**2, rtol=1e-2)
 
