@@ -126,3 +126,25 @@ def test_projection_on_the_simplex_of_the_tasks_present():
     mask = jnp.array([True, True, False, True])
     projected = numerics.project_simplex(jnp.array([0.9, 0.5, 9.0, -3.0]), mask)
     np.testing.assert_allclose(projected, [0.7, 0.3, 0, 0], atol=1e-6)
+
+
+def test_scale_can_be_divided_by():
+    np.testing.assert_array_equal(numerics.scale(jnp.array([-3.0, 2.0])), 3.0)
+    np.testing.assert_array_equal(numerics.scale(jnp.zeros(2)), 1.0)
+    for largest in HUGE, 1e-37:
+        vector = jnp.array([0.0, -largest])
+        divided = jax.jit(lambda x: x / numerics.scale(x))(vector)
+        # The largest numbers' inverse would be flushed to zero: they are divided by an eighth of them.
+        assert 1 <= -divided[1] <= 8
+    assert jnp.isnan(numerics.scale(jnp.array([1.0, jnp.nan])))
+    np.testing.assert_array_equal(jax.grad(lambda x: numerics.scale(x))(jnp.array([1.0, 2.0])), [0.0, 0.0])
+
+
+def test_finite():
+    replaced = numerics.finite(jnp.array([jnp.inf, -jnp.inf, 3.0, jnp.nan]))
+    np.testing.assert_array_equal(replaced, [HUGE, -HUGE, 3.0, np.nan])
+
+
+def test_squared_length_of_nothing():
+    np.testing.assert_array_equal(numerics.squared_length(jnp.zeros((2, 2)), jnp.ones(2)), 0.0)
+    np.testing.assert_array_equal(numerics.squared_length(jnp.eye(2), jnp.zeros(2)), 0.0)

@@ -43,7 +43,9 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
     unit = jnp.max(jnp.abs(lacking))
     unit = jnp.where(unit == 0, 1, unit)
     multipliers = nonnegative_qp(cosines, -lacking / unit, others)
-    contradict = jnp.any(lacking > 0) & (numerics.squared_length(cosines, multipliers) == 0)
+    # Without shares they never do: then no step at all satisfies them.
+    demanding = jnp.any(lacking > 0) & jnp.any(tau > 0)
+    contradict = demanding & (numerics.squared_length(cosines, multipliers) == 0)
     multipliers = jnp.where(contradict | jnp.all(lacking <= 0), 0, multipliers)
     weights = jnp.where(others, unit * multipliers / norms, 0).at[primary].set(1)
     return jnp.where(mask, weights, 0)

@@ -10,7 +10,6 @@ from tests.solvers import problems
 
 SOLVE = jax.jit(nash_bargaining)
 BATCH = jax.jit(jax.vmap(nash_bargaining))
-GOLDEN = jnp.array([[6.47, 3.48, -0.57], [3.48, 136.32, -4.88], [-0.57, -4.88, 0.51375]])
 
 
 def gains(gramian, weights):
@@ -46,12 +45,14 @@ def test_every_gain_is_1(solved, size):
 
 @pytest.mark.parametrize("size", problems.SIZES)
 def test_every_gain_is_1_without_cancellation(size):
+    """Outright. A gain adds up magnitudes of about m at most; 50 numbers leave 40 gradients more dependent: 4 m."""
     kinds = "generic", "norms over 1e3", "norms over 1e6", "near-duplicates", "zero rows"
     matrices = problems.gramians(size, seed=3, count=60, kinds=kinds)
     for matrix, weights in zip(matrices, np.asarray(BATCH(matrices)), strict=True):
         gain, magnitude = gains(matrix, weights)
-        if np.max(magnitude, initial=0) <= 20:  # 50 numbers leave 40 random gradients correlated
-            np.testing.assert_allclose(gain, 1, atol=2e-5)
+        assert np.max(magnitude, initial=0) <= (4 * size if size == 40 else size + 1)
+        # A few 1e-7 of each of the magnitudes.
+        np.testing.assert_allclose(gain, 1, atol=1e-6 * size)
 
 
 def test_as_cvxpy_finds_it():
@@ -80,7 +81,8 @@ def test_one_task_and_none():
     np.testing.assert_array_equal(SOLVE(jnp.eye(2), jnp.zeros(2, bool)), [0.0, 0.0])
 
 
-def test_float64_is_kept():
-    weights = problems.in_float64(nash_bargaining, np.asarray(GOLDEN))
-    assert weights.dtype == np.float64
-    np.testing.assert_allclose(gains(np.asarray(GOLDEN), weights)[0], 1, rtol=1e-13)
+def test_float64():
+    matrices = problems.gramians(8, dtype="float64", count=40, kinds=("generic", "norms over 1e6", "near-duplicates"))
+    for matrix, weights in zip(matrices, problems.in_float64(BATCH, matrices), strict=True):
+        gain, magnitude = gains(matrix, weights)
+        assert np.all(np.abs(gain - 1) <= 1e-14 * magnitude)

@@ -30,9 +30,11 @@ def shortest_mean(gramian):
     """The least length of a weighted mean of the other tasks' directions."""
     norms, cosines = problems.norms_and_cosines(gramian)
     rows = root(cosines)[1:][norms[1:] > 0]
+    if not len(rows):
+        return 1
     # With a row for the total of the weights; whatever total comes out, they are proportional to the mean's.
     weights, _ = nnls(np.vstack([rows.T, np.ones(len(rows))]), np.append(np.zeros(len(gramian)), 1))
-    return np.linalg.norm(weights @ rows) / np.sum(weights) if len(rows) else 1
+    return np.linalg.norm(weights @ rows) / np.sum(weights)
 
 
 def root(matrix):
@@ -102,14 +104,14 @@ def test_as_near_as_quadprog(solved, tau):
         if mean < 2 * VANISHES:
             continue
         norms, cosines = problems.norms_and_cosines(matrix)
-        rows = root(cosines)
-        unit = np.max(norms) or 1
-        primary, shares = norms[0] / unit * rows[0], tau * norms[1:] / unit
-        step = quadprog.solve_qp(np.eye(size), primary, rows[1:].T, shares)[0] if size > 1 else primary
-        ours = (norms / unit * found) @ rows
-        # The distance's square is what the rounding of the matrix leaves determined.
-        distance, least = np.sum((ours - primary) ** 2), np.sum((step - primary) ** 2)
-        assert abs(distance - least) <= 1e-5 * (np.sum(primary**2) + np.sum(step**2))
+        rows, unit, others = root(cosines), np.max(norms) or 1, np.flatnonzero(norms[1:]) + 1
+        primary, parts = norms[0] / unit * rows[0], norms / unit * found
+        step = primary
+        if len(others):
+            step = quadprog.solve_qp(np.eye(size), primary, rows[others].T, tau * norms[others] / unit)[0]
+        # The distance's square is what the rounding of the matrix leaves determined, to some of what is added up.
+        distance, least = np.sum((parts @ rows - primary) ** 2), np.sum((step - primary) ** 2)
+        assert abs(distance - least) <= 2e-6 * (np.sum(parts) ** 2 + tau**2)
 
 
 def test_one_violated_constraint_in_closed_form():

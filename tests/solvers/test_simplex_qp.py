@@ -78,17 +78,19 @@ def test_optimality_conditions(solved, size):
         assert np.max(np.abs(x * surplus)) <= 2e-6 * length**2
 
 
-@pytest.mark.parametrize("size", [2, 5, 11])
+@pytest.mark.parametrize("size", problems.SIZES)
 def test_as_good_as_quadprog(solved, size):
     quadprog = pytest.importorskip("quadprog")
-    for gramian, matrix, linear, weights, _ in zip(*solved[size], strict=True):
-        if not np.all(np.diag(gramian)):
-            continue
-        norms, cosines = problems.norms_and_cosines(gramian)
+    for _, matrix, linear, weights, _ in zip(*solved[size], strict=True):
+        norms = np.sqrt(np.diag(matrix))
+        norms = np.maximum(norms, np.min(norms, where=norms > 0, initial=np.max(norms) or 1))
         unit = np.min(norms)
         # It wants a positive definite matrix, and leaves the simplex a little.
         constraints = np.column_stack([unit / norms, np.eye(size)])
-        ridged, scaled_linear = cosines + 1e-8 * np.eye(size), linear.astype(float) / norms / unit
+        ridged, scaled_linear = (
+            matrix / norms[:, None] / norms + 1e-8 * np.eye(size),
+            linear.astype(float) / norms / unit,
+        )
         x = quadprog.solve_qp(ridged, -scaled_linear, constraints, np.eye(size + 1)[0], meq=1)[0]
         theirs = np.maximum(x, 0) / norms
         excess = value(matrix, linear, weights.astype(float)) - value(matrix, linear, theirs / np.sum(theirs))
