@@ -62,7 +62,9 @@ def nonnegative_qp(
         length = _longest(x, z, dx, dz)
         after = _dot(x + length * dx, z + length * dz) / n_present
         centre = gap * jnp.clip(after / jnp.maximum(gap, jnp.finfo(dtype).tiny), 0, 1) ** 3
-        dx, dz, dprice = direction(jnp.where(mask, centre - dx * dz, 0) - x * z)
+        # Where the way is short the second-order term is far too large, and iterates might go round in circles.
+        second_order = jnp.minimum(1, 4 * length) * dx * dz
+        dx, dz, dprice = direction(jnp.where(mask, centre - second_order, 0) - x * z)
         # Near the solution almost to the boundary: with a fixed part of the way the gap would shrink by a fixed factor.
         length = jnp.minimum(1, jnp.clip(1 - gap, 0.99, 0.999) * _longest(x, z, dx, dz))
         new = x + length * dx, z + length * dz, price + length * dprice

@@ -121,7 +121,7 @@ def test_as_good_as_cvxpy(c):
 
 
 def test_where_full_corrections_go_round_in_circles():
-    """Of the interior point: full ones of second order came back to the same three points in one of its programs."""
+    """Of the interior point: full second-order terms came back to the same points, in turn."""
     norms, cosines = np.array([6e6, 120, 5e4]), np.array([[1, -0.17, -0.07], [-0.17, 1, -0.08], [-0.07, -0.08, 1]])
     matrix = (cosines * norms[:, None] * norms).astype(np.float32)
     given, _, mask = problems.padded(matrix[None], matrix[:1], 11)
