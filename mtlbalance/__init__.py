@@ -1,15 +1,17 @@
 """Balance several losses while training one model, in JAX."""
 
 from mtlbalance import aggregation, gramian, scalarization
+from mtlbalance.autodiff import subset, value_and_grad, value_and_gramian, value_and_jac
 from mtlbalance.base import Aggregator, Rowwise, Scalarizer, Weighting
 from mtlbalance.inputs import Counted
 from mtlbalance.transforms import aggregate
-from mtlbalance.wrappers import LearnState, SkipNonfiniteState, learn, skip_nonfinite
+from mtlbalance.wrappers import AmortizeState, LearnState, SkipNonfiniteState, amortize, learn, skip_nonfinite
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Aggregator",
+    "AmortizeState",
     "Counted",
     "LearnState",
     "Rowwise",
@@ -18,8 +20,13 @@ __all__ = [
     "Weighting",
     "aggregate",
     "aggregation",
+    "amortize",
     "gramian",
     "learn",
     "scalarization",
     "skip_nonfinite",
+    "subset",
+    "value_and_grad",
+    "value_and_gramian",
+    "value_and_jac",
 ]

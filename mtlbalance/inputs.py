@@ -204,19 +204,42 @@ def read_call(state: chex.ArrayTree, values: chex.ArrayTree | None, mask: chex.A
     shape = jnp.shape(jax.tree.leaves(state)[0])
     present = jnp.ones(shape, bool)
     if mask is not None:
-        present = _read_mask(mask, values, shape)
+        present = read_mask(mask, values, shape)
     if values is None:
         return Call(None, present, mask is None)
 
-    for leaf in jax.tree.leaves(sums(values)):
-        _check_floating("values", leaf)
-    dtype = state_dtype(state, values)
-    array = flatten("values", jax.tree.map(lambda x: _value(x, dtype), values, is_leaf=_is_counted))
+    array = read_losses("values", values, state_dtype(state, values))
     if array.shape != shape:
         reject("values", f"shape {shape}, as given to init", f"shape {array.shape}")
-    if counted := any(map(_is_counted, jax.tree.leaves(values, is_leaf=_is_counted))):
-        present &= flatten("values", jax.tree.map(_is_there, values, is_leaf=_is_counted))
-    return Call(jnp.where(present, array, 1), present, mask is None and not counted)
+    labelled = read_labelled(values)
+    if labelled is not None:
+        present &= labelled
+    return Call(jnp.where(present, array, 1), present, mask is None and labelled is None)
+
+
+def read_losses(name: str, losses: chex.ArrayTree, dtype: chex.ArrayDType | None = None) -> chex.Array:
+    """The losses as one array, :class:`Counted` ones divided by their counts; in float32 or wider by default."""
+    for leaf in jax.tree.leaves(sums(losses)):
+        _check_floating(name, leaf)
+    dtype = dtype or jnp.result_type(jnp.float32, *jax.tree.leaves(sums(losses)))
+    return flatten(name, jax.tree.map(lambda x: _value(x, dtype), losses, is_leaf=is_counted))
+
+
+def read_labelled(losses: chex.ArrayTree) -> chex.Array | None:
+    """Which losses have a count above zero, as one array; ``None`` where none is :class:`Counted`."""
+    if not any(map(is_counted, jax.tree.leaves(losses, is_leaf=is_counted))):
+        return None
+    return flatten("losses", jax.tree.map(is_there, losses, is_leaf=is_counted))
+
+
+def like_losses(array: chex.Array, losses: chex.ArrayTree) -> chex.ArrayTree:
+    """One number per task in the structure of the losses: what :func:`flatten` undoes."""
+    leaves, treedef = jax.tree.flatten(sums(losses))
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return jnp.reshape(array, jnp.shape(leaves[0]))
+    ends = [sum(jnp.size(leaf) for leaf in leaves[: i + 1]) for i in range(len(leaves))]
+    parts = jnp.split(array, ends[:-1])
+    return treedef.unflatten([jnp.reshape(part, jnp.shape(leaf)) for part, leaf in zip(parts, leaves, strict=True)])
 
 
 def read_jacobian(call: Call, jacobian: chex.ArrayTree) -> chex.ArrayTree:
@@ -278,7 +301,7 @@ def rows(mask: chex.Array, leaf: chex.Array) -> chex.Array:
 
 def sums(values: chex.ArrayTree) -> chex.ArrayTree:
     """The losses without their counts."""
-    return jax.tree.map(lambda x: x.sum if _is_counted(x) else x, values, is_leaf=_is_counted)
+    return jax.tree.map(lambda x: x.sum if is_counted(x) else x, values, is_leaf=is_counted)
 
 
 def state_dtype(state: chex.ArrayTree, incoming: chex.ArrayTree) -> chex.ArrayDType:
@@ -287,7 +310,8 @@ def state_dtype(state: chex.ArrayTree, incoming: chex.ArrayTree) -> chex.ArrayDT
     return floating[0] if floating else jnp.result_type(jnp.float32, *jax.tree.leaves(sums(incoming)))
 
 
-def _read_mask(mask, values, shape):
+def read_mask(mask: chex.ArrayTree, values: chex.ArrayTree | None, shape: tuple[int, ...]) -> chex.Array:
+    """Checks a mask against the losses and their shape; it may be one array or a tree like the losses."""
     for leaf in jax.tree.leaves(mask):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
             reject("mask", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
@@ -303,21 +327,23 @@ def _read_mask(mask, values, shape):
 
 
 def _value(leaf, dtype):
-    if not _is_counted(leaf):
+    if not is_counted(leaf):
         return jnp.asarray(leaf).astype(dtype)
     if jnp.shape(leaf.sum) != jnp.shape(leaf.count):
         reject("values", f"a count of the sum's shape {jnp.shape(leaf.sum)}", f"shape {jnp.shape(leaf.count)}")
-    there = _is_there(leaf)
+    there = is_there(leaf)
     # Both parts are replaced before the division, so that neither the value nor its gradient is 0/0.
     return jnp.where(there, leaf.sum, 0).astype(dtype) / jnp.where(there, leaf.count, 1).astype(dtype)
 
 
-def _is_there(leaf):
+def is_there(leaf: Any) -> chex.Array:
+    """Whether a loss, counted or not, has labels."""
     # A count that is NaN is present, and shows in the value.
-    return ~(jnp.asarray(leaf.count) <= 0) if _is_counted(leaf) else jnp.ones(jnp.shape(leaf), bool)
+    return ~(jnp.asarray(leaf.count) <= 0) if is_counted(leaf) else jnp.ones(jnp.shape(leaf), bool)
 
 
-def _is_counted(x):
+def is_counted(x: Any) -> bool:
+    """Whether a loss is :class:`Counted`."""
     return isinstance(x, Counted)
 
 

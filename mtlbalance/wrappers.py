@@ -1,5 +1,6 @@
 """A method in, a method out."""
 
+import math
 from collections.abc import Hashable
 from typing import NamedTuple, TypeVar
 
@@ -38,6 +39,18 @@ class SkipNonfiniteState(NamedTuple):
     inner: chex.ArrayTree
     nonfinite: chex.Array
     skipped: chex.Array
+
+
+class AmortizeState(NamedTuple):
+    """State of :func:`amortize`.
+
+    Attributes:
+      last_weights: the weights of the last call, one per task; equal ones of total 1 before it.
+      inner: the state of the wrapped method.
+    """
+
+    last_weights: chex.Array
+    inner: chex.ArrayTree
 
 
 def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> base.Scalarizer:
@@ -98,13 +111,7 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
         opt_state = _keep_absent(fields, mask, opt_state, state.opt_state)
         return scalar, LearnState(optax.tree.set(inner, **new_fields), opt_state)
 
-    def end_epoch(state):
-        return state._replace(inner=method.end_epoch(state.inner))
-
-    def observe(state, values, mask):
-        return state._replace(inner=method.observe(state.inner, values, mask=mask))
-
-    return base.scalarizer(init, apply, end_epoch=end_epoch, observe=observe)
+    return base.scalarizer(init, apply, **_plain_hooks(method))
 
 
 def _keep_absent(fields, mask, new, old):
@@ -156,6 +163,108 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
     if isinstance(method, base.Aggregator):
         return _skip_aggregator(method, axis_name)
     raise TypeError(f"method: expected a Scalarizer or an Aggregator, found {type(method).__name__}")
+
+
+def amortize(method: Method) -> Method:
+    """Keeps a method's last weights, so that :func:`mtlbalance.value_and_grad` may use them again.
+
+    Its ``grad_fn(..., refresh=False)`` then takes one backward pass and leaves the state as it is; ``refresh=True``, or
+    a call without it, takes the method's weights and keeps them. ``refresh`` may be traced: ``step % 1000 == 0`` inside
+    ``scan``. Under ``vmap`` keep it unbatched, or both ways are computed: it is an argument for that reason, and no
+    counter in the state. The first step should refresh: until then the weights are equal and sum to 1.
+
+    An absent task keeps its last weight for the time when it is back; in between it has none. A learned method goes
+    inside: ``amortize(learn(uw(), optimizer))``; :func:`skip_nonfinite` goes outside.
+
+    Args:
+      method: a scalarizer without learned fields, or an aggregator that makes weights.
+
+    Returns:
+      A method of the same family with the same paths and state :class:`AmortizeState`.
+
+    Raises:
+      TypeError: if ``method`` is of neither family.
+      ValueError: if it has learned fields, or makes no weights.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import aggregation
+      >>> method = mtl.amortize(aggregation.mgda())
+      >>> losses_fn = lambda params, scale: scale * jnp.array([1.0, 2.0]) * params
+      >>> grad_fn = mtl.value_and_grad(losses_fn, method)
+      >>> params, state = jnp.ones(2), method.init((2, 2))
+      >>> (losses, state), grads = grad_fn(params, state, 1.0, refresh=True)
+      >>> (losses, state), grads = grad_fn(params, state, jnp.array([1.0, 9.0]), refresh=False)
+      >>> print([f"{x:.2f}" for x in state.last_weights], [f"{x:.2f}" for x in grads])
+      ['0.80', '0.20'] ['0.80', '3.60']
+    """
+    if getattr(method, "learned", ()):
+        reason = "a method with nothing left to learn, as in amortize(learn(method, optimizer))"
+        inputs.reject("method", reason, f"learned={method.learned}")
+    if isinstance(method, base.Scalarizer):
+        return _amortize_scalarizer(method)
+    if isinstance(method, base.Aggregator):
+        return _amortize_aggregator(method)
+    raise TypeError(f"method: expected a Scalarizer or an Aggregator, found {type(method).__name__}")
+
+
+def _amortize_scalarizer(method):
+    def init(shape, dtype):
+        inner = method.init(jax.ShapeDtypeStruct(shape, dtype))
+        return AmortizeState(jnp.full(shape, 1 / math.prod(shape), dtype), inner)
+
+    def apply(state, values, mask):
+        inner_apply = lambda values: method.apply(state.inner, values, mask=mask)
+        weights, _ = jax.grad(inner_apply, has_aux=True)(jax.lax.stop_gradient(values))
+        scalar, inner = inner_apply(values)
+        return scalar, _remember(state, weights, mask, inner)
+
+    return base.scalarizer(init, apply, **_plain_hooks(method))
+
+
+def _amortize_aggregator(method):
+    if method.weighting is None:
+        inputs.reject("method", "an aggregator that makes weights", "one without a weighting")
+
+    def init(m, params, dtype):
+        return AmortizeState(jnp.full(m, 1 / m, dtype), method.init((m, params)))
+
+    def remembering(weigh):
+        def weigh_and_remember(state, statistic, values, mask):
+            weights, inner = weigh(state.inner, statistic, values=values, mask=mask)
+            return weights, _remember(state, weights, mask, inner)
+
+        return weigh_and_remember
+
+    def visit(state, i, row, mask):
+        inner, statistic = method.rowwise.visit(state.inner, i, row, mask=mask)
+        return state._replace(inner=inner), statistic
+
+    return base.aggregator(
+        init,
+        weighting=remembering(method.weighting.apply),
+        gramian_weighting=method.gramian_weighting and remembering(method.gramian_weighting.apply),
+        rowwise=method.rowwise and base.Rowwise(visit, remembering(method.rowwise.weigh)),
+        **_plain_hooks(method),
+        jacobian_shaped=method.jacobian_shaped,
+    )
+
+
+def _remember(state, weights, mask, inner):
+    return AmortizeState(jnp.where(mask, weights, state.last_weights), inner)
+
+
+def _plain_hooks(method):
+    """Those of the wrapped method, on the inner state."""
+
+    def end_epoch(state):
+        return state._replace(inner=method.end_epoch(state.inner))
+
+    def observe(state, values, mask):
+        return state._replace(inner=method.observe(state.inner, values, mask=mask))
+
+    return {"end_epoch": end_epoch, "observe": observe}
 
 
 def _skip_scalarizer(method):
@@ -253,12 +362,9 @@ def _leaves_room(squared_norm):
 def _inner_hooks(method):
     jacobian_shaped = getattr(method, "jacobian_shaped", ())
 
-    def end_epoch(state):
-        return state._replace(inner=method.end_epoch(state.inner))
-
     def observe(state, values, mask):
         inner = method.observe(state.inner, values, mask=mask)
         ok = jnp.all(jnp.isfinite(values) | ~mask) & _stays_finite(inner, state.inner, jacobian_shaped)
         return state._replace(inner=base.select(ok, inner, state.inner))
 
-    return {"end_epoch": end_epoch, "observe": observe}
+    return _plain_hooks(method) | {"observe": observe}
