@@ -13,6 +13,9 @@ import optax
 from mtlbalance import base, inputs, pullbacks
 from mtlbalance.gramian import combine, gramian
 
+# Bytes of a Jacobian up to which all rows are computed at once, and up to which they may be kept for speed alone.
+_SMALL, _LARGE = 4 * 2**20, 256 * 2**20
+
 Mask = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree]
 
 
@@ -21,16 +24,18 @@ def value_and_jac(
     argnums: int | tuple[int, ...] = 0,
     *,
     has_aux: bool = False,
-    rows: int | Literal["vmap"] = "vmap",
+    rows: int | Literal["vmap"] | None = None,
     task_axis: int | None = None,
     allow_int: bool = False,
 ) -> Callable[..., Any]:
-    _check_rows(rows, "vmap")
+    _check_rows(rows, "vmap", None)
 
     def jac_fn(*args, **kwargs):
         through, params = _of_argnums(losses_fn, argnums, args, kwargs, has_aux, task_axis, allow_int)
-        outcome, jacobian = through(lambda pull: pull.rows(_all, rows))
+        outcome, _ = through(_nothing)
         _check_per_task(outcome)
+        way = rows or _cheapest(("vmap",), through, outcome, params)
+        _, jacobian = through(lambda pull: pull.rows(_all, way))
         value = (outcome.losses, outcome.aux) if has_aux else outcome.losses
         return value, _with_float0(jacobian, params, (outcome.values.size,))
 
@@ -46,13 +51,14 @@ def value_and_gramian(
     task_axis: int | None = None,
     allow_int: bool = False,
 ) -> Callable[..., Any]:
-    _check_rows(rows, "vmap", "two_pass", None)
-    way = _gramian_way(rows, task_axis)
+    ways = ("vmap", "two_pass") if task_axis is None else ("vmap",)
+    _check_rows(rows, *ways, None)
 
     def gramian_fn(*args, **kwargs):
-        through, _ = _of_argnums(losses_fn, argnums, args, kwargs, has_aux, task_axis, allow_int)
-        outcome, products = _gramian(through, _all, way)
+        through, params = _of_argnums(losses_fn, argnums, args, kwargs, has_aux, task_axis, allow_int)
+        outcome, _ = through(_nothing)
         _check_per_task(outcome)
+        products = _gramian(through, _all, rows or _cheapest(ways, through, outcome, params), asked=rows)
         return (outcome.losses, outcome.aux) if has_aux else outcome.losses, products
 
     return gramian_fn
@@ -73,7 +79,7 @@ def value_and_grad(
     allow_int: bool = False,
 ) -> Callable[..., Any]:
     has_features = isinstance(losses_fn, tuple)
-    way = _check_keywords(method, has_features, return_weights, rows, shared, decide_on, at, task_axis, microbatches)
+    ways = _check_keywords(method, has_features, return_weights, rows, shared, decide_on, at, task_axis, microbatches)
     shared = (True, False) if has_features else shared
 
     def grad_fn(params, state, *args, mask=None, refresh=None, **kwargs):
@@ -86,7 +92,8 @@ def value_and_grad(
         outcome, _ = through(_nothing)
         _check_per_task(outcome, state)
         present = _read_present(mask, outcome)
-        decide = lambda: _decide(method, state, through, present, keep, way)
+        way = rows or _cheapest(ways, through, outcome, keep(params))
+        decide = lambda: _decide(method, state, through, present, keep, way, rows)
 
         def plain(pull):  # the gradient of the sum, for what is not shared
             return pull.weighted(jnp.ones_like(outcome.values) if present is None else present)
@@ -132,7 +139,7 @@ class _Decision(NamedTuple):
     gradient: Any = None
 
 
-def _decide(method, state, through, present, keep, way):
+def _decide(method, state, through, present, keep, way, asked):
     if isinstance(method, base.Scalarizer):
         return _weigh(method, state, through(_nothing)[0], present)
     mask = None if present is None else jnp.ravel(present)
@@ -141,8 +148,9 @@ def _decide(method, state, through, present, keep, way):
         outcome, _ = through(_nothing)
         state, statistic = _visit_rows(method.rowwise, state, through, keep, mask, outcome.values.size)
         weigh = method.rowwise.weigh
-    elif way in (None, "two_pass"):
-        outcome, statistic = _gramian(through, keep, way)
+    elif way == "two_pass":
+        outcome, _ = through(_nothing)
+        statistic = _gramian(through, keep, way, asked)
         weigh = method.gramian_weighting.apply
     else:
         of_rows = lambda pull: pull.features[0] if way == "features" else pull.rows(keep, way)
@@ -187,9 +195,10 @@ def _visit_rows(rowwise, state, through, keep, mask, m):
 def _refresh(refresh, decide, state, present):
     weights = optax.tree.get(state, "last_weights")
     if weights is None:
-        inputs.reject("refresh", "a method that keeps its last weights, mtl.amortize(method)", f"{type(state).__name__}")
-    if jnp.shape(refresh) != () or jnp.result_type(refresh) != bool:
-        inputs.reject("refresh", "one boolean", f"{jnp.result_type(refresh)} of shape {jnp.shape(refresh)}", TypeError)
+        inputs.reject("refresh", "a method that keeps its last weights, mtl.amortize(method)", type(state).__name__)
+    shape, dtype = jnp.shape(refresh), jnp.result_type(refresh)
+    if shape or not jnp.issubdtype(dtype, jnp.bool_):
+        inputs.reject("refresh", "one boolean", f"{dtype} of shape {shape}", TypeError)
 
     def anew():
         decision = decide()
@@ -206,28 +215,20 @@ def _refresh(refresh, decide, state, present):
 # The Gramian.
 
 
-def _gramian_way(rows, task_axis):
-    if rows == "two_pass" and task_axis is not None:
-        reason = "every row would cost two passes over all tasks' data, where the rows themselves cost one together"
-        inputs.reject("rows", "'vmap' or an int with task_axis=", f"'two_pass': {reason}")
-    return "vmap" if rows is None and task_axis is not None else rows
-
-
-def _gramian(through, keep, way):
-    """The outcome and the Gramian by one way; by rows if ``way`` is ``None`` and the backward pass forbids two passes."""
-    outcome, _ = through(_nothing)
-    if way in (None, "two_pass"):
+def _gramian(through, keep, way, asked):
+    """By one way; by rows if the backward pass forbids two passes that nobody has asked for."""
+    if way == "two_pass":
+        outcome, _ = through(_nothing)
         row = lambda weights: keep(through(lambda pull: pull.weighted(weights))[1])
         try:
-            return outcome, _two_pass_gramian(row, outcome)
+            return _two_pass_gramian(row, outcome)
         except _NotTwoPass as error:
-            if way == "two_pass":
+            if asked == way:
                 raise ValueError(f"rows: expected 'vmap' or an int, found 'two_pass': {error}") from error.__cause__
             if error.__cause__ is not None:
-                warnings.warn(f"{error}; rows='vmap' says that this is known", stacklevel=3)
-            way = "vmap"
-    outcome, jacobian = through(lambda pull: pull.rows(keep, way))
-    return outcome, gramian(jacobian)
+                warnings.warn(f"{error}; rows=1 says that this is known", stacklevel=3)
+            way = 1
+    return gramian(through(lambda pull: pull.rows(keep, way))[1])
 
 
 class _NotTwoPass(Exception):
@@ -298,8 +299,26 @@ def _open(losses_fn, params, args, kwargs, has_aux, task_axis, microbatches):
     return pullbacks.of_microbatches(of_args, args, microbatches, axis=0 if task_axis is None else 1)
 
 
+def _cheapest(ways, through, outcome, params):
+    """The way that was fastest where that was measured, of those that take no more memory than may matter."""
+    if ways == ("features",):
+        return "features"
+    one = pullbacks.n_bytes(params)
+    whole = outcome.values.size * one
+    if whole <= _SMALL:
+        return "vmap"
+    if "stream" in ways:
+        return "stream"
+    if "two_pass" in ways:
+        # What two passes save is writing and reading the rows. That takes long where they are large for what is
+        # computed to make them: where the parameters are large beside the activations.
+        _, kept = through(lambda pull: pull.kept)
+        return 1 if kept >= 1.5 * one and whole <= _LARGE else "two_pass"
+    return 1
+
+
 def _check_keywords(method, has_features, return_weights, rows, shared, decide_on, at, task_axis, microbatches):
-    """The way that the method takes, :data:`None` for two passes or, failing that, rows."""
+    """The ways to compute rows among which the method leaves the choice."""
     if not isinstance(method, base.Scalarizer | base.Aggregator):
         inputs.reject("method", "a Scalarizer or an Aggregator", type(method).__name__, TypeError)
     if getattr(method, "learned", ()):
@@ -310,30 +329,24 @@ def _check_keywords(method, has_features, return_weights, rows, shared, decide_o
     if has_features and (shared is not None or task_axis is not None):
         inputs.reject("losses_fn", "one function with shared= or task_axis=", "a pair of trunk and heads")
     if at == "features" and not (has_features and decide_on is rows is microbatches is None):
-        inputs.reject("at", "'features' with a pair of trunk and heads alone (no rows=, decide_on=, microbatches=)", "more")
+        expected = "'features' only with a pair of trunk and heads, and without rows=, decide_on= and microbatches="
+        inputs.reject("at", expected, f"{at!r}")
     if microbatches is not None:
         inputs.check_int("microbatches", microbatches, 1)
     if isinstance(method, base.Scalarizer):
         _check_rows(rows, "vmap", "two_pass", "stream", None)
-        return rows
-    makes_weights = method.weighting is not None
+        return ("vmap",)  # it has no rows
     for name, given in {"return_weights": return_weights, "decide_on": decide_on is not None}.items():
-        if given and not makes_weights:
+        if given and method.weighting is None:
             inputs.reject(name, "a method that makes weights (method.weighting)", "one that makes none")
     if at == "features":
-        return "features"
-    return _aggregators_way(method, rows, task_axis, microbatches)
-
-
-def _aggregators_way(method, rows, task_axis, microbatches):
-    two_pass = ["two_pass"] if method.gramian_weighting is not None else []
-    stream = ["stream"] if method.rowwise is not None else []
-    _check_rows(rows, "vmap", *two_pass, *stream, None)
-    if two_pass and rows in (None, "two_pass"):
-        return "vmap" if rows is None and microbatches else _gramian_way(rows, task_axis)
-    if rows is None:
-        return "stream" if stream and not microbatches else "vmap"
-    return rows
+        return ("features",)
+    by_default = ["two_pass"] * (method.gramian_weighting is not None) + ["stream"] * (method.rowwise is not None)
+    if task_axis is not None and "two_pass" in by_default:
+        by_default.remove("two_pass")  # a row would cost two passes over all tasks' data; all rows together cost one
+    _check_rows(rows, "vmap", *by_default, None)
+    # With micro-batches every further pass computes the model again.
+    return ("vmap",) if microbatches else ("vmap", *by_default)
 
 
 def _check_rows(rows, *names):

@@ -1,7 +1,7 @@
 """The losses at one point, and the gradients that can be pulled back from there: what :mod:`autodiff` is made of.
 
-A ``Through`` is a function of a function: ``through(use)`` is ``(outcome, use(pullback))``. With micro-batches it adds up
-what ``use`` makes of each one's pull-back, so ``use`` must be linear in that.
+A ``Through`` is a function of a function: ``through(use)`` is ``(outcome, use(pullback))``. With micro-batches it adds
+up what ``use`` makes of each one's pull-back, so ``use`` must be linear in that.
 """
 
 from collections.abc import Callable
@@ -37,13 +37,15 @@ class Pullback(NamedTuple):
     Attributes:
       weighted: ``(weights) -> gradient`` of the weighted sum of the losses; weights shaped like the values.
       row: ``(i) -> gradient`` of one task's loss; ``i`` may be traced.
-      rows: ``(keep, batch_size) -> Jacobian`` of ``keep(gradient)``, so many rows at a time or all at once (``"vmap"``).
+      rows: ``(keep, n) -> Jacobian`` of ``keep(gradient)``: n rows at a time, or all at once (``"vmap"``).
+      kept: bytes that the backward pass keeps of the forward pass, parameters included.
       features: the Jacobian of the features, and the pull-back from them to all parameters; of :func:`of_features`.
     """
 
     weighted: Callable[..., Any]
     row: Callable[..., Any]
     rows: Callable[..., Any]
+    kept: int
     features: tuple[Any, Callable[..., Any]] | None = None
 
 
@@ -61,7 +63,7 @@ def of_losses(losses_fn, params, args, kwargs, *, has_aux, totals=None) -> Throu
     weighted = _weighted(pull, values, params)
     row = lambda i: weighted(_one_hot(i, values))
     rows = lambda keep, batch_size: _map(lambda i: keep(row(i)), jnp.arange(values.size), batch_size)
-    return _at(values, outputs, Pullback(weighted, row, rows))
+    return _at(values, outputs, Pullback(weighted, row, rows, n_bytes(pull)))
 
 
 def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Through:
@@ -81,7 +83,7 @@ def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Throu
     row = lambda i: gradient(jax.tree.map(lambda x: x[i], tasks))
     # Not pulled back from one-hot weights: that would differentiate every task's data for every row.
     rows = lambda keep, batch_size: _map(lambda task: keep(gradient(task)), tasks, batch_size)
-    return _at(values, outputs, Pullback(_weighted(pull, values, params), row, rows))
+    return _at(values, outputs, Pullback(_weighted(pull, values, params), row, rows, n_bytes(pull)))
 
 
 def of_features(trunk, heads, params, args, kwargs, *, has_aux, totals=None) -> Through:
@@ -112,13 +114,13 @@ def of_features(trunk, heads, params, args, kwargs, *, has_aux, totals=None) -> 
 
     def from_features(gradient, weights):
         (of_trunk,) = pull_features(gradient)
-        scaled = [jax.tree.map(lambda x: (w * x).astype(x.dtype), g) for w, g in zip(weights, head_gradients)]
-        return type(params)((_without_float0(of_trunk, trunk_params), names.unflatten(scaled)))
+        of_heads = map(_scaled, weights, head_gradients)
+        return type(params)((_without_float0(of_trunk, trunk_params), names.unflatten(of_heads)))
 
     weighted = lambda weights: from_features(combine(weights, jacobian), weights)
     row = lambda i: from_features(jax.tree.map(lambda x: x[i], jacobian), _one_hot(i, values))
     rows = lambda keep, batch_size: _map(lambda i: keep(row(i)), jnp.arange(values.size), batch_size)
-    pullback = Pullback(weighted, row, rows, (jacobian, from_features))
+    pullback = Pullback(weighted, row, rows, n_bytes(pull_features), (jacobian, from_features))
     return _at(values, (losses, (trunk_aux, aux) if has_aux else None), pullback)
 
 
@@ -177,6 +179,11 @@ def move_axis(args: chex.ArrayTree, axis: int) -> chex.ArrayTree:
     return args
 
 
+def n_bytes(tree: chex.ArrayTree) -> int:
+    """The bytes of all arrays together."""
+    return sum(jnp.size(x) * jnp.result_type(x).itemsize for x in jax.tree.leaves(tree))
+
+
 def _at(values, outputs, pullback):
     losses, aux = outputs
     outcome = Outcome(losses, aux, values, inputs.read_labelled(losses))
@@ -203,6 +210,10 @@ def _without_float0(gradient, params):
     """JAX's gradients of integers are of a type without arithmetic: zeros serve the methods."""
     leaf = lambda g, p: jnp.zeros(jnp.shape(p)) if g.dtype == jax.dtypes.float0 else g
     return jax.tree.map(leaf, gradient, params)
+
+
+def _scaled(weight, gradient):
+    return jax.tree.map(lambda x: (weight * x).astype(x.dtype), gradient)
 
 
 def _one_hot(i, values):
