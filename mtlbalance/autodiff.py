@@ -196,9 +196,9 @@ def _refresh(refresh, decide, state, present):
     weights = optax.tree.get(state, "last_weights")
     if weights is None:
         inputs.reject("refresh", "a method that keeps its last weights, mtl.amortize(method)", type(state).__name__)
-    shape, dtype = jnp.shape(refresh), jnp.result_type(refresh)
-    if shape or not jnp.issubdtype(dtype, jnp.bool_):
-        inputs.reject("refresh", "one boolean", f"{dtype} of shape {shape}", TypeError)
+    is_boolean = isinstance(refresh, bool) or (hasattr(refresh, "dtype") and jnp.issubdtype(refresh.dtype, jnp.bool_))
+    if not is_boolean or jnp.shape(refresh):
+        inputs.reject("refresh", "one boolean", f"{refresh!r}", TypeError)
 
     def anew():
         decision = decide()
@@ -236,7 +236,7 @@ class _NotTwoPass(Exception):
 
 
 def _two_pass_gramian(gradient_of, outcome):
-    r"""Row i is :math:`J J^	op e_i`: a gradient pulled back, and that through the transposed pull-back."""
+    r"""Row i is :math:`J J^\top e_i`: a gradient pulled back, and that through the transposed pull-back."""
     values = outcome.values
     one_hot = lambda i: jnp.reshape(jnp.arange(values.size) == i, values.shape).astype(values.dtype)
     row = jax.eval_shape(gradient_of, values)

@@ -169,6 +169,12 @@ SCALARIZERS = [
         lambda: mtl.skip_nonfinite(mtl.learn(scalarization.uw(), optax.adam(0.1))),
         largest=ADAM_BEARS,
     ),
+    Case(
+        "amortize-dwa",
+        lambda **kw: mtl.amortize(scalarization.dwa(steps_per_epoch=2, **kw)),
+        {"temperature": (0.3, 2.0, 10.0)},
+        total="m",
+    ),
 ]
 
 AGGREGATORS = [
@@ -231,6 +237,21 @@ AGGREGATORS = [
             aggregation.excess_mtl(axis_name=axis_name, **kw), axis_name=axis_name
         ),
         {"robust_step_size": (0.01, 0.3, 1.0)},
+        sharded=True,
+    ),
+    Case("amortize-db_mtl", lambda axis_name=None: mtl.amortize(aggregation.db_mtl(axis_name=axis_name)), sharded=True),
+    Case(
+        "amortize-excess_mtl",
+        lambda axis_name=None, **kw: mtl.amortize(aggregation.excess_mtl(axis_name=axis_name, **kw)),
+        {"robust_step_size": (0.01, 0.3, 1.0)},
+        sharded=True,
+        total="1",
+    ),
+    Case(
+        "skip-amortize-excess_mtl",
+        lambda axis_name=None: mtl.skip_nonfinite(
+            mtl.amortize(aggregation.excess_mtl(axis_name=axis_name)), axis_name=axis_name
+        ),
         sharded=True,
     ),
 ]

@@ -1,0 +1,38 @@
+"""Small models with several losses, for the tests of this folder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def layers(key, sizes):
+    """Weights and biases of a fully connected network."""
+    keys = jax.random.split(key, len(sizes) - 1)
+    shapes = list(zip(sizes[:-1], sizes[1:], strict=True))
+    return [
+        {"w": jax.random.normal(k, shape) / np.sqrt(shape[0]), "b": jnp.zeros(shape[1])}
+        for k, shape in zip(keys, shapes, strict=True)
+    ]
+
+
+def network(params, x, activation=jnp.tanh):
+    for layer in params[:-1]:
+        x = activation(x @ layer["w"] + layer["b"])
+    return x @ params[-1]["w"] + params[-1]["b"]
+
+
+def squared_errors(params, batch, activation=jnp.tanh):
+    """One mean squared error per output, of different scales."""
+    x, y = batch
+    return jnp.mean((network(params, x, activation) - y) ** 2, axis=0) * 1.5 ** jnp.arange(y.shape[1])
+
+
+def squared_error(params, batch):
+    """The loss of one task that has its own data."""
+    x, y = batch
+    return jnp.mean((network(params, x) - y) ** 2)
+
+
+def normal_batch(seed, *shape, n_in, n_out):
+    keys = jax.random.split(jax.random.key(seed))
+    return jax.random.normal(keys[0], (*shape, n_in)), jax.random.normal(keys[1], (*shape, n_out))

@@ -1,0 +1,77 @@
+"""What a balanced step keeps beside its arguments and results, as XLA reports it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation
+from tests.autodiff.models import layers, normal_batch, squared_errors
+
+# With tanh the plain gradient keeps half as much, and two passes the same: 3 to 5 times as much.
+LOSSES = partial(squared_errors, activation=jax.nn.relu)
+SIZES = {(2, 512, 256), (8, 512, 256), (32, 512, 256), (8, 1024, 64)}  # tasks, width, batch
+
+
+def problem(m, width, batch_size):
+    params = layers(jax.random.key(0), [64, width, width, width, m])
+    return params, normal_batch(1, batch_size, n_in=64, n_out=m)
+
+
+def temporaries(step, *args, donate=()):
+    compiled = jax.jit(step, donate_argnums=donate).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def plain_step(params, batch):
+    return jax.grad(lambda params: jnp.sum(LOSSES(params, batch)))(params)
+
+
+def two_pass_temporaries(m, width, batch_size):
+    params, batch = problem(m, width, batch_size)
+    method = aggregation.upgrad()
+    step = mtl.value_and_grad(LOSSES, method, rows="two_pass")
+    return temporaries(step, params, method.init((m, params)), batch)
+
+
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_two_passes_keep_three_plain_gradients_at_most(size):
+    assert two_pass_temporaries(*size) <= 3 * temporaries(plain_step, *problem(*size))
+
+
+def test_what_two_passes_keep_does_not_grow_with_the_tasks():
+    kept = [two_pass_temporaries(m, 512, 256) for m in (2, 8, 32)]
+    assert max(kept) <= 1.2 * min(kept)
+
+
+@pytest.mark.parametrize("size", sorted(SIZES))
+@pytest.mark.parametrize("wrap", [lambda method: method, mtl.skip_nonfinite], ids=["bare", "skip_nonfinite"])
+def test_streamed_rows_keep_three_times_the_parameters_at_most(size, wrap):
+    """Beside the state, which is donated, and what the plain gradient keeps; also inside an outer scan."""
+    params, batch = problem(*size)
+    method = wrap(aggregation.excess_mtl())
+    state = method.init((size[0], params))
+    grad_fn = mtl.value_and_grad(LOSSES, method, rows="stream")
+    allowed = 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    kept = temporaries(grad_fn, params, state, batch, donate=1)
+    assert kept <= temporaries(plain_step, params, batch) + allowed
+
+    def descend(params, gradient):
+        return jax.tree.map(lambda x, g: x - 0.1 * g, params, gradient)
+
+    def train(params, state, batches):
+        def step(carry, batch):
+            (losses, state), gradient = grad_fn(*carry, batch)
+            return (descend(carry[0], gradient), state), losses
+
+        return jax.lax.scan(step, (params, state), batches)
+
+    def train_plainly(params, batches):
+        step = lambda params, batch: (descend(params, plain_step(params, batch)), None)
+        return jax.lax.scan(step, params, batches)
+
+    batches = jax.tree.map(lambda x: jnp.stack([x] * 3), batch)
+    kept = temporaries(train, params, state, batches, donate=(0, 1))
+    assert kept <= temporaries(train_plainly, params, batches, donate=0) + allowed

@@ -1,0 +1,163 @@
+"""Accumulation: sums and counts over micro-batches, one decision for all of them."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization
+from tests.autodiff.models import layers, network, normal_batch, squared_errors
+
+PARAMS = layers(jax.random.key(0), [5, 16, 3])
+X, Y = normal_batch(1, 64, n_in=5, n_out=3)
+LABELS = jnp.argsort(jax.random.uniform(jax.random.key(2), (64, 3)), axis=0) < jnp.array([64, 4, 13])
+
+
+def counted_losses(params, batch):
+    x, y, there = batch
+    errors = jnp.where(there, (network(params, x) - y) ** 2, 0)
+    names = "dense", "rare", "sparse"
+    return {name: mtl.Counted(jnp.sum(errors[:, i]), jnp.sum(there[:, i])) for i, name in enumerate(names)}
+
+
+def uncounted_losses(params, batch):
+    return squared_errors(params, batch[:2])
+
+
+def assert_close(found, expected):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, expected)
+
+
+def init(method):
+    return method.init(3) if isinstance(method, mtl.Scalarizer) else method.init((3, PARAMS))
+
+
+METHODS = {
+    "dwa": scalarization.dwa(),
+    "learn-uw": mtl.learn(scalarization.uw(), optax.sgd(0.1)),
+    "geometric_mean": scalarization.geometric_mean(),
+    "upgrad": aggregation.upgrad(),
+    "excess_mtl": aggregation.excess_mtl(),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_as_the_whole_batch(method):
+    """In each way to compute rows, with four labels in 64 for one task; and with the rarest task absent."""
+    state = init(method)
+    batches = (X, Y, LABELS), (X, Y, LABELS & jnp.array([True, False, True]))
+    ways = [None, 1]
+    if isinstance(method, mtl.Aggregator):
+        ways.append("stream" if method.rowwise else "two_pass")
+    whole = jax.jit(mtl.value_and_grad(counted_losses, method, return_weights=True))
+    expected = [whole(PARAMS, state, batch) for batch in batches]
+    for microbatches, rows in (1, None), (2, None), *((8, rows) for rows in ways):
+        step = mtl.value_and_grad(counted_losses, method, return_weights=True, microbatches=microbatches, rows=rows)
+        step = jax.jit(step)
+        assert_close([step(PARAMS, state, batch) for batch in batches], expected)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_losses_without_counts_are_averaged(method):
+    given = PARAMS, init(method), (X, Y, LABELS)
+    expected = jax.jit(mtl.value_and_grad(uncounted_losses, method))(*given)
+    assert_close(jax.jit(mtl.value_and_grad(uncounted_losses, method, microbatches=8))(*given), expected)
+
+
+def test_the_mean_of_micro_batch_means_is_not_that():
+    """What is avoided: the rare task's gradient is off by tens of percent where means are averaged."""
+    rare = lambda params, batch: mtl.inputs.read_losses("losses", counted_losses(params, batch))[1]
+    parts = [tuple(x[i::8] for x in (X, Y, LABELS)) for i in range(8)]
+    averaged = jax.tree.map(lambda *g: sum(g) / 8, *(jax.grad(rare)(PARAMS, part) for part in parts))
+    right = jax.grad(rare)(PARAMS, (X, Y, LABELS))
+    off = optax.tree.norm(optax.tree.sub(averaged, right)) / optax.tree.norm(right)
+    assert off > 0.1
+
+
+def test_with_shared_parameters_and_heads():
+    method = aggregation.upgrad()
+    for keyword in "shared", "decide_on":
+        mask = {keyword: [True, False]}
+        given = PARAMS, init(method), (X, Y, LABELS)
+        expected = mtl.value_and_grad(counted_losses, method, **mask)(*given)
+        assert_close(mtl.value_and_grad(counted_losses, method, microbatches=4, **mask)(*given), expected)
+
+
+def test_low_precision_is_accumulated_in_float32():
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (PARAMS, X, Y))
+    method = scalarization.sum()
+    step = mtl.value_and_grad(lambda params, x, y: squared_errors(params, (x, y)), method, microbatches=64)
+    _, gradient = step(half[0], method.init(3), *half[1:])
+    one = lambda params, x, y: jnp.sum(squared_errors(params, (x[None], y[None])))
+    one_by_one = jax.vmap(jax.grad(one), (None, 0, 0))(*half)
+    for leaf, parts in zip(jax.tree.leaves(gradient), jax.tree.leaves(one_by_one), strict=True):
+        assert leaf.dtype == jnp.bfloat16
+        mean = jnp.mean(parts.astype(jnp.float32), axis=0)
+        np.testing.assert_allclose(leaf.astype(jnp.float32), mean, rtol=2e-2, atol=2e-3)
+
+
+def test_auxiliary_outputs_are_stacked():
+    losses_fn = lambda params, batch: (counted_losses(params, batch), jnp.sum(batch[2]))
+    method = scalarization.mean()
+    step = mtl.value_and_grad(losses_fn, method, has_aux=True, microbatches=8)
+    (losses, _, aux), _ = step(PARAMS, method.init(3), (X, Y, LABELS))
+    assert aux.shape == (8,)
+    assert aux.sum() == LABELS.sum() == losses["rare"].count + losses["dense"].count + losses["sparse"].count
+
+
+def passes_in_readme():
+    """The last but one column of the README's table of methods, by name."""
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
+    return dict(re.findall(r"^\| `(\w+\.\w+)\(.*\| ([12]) \|[^|]*\|$", readme, flags=re.MULTILINE))
+
+
+SPECIAL = {
+    "constant": lambda family: family.constant(jnp.ones(3)),
+    "stch": lambda family: family.stch(1.0),
+    "cosmos": lambda family: family.cosmos(1.0, jnp.ones(3)),
+    "pbi": lambda family: family.pbi(1.0, jnp.ones(3)),
+    "random": lambda family: family.random(0),
+    "pcgrad": lambda family: family.pcgrad(0),
+    "gradvac": lambda family: family.gradvac(0),
+    "krum": lambda family: family.krum(0, 2),
+    "cr_mogm": lambda family: family.cr_mogm(family.mgda()),
+}
+
+
+@pytest.mark.parametrize("name", passes_in_readme())
+def test_passes_are_as_in_the_readme(name):
+    """One where the weights are known before the losses, or come from rows; then the model is compiled in once."""
+    family, name = name.split(".")
+    family, passes = getattr(mtl, family), passes_in_readme()[f"{family}.{name}"]
+    method = SPECIAL[name](family) if name in SPECIAL else getattr(family, name)()
+    if getattr(method, "learned", ()):
+        method = mtl.learn(method, optax.sgd(0.1))
+    step = mtl.value_and_grad(counted_losses, method, microbatches=4)
+    compiled = jax.jit(step).lower(PARAMS, init(method), (X, Y, LABELS)).compile()
+    assert len(re.findall(r"= \S+ tanh\(", compiled.as_text())) == int(passes)
+
+
+def test_last_weights_take_one_pass():
+    method = mtl.amortize(scalarization.geometric_mean())
+    step = jax.jit(mtl.value_and_grad(counted_losses, method, microbatches=4), static_argnames="refresh")
+    given = PARAMS, init(method), (X, Y, LABELS)
+    for refresh, passes in (True, 2), (False, 1):
+        text = step.lower(*given, refresh=refresh).compile().as_text()
+        assert len(re.findall(r"= \S+ tanh\(", text)) == passes
+
+
+def test_errors():
+    method = scalarization.mean()
+    with pytest.raises(ValueError, match="microbatches: expected an int of at least 1"):
+        mtl.value_and_grad(counted_losses, method, microbatches=0)
+    step = mtl.value_and_grad(counted_losses, method, microbatches=7)
+    with pytest.raises(ValueError, match="microbatches: expected .*divisible by 7"):
+        step(PARAMS, method.init(3), (X, Y, LABELS))
+    step = mtl.value_and_grad(lambda params, batch, scale: counted_losses(params, batch), method, microbatches=2)
+    with pytest.raises(ValueError, match="microbatches: expected a batch on axis 0 of every positional argument"):
+        step(PARAMS, method.init(3), (X, Y, LABELS), 2.0)

@@ -1,0 +1,502 @@
+"""What may be given: parameters of any kind, any arguments, any form of losses; and what is said of the rest."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization
+from mtlbalance.gramian import gramian
+
+N_TASKS = 3
+
+
+def _normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+X, TARGETS = _normal(1, 8, 4), _normal(2, 8, N_TASKS)
+
+
+def _losses(outputs):
+    return jnp.mean((outputs - TARGETS) ** 2, axis=0)
+
+
+def _arrays():
+    return 0.5 * _normal(3, 4, 5), 0.1 * _normal(4, 5), _normal(5, 5, N_TASKS)
+
+
+def _mlp(w, b, heads):
+    return _losses(jnp.tanh(X @ w + b) @ heads)
+
+
+def _assert_close(found, expected, rtol=1e-5):
+    """Trees of one structure, and leaves of one dtype that are close."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+
+    def compare(path, x, y):
+        assert x.dtype == y.dtype, path
+        assert x.shape == y.shape, path
+        if x.dtype != jax.dtypes.float0:
+            np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(compare, found, expected)
+
+
+# Parameters of every kind: each gives them, and the losses as a function of them.
+
+
+def flax_linen():
+    nn = pytest.importorskip("flax.linen")
+    model = nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(N_TASKS)])
+    return model.init(jax.random.key(0), X), lambda params: _losses(model.apply(params, X))
+
+
+def flax_nnx():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden = nnx.Linear(4, 5, rngs=rngs)
+            self.out = nnx.Linear(5, N_TASKS, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(jnp.tanh(self.hidden(x)))
+
+    definition, params = nnx.split(Model(nnx.Rngs(0)))
+    return params, lambda params: _losses(nnx.merge(definition, params)(X))
+
+
+def equinox():
+    """The half of a partition that has arrays has ``None`` elsewhere."""
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(4, N_TASKS, 5, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    return params, lambda params: _losses(jax.vmap(eqx.combine(params, static))(X))
+
+
+def haiku():
+    hk = pytest.importorskip("haiku")
+    model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([5, N_TASKS], activation=jnp.tanh)(x)))
+    return model.init(jax.random.key(0), X), lambda params: _losses(model.apply(params, X))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Mlp:
+    w: jax.Array
+    b: jax.Array
+    heads: jax.Array
+    activation: str = dataclasses.field(metadata={"static": True}, default="tanh")
+
+
+def of_dataclass():
+    return Mlp(*_arrays()), lambda params: _mlp(params.w, params.b, params.heads)
+
+
+def of_tuple():
+    return _arrays(), lambda params: _mlp(*params)
+
+
+def of_list_with_none():
+    w, b, heads = _arrays()
+    return [w, None, (b, {"heads": heads})], lambda params: _mlp(params[0], params[2][0], params[2][1]["heads"])
+
+
+def of_scalars():
+    """Leaves without axes, one of them a Python float."""
+    return {"a": jnp.array(0.5), "b": 2.0}, lambda params: _losses(jnp.tanh(params["a"] * X[:, :3]) * params["b"])
+
+
+def bare_array():
+    return _normal(3, 4, N_TASKS), lambda params: _losses(jnp.tanh(X @ params))
+
+
+CONTAINERS = [flax_linen, flax_nnx, equinox, haiku, of_dataclass, of_tuple, of_list_with_none, of_scalars, bare_array]
+
+
+@pytest.mark.parametrize("rows", [None, "vmap", 1, 2])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_jacobian(container, rows):
+    params, losses = container()
+    values, jacobian = jax.jit(mtl.value_and_jac(losses, rows=rows))(params)
+    np.testing.assert_allclose(values, losses(params), rtol=1e-5)
+    _assert_close(jacobian, jax.jacrev(losses)(params))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_gramian(container):
+    params, losses = container()
+    expected = gramian(jax.jacrev(losses)(params))
+    for rows in (None, 1, "two_pass"):
+        _, found = mtl.value_and_gramian(losses, rows=rows)(params)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.max(expected))
+
+
+@pytest.mark.parametrize("make", [scalarization.uw, aggregation.upgrad, aggregation.excess_mtl])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_gradient(container, make):
+    """It has the parameters' structure, and is the weighted sum of the Jacobian's rows."""
+    params, losses = container()
+    method = make()
+    state = method.init(N_TASKS if make is scalarization.uw else (N_TASKS, params))
+    grad_fn = jax.jit(mtl.value_and_grad(losses, method, return_weights=True))
+    (_, _, weights), gradient = grad_fn(params, state)
+    assert jnp.all(weights != 0)
+    expected = mtl.gramian.combine(weights, jax.jacrev(losses)(params))
+    _assert_close(gradient, expected, rtol=1e-4)
+
+
+# Leaves that are no floating point numbers.
+
+
+def _with_integers():
+    w, b, heads = _arrays()
+    params = {"w": w, "b": b, "heads": heads, "order": jnp.arange(8)[::-1], "flags": {"on": jnp.array(True)}}
+
+    def losses(params):
+        hidden = jnp.tanh(X[params["order"]] @ params["w"] + params["b"]) * params["flags"]["on"]
+        return _losses(hidden @ params["heads"])
+
+    return params, losses
+
+
+def _split(params):
+    """The floating point leaves of the parameters, and the others."""
+    others = ("order", "flags")
+    return {k: v for k, v in params.items() if k not in others}, {k: params[k] for k in others}
+
+
+def _is_of_no_type(tree, params, lead=()):
+    """All leaves are of float0, in the parameters' shapes."""
+    same = lambda x, p: x.dtype == jax.dtypes.float0 and x.shape == (*lead, *p.shape)
+    return all(jax.tree.leaves(jax.tree.map(same, tree, params)))
+
+
+@pytest.mark.parametrize("rows", [None, 1])
+def test_integer_leaf_is_refused(rows):
+    params, losses = _with_integers()
+    _, flags = _split(params)
+    del params["flags"]
+    losses_of = lambda params: losses({**params, **flags})
+    with pytest.raises(TypeError, match=r"params\['order'\]: .*int32"):
+        mtl.value_and_jac(losses_of, rows=rows)(params)
+    with pytest.raises(TypeError, match=r"params\['order'\]: .*int32"):
+        mtl.value_and_gramian(losses_of, rows=rows)(params)
+    for method in (scalarization.mean(), aggregation.upgrad()):
+        with pytest.raises(TypeError, match=r"params\['order'\]: .*int32"):
+            mtl.value_and_grad(losses_of, method, rows=rows)(params, method.init(N_TASKS))
+
+
+def test_boolean_leaf_is_refused():
+    with pytest.raises(TypeError, match=r"params\['flags'\]\['on'\]: .*bool"):
+        mtl.value_and_jac(lambda params: params["w"])({"w": jnp.ones(3), "flags": {"on": jnp.array(True)}})
+
+
+@pytest.mark.parametrize("allow_int", [False, True])
+def test_complex_leaf_is_refused(allow_int):
+    losses = lambda params: jnp.abs(params["w"]) ** 2
+    with pytest.raises(TypeError, match=r"params\['w'\]: .*complex64"):
+        mtl.value_and_jac(losses, allow_int=allow_int)({"w": jnp.ones(3, jnp.complex64)})
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("rows", [None, "vmap", 1])
+def test_integer_leaf_jacobian(rows, jit):
+    params, losses = _with_integers()
+    jac_fn = mtl.value_and_jac(losses, rows=rows, allow_int=True)
+    _, jacobian = (jax.jit(jac_fn) if jit else jac_fn)(params)
+    floats, others = _split(params)
+    found, of_others = _split(jacobian)
+    _assert_close(found, jax.jacrev(lambda floats: losses({**floats, **others}))(floats))
+    assert _is_of_no_type(of_others, others, lead=(N_TASKS,))
+
+
+@pytest.mark.parametrize("rows", [None, "vmap", 1, "two_pass"])
+def test_integer_leaf_gramian(rows):
+    params, losses = _with_integers()
+    floats, others = _split(params)
+    expected = gramian(jax.jacrev(lambda floats: losses({**floats, **others}))(floats))
+    _, found = mtl.value_and_gramian(losses, rows=rows, allow_int=True)(params)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.max(expected))
+
+
+METHODS_AND_WAYS = [
+    *[(scalarization.mean, rows) for rows in (None, 1)],
+    *[(scalarization.uw, rows) for rows in (None, 1)],
+    *[(aggregation.upgrad, rows) for rows in (None, "vmap", 1, "two_pass")],
+    *[(aggregation.excess_mtl, rows) for rows in (None, "vmap", 1, "stream")],
+]
+
+
+def _init(method, params):
+    return method.init(N_TASKS if isinstance(method, mtl.Scalarizer) else (N_TASKS, params))
+
+
+@pytest.mark.parametrize(("make", "rows"), METHODS_AND_WAYS)
+def test_integer_leaf_gradient(make, rows):
+    """The same numbers as without those leaves, and for them what :func:`jax.grad` gives."""
+    params, losses = _with_integers()
+    floats, others = _split(params)
+    method = make()
+    grad_fn = mtl.value_and_grad(losses, method, rows=rows, allow_int=True)
+    plain_fn = mtl.value_and_grad(lambda floats: losses({**floats, **others}), method, rows=rows)
+    (_, state), gradient = jax.jit(grad_fn)(params, _init(method, params))
+    (_, _), expected = jax.jit(plain_fn)(floats, _init(method, floats))
+    found, of_others = _split(gradient)
+    _assert_close(found, expected)
+    assert _is_of_no_type(of_others, others)
+    by_jax = jax.grad(lambda params: jnp.sum(losses(params)), allow_int=True)(params)
+    assert jax.tree.map(lambda x: x.dtype, gradient) == jax.tree.map(lambda x: x.dtype, by_jax)
+    (_, _), again = grad_fn(params, state)  # not compiled, from the next state
+    assert _is_of_no_type(_split(again)[1], others)
+
+
+@pytest.mark.parametrize("shared_order", [False, True])
+@pytest.mark.parametrize(("make", "rows"), METHODS_AND_WAYS)
+def test_integer_leaf_shared(make, rows, shared_order):
+    """The heads get the gradient of the sum; the integers may be on either side of the mask."""
+    params, losses = _with_integers()
+    floats, others = _split(params)
+    method = make()
+    shared = {"w": True, "b": True, "heads": False}
+    mask = {**shared, "order": shared_order, "flags": not shared_order}
+    grad_fn = mtl.value_and_grad(losses, method, rows=rows, allow_int=True, shared=mask)
+    plain_fn = mtl.value_and_grad(lambda floats: losses({**floats, **others}), method, rows=rows, shared=shared)
+    (_, _), gradient = jax.jit(grad_fn)(params, _init(method, mtl.subset(params, mask)))
+    (_, _), expected = jax.jit(plain_fn)(floats, _init(method, mtl.subset(floats, shared)))
+    found, of_others = _split(gradient)
+    _assert_close(found, expected)
+    assert _is_of_no_type(of_others, others)
+    of_sum = jax.grad(lambda floats: jnp.sum(losses({**floats, **others})))(floats)
+    _assert_close(found["heads"], of_sum["heads"])
+
+
+# Arguments.
+
+
+def _of_arguments(w, x, heads, *, scale=1.0):
+    """Losses of two arguments that can be parameters, and of one between them."""
+    return scale * jnp.mean((jnp.tanh(x @ w["w"]) @ heads - TARGETS) ** 2, axis=0)
+
+
+def _arguments():
+    w, _, heads = _arrays()
+    return {"w": w}, X, heads
+
+
+@pytest.mark.parametrize("argnums", [0, 1, 2, -1, -3, (0, 2), (2, 0), (0,), (-1, 0), (0, 1, 2), (2, 1, 0), (1, -3)])
+def test_argnums(argnums):
+    args = _arguments()
+    values, jacobian = mtl.value_and_jac(_of_arguments, argnums)(*args)
+    expected = jax.jacrev(_of_arguments, argnums)(*args)
+    np.testing.assert_allclose(values, _of_arguments(*args), rtol=1e-6)
+    _assert_close(jacobian, expected)
+    _, found = mtl.value_and_gramian(_of_arguments, argnums)(*args)
+    np.testing.assert_allclose(found, gramian(expected), rtol=1e-4, atol=1e-5 * jnp.max(gramian(expected)))
+
+
+@pytest.mark.parametrize("argnums", [3, -4, (0, 3), (-4, 1), "0"])
+@pytest.mark.parametrize("transform", [mtl.value_and_jac, mtl.value_and_gramian])
+def test_argnums_out_of_range(transform, argnums):
+    with pytest.raises(ValueError, match=r"^argnums: .*3 positional"):
+        transform(_of_arguments, argnums)(*_arguments())
+
+
+def test_no_positional_argument():
+    with pytest.raises(ValueError, match=r"^argnums: .*0 positional"):
+        mtl.value_and_jac(_of_arguments)(**dict(zip(("w", "x", "heads"), _arguments(), strict=True)))
+
+
+def test_keyword_arguments():
+    args = _arguments()
+    values, jacobian = mtl.value_and_jac(_of_arguments, (0, 2))(*args, scale=3.0)
+    np.testing.assert_allclose(values, 3 * _of_arguments(*args), rtol=1e-6)
+    _assert_close(jacobian, jax.tree.map(lambda x: 3 * x, jax.jacrev(_of_arguments, (0, 2))(*args)))
+    values, products = mtl.value_and_gramian(_of_arguments)(*args, scale=3.0)
+    _, plain = mtl.value_and_gramian(_of_arguments)(*args)
+    np.testing.assert_allclose(values, 3 * _of_arguments(*args), rtol=1e-6)
+    np.testing.assert_allclose(products, 9 * plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [scalarization.mean, aggregation.upgrad, aggregation.excess_mtl])
+def test_keyword_arguments_of_the_training_step(make):
+    params, x, heads = _arguments()
+    method = make()
+    grad_fn = mtl.value_and_grad(_of_arguments, method)
+    state = _init(method, params)
+    (values, _), gradient = grad_fn(params, state, x, heads, scale=3.0)
+    bound = mtl.value_and_grad(lambda params: _of_arguments(params, x, heads, scale=3.0), method)
+    (expected, _), plain = bound(params, state)
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+    _assert_close(gradient, plain)
+
+
+def test_aux():
+    """It is returned beside the losses, whatever it holds."""
+    params, x, heads = _arguments()
+
+    def with_aux(w, x, heads, *, scale=1.0):
+        return _of_arguments(w, x, heads, scale=scale), {"features": jnp.tanh(x @ w["w"]), "n": jnp.arange(2)}
+
+    features = jnp.tanh(x @ params["w"])
+    (values, aux), jacobian = mtl.value_and_jac(with_aux, (0, 2), has_aux=True)(params, x, heads, scale=2.0)
+    _assert_close(jacobian, jax.jacrev(with_aux, (0, 2), has_aux=True)(params, x, heads, scale=2.0)[0])
+    np.testing.assert_allclose(aux["features"], features, rtol=1e-6)
+    for rows in ("vmap", 1, "two_pass"):
+        (again, aux), _ = mtl.value_and_gramian(with_aux, has_aux=True, rows=rows)(params, x, heads, scale=2.0)
+        np.testing.assert_allclose(again, values, rtol=1e-6)
+        np.testing.assert_array_equal(aux["n"], [0, 1])
+    for method in (scalarization.mean(), aggregation.upgrad()):
+        grad_fn = mtl.value_and_grad(with_aux, method, has_aux=True)
+        (again, _, aux), _ = grad_fn(params, _init(method, params), x, heads, scale=2.0)
+        np.testing.assert_allclose(again, values, rtol=1e-6)
+        np.testing.assert_allclose(aux["features"], features, rtol=1e-6)
+
+
+@pytest.mark.parametrize("transform", [mtl.value_and_jac, mtl.value_and_gramian])
+def test_aux_that_is_missing(transform):
+    with pytest.raises(TypeError, match=r"^losses_fn: .*has_aux"):
+        transform(_of_arguments, has_aux=True)(*_arguments())
+
+
+# Losses.
+
+
+def _task_losses(params):
+    return _mlp(*params)
+
+
+def test_named_losses():
+    """The rows follow the order of the tree's leaves, not that in which the names were given."""
+    params = _arrays()
+
+    def named(params):
+        losses = _task_losses(params)
+        return {"z": losses[0], "a": losses[1:]}
+
+    values, jacobian = mtl.value_and_jac(named)(params)
+    assert values.keys() == {"z", "a"}
+    np.testing.assert_allclose(values["a"], _task_losses(params)[1:], rtol=1e-6)
+    order = jnp.array([1, 2, 0])
+    expected = jax.tree.map(lambda x: x[order], jax.jacrev(_task_losses)(params))
+    _assert_close(jacobian, expected)
+    for rows in ("vmap", 1, "two_pass"):
+        _, found = mtl.value_and_gramian(named, rows=rows)(params)
+        np.testing.assert_allclose(found, gramian(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_named_losses_weights():
+    """The weights have the losses' names."""
+    params = _arrays()
+    named = lambda params: dict(zip("zab", _task_losses(params), strict=True))
+    method = scalarization.constant({"a": 2.0, "b": 3.0, "z": 5.0})
+    state = method.init(jax.eval_shape(named, params))
+    (_, _, weights), gradient = mtl.value_and_grad(named, method, return_weights=True)(params, state)
+    assert {name: float(w) for name, w in weights.items()} == {"a": 2.0, "b": 3.0, "z": 5.0}
+    _assert_close(gradient, jax.grad(lambda p: _task_losses(p) @ jnp.array([5.0, 2.0, 3.0]))(params))
+
+
+def test_losses_of_two_axes():
+    """One row for each loss, in C order."""
+    params = _arrays()
+
+    def square(params):
+        w, b, heads = params
+        return (jnp.tanh(X[:2] @ w + b) @ heads[:, :2] - 1) ** 2
+
+    values, jacobian = mtl.value_and_jac(square)(params)
+    assert values.shape == (2, 2)
+    expected = jax.tree.map(lambda x: x.reshape(4, *x.shape[2:]), jax.jacrev(square)(params))
+    _assert_close(jacobian, expected)
+    for rows in ("vmap", 1, 3, "two_pass"):
+        values, found = mtl.value_and_gramian(square, rows=rows)(params)
+        assert values.shape == (2, 2)
+        np.testing.assert_allclose(found, gramian(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_counted_losses():
+    """They are worth their quotients."""
+    params, counts = _arrays(), jnp.array([2, 3, 5])
+    counted = lambda params: mtl.Counted(_task_losses(params), counts)
+    quotients = lambda params: _task_losses(params) / counts
+    values, jacobian = mtl.value_and_jac(counted)(params)
+    np.testing.assert_allclose(values.sum, _task_losses(params), rtol=1e-6)
+    np.testing.assert_array_equal(values.count, counts)
+    expected = jax.jacrev(quotients)(params)
+    _assert_close(jacobian, expected)
+    for rows in ("vmap", 1, "two_pass"):
+        _, found = mtl.value_and_gramian(counted, rows=rows)(params)
+        np.testing.assert_allclose(found, gramian(expected), rtol=1e-4, atol=1e-6)
+    for method in (scalarization.uw(), aggregation.upgrad(), aggregation.excess_mtl()):
+        state = _init(method, params)
+        _, found = mtl.value_and_grad(counted, method)(params, state)
+        _, plain = mtl.value_and_grad(quotients, method)(params, state)
+        _assert_close(found, plain, rtol=1e-4)
+
+
+def test_loss_without_labels():
+    """Its row is zero even where its sum is not a number, and its weight too."""
+    params, counts = _arrays(), jnp.array([2, 0, 5])
+
+    def counted(params):
+        return mtl.Counted(_task_losses(params) + jnp.array([0, jnp.nan, 0]), counts)
+
+    _, jacobian = mtl.value_and_jac(counted)(params)
+    expected = jax.jacrev(lambda params: _task_losses(params) / jnp.maximum(counts, 1))(params)
+    _assert_close(jacobian, jax.tree.map(lambda x: x.at[1].set(0), expected))
+    method = aggregation.upgrad()
+    grad_fn = mtl.value_and_grad(counted, method, return_weights=True)
+    (_, _, weights), gradient = grad_fn(params, _init(method, params))
+    np.testing.assert_array_equal(jnp.ravel(weights) > 0, [True, False, True])
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gradient))
+
+
+# What is said of what cannot be.
+
+
+def _calls(losses, **kwargs):
+    """The three functions, ready to be called."""
+    params, method = _arrays(), aggregation.upgrad()
+    state = _init(method, params)
+    return [
+        lambda: mtl.value_and_jac(losses, **kwargs)(params),
+        lambda: mtl.value_and_gramian(losses, **kwargs)(params),
+        lambda: mtl.value_and_grad(losses, method, **kwargs)(params, state),
+    ]
+
+
+def test_scalar_loss_is_refused():
+    for call in _calls(lambda params: jnp.sum(_task_losses(params))):
+        with pytest.raises(ValueError, match=r"^losses_fn: .*one loss for each task.*scalar"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_])
+def test_integer_losses_are_refused(dtype):
+    for call in _calls(lambda params: _task_losses(params).astype(dtype)):
+        with pytest.raises(TypeError, match=f"^losses_fn.*{jnp.dtype(dtype).name}"):
+            call()
+
+
+@pytest.mark.parametrize("rows", [0, -1, "nonsense", True, 1.5])
+def test_rows_is_refused(rows):
+    for call in _calls(_task_losses, rows=rows):
+        with pytest.raises((ValueError, TypeError), match=r"^rows: "):
+            call()
+
+
+@pytest.mark.parametrize(("transform", "rows"), [("jac", "two_pass"), ("jac", "stream"), ("gramian", "stream")])
+def test_rows_of_another_function(transform, rows):
+    """A Jacobian is not made by two passes, and only a method can visit rows."""
+    with pytest.raises(ValueError, match=f"^rows: .*{rows}"):
+        getattr(mtl, f"value_and_{transform}")(_task_losses, rows=rows)
+
+
+@pytest.mark.parametrize(("make", "rows"), [(aggregation.upgrad, "stream"), (aggregation.excess_mtl, "two_pass")])
+def test_rows_that_the_method_cannot_use(make, rows):
+    with pytest.raises(ValueError, match=f"^rows: .*{rows}"):
+        mtl.value_and_grad(_task_losses, make(), rows=rows)

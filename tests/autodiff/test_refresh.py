@@ -1,0 +1,107 @@
+"""Weights that are used again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization
+from tests.autodiff.models import layers, normal_batch, squared_errors
+
+PARAMS = layers(jax.random.key(0), [5, 16, 3])
+BATCHES = normal_batch(1, 6, 32, n_in=5, n_out=3)
+
+
+def train(method, state, params, every):
+    """Six steps; the weights of each, and how they were refreshed: as an argument from the loop's own counter."""
+    grad_fn = mtl.value_and_grad(squared_errors, method, return_weights=True)
+
+    def step(carry, i_batch):
+        i, batch = i_batch
+        params, state = carry
+        (_, state, weights), gradient = grad_fn(params, state, batch, refresh=i % every == 0)
+        return (jax.tree.map(lambda x, g: x - 0.1 * g, params, gradient), state), weights
+
+    return jax.lax.scan(step, (params, state), (jnp.arange(6), BATCHES))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [aggregation.upgrad(), aggregation.excess_mtl(0.1), scalarization.softadapt(window=2)],
+    ids=["upgrad", "excess_mtl", "softadapt"],
+)
+def test_between_refreshes_the_weights_stay(method):
+    method = mtl.amortize(method)
+    state = method.init(3) if isinstance(method, mtl.Scalarizer) else method.init((3, PARAMS))
+    (_, state), weights = jax.jit(train, static_argnums=(0, 3))(method, state, PARAMS, 3)
+    np.testing.assert_array_equal(weights[1:3], weights[:1].repeat(2, axis=0))
+    np.testing.assert_array_equal(weights[4:], weights[3:4].repeat(2, axis=0))
+    assert jnp.max(jnp.abs(weights[3] - weights[0])) > 1e-3 or weights[3].ptp() == 0
+    np.testing.assert_array_equal(state.last_weights, weights[-1])
+
+
+def test_two_ways_stay_apart_under_vmap():
+    """Over seeds, as the argument is not mapped over: one of the two is computed, not both."""
+    method = mtl.amortize(aggregation.upgrad())
+    seeds = jax.vmap(lambda key: layers(key, [5, 16, 3]))(jax.random.split(jax.random.key(3), 4))
+    run = lambda params: train(method, method.init((3, params)), params, 3)
+    text = jax.jit(jax.vmap(run)).lower(seeds).compile().as_text()
+    assert " conditional(" in text
+    (trained, _), weights = jax.jit(jax.vmap(run))(seeds)
+    for i in range(4):
+        (alone, _), expected = run(jax.tree.map(lambda x, i=i: x[i], seeds))
+        np.testing.assert_allclose(weights[i], expected, rtol=2e-4)
+        jax.tree.map(lambda x, y, i=i: np.testing.assert_allclose(x[i], y, rtol=1e-4, atol=1e-5), trained, alone)
+
+
+def test_without_a_refresh_a_step_is_one_backward_pass():
+    method = mtl.amortize(aggregation.upgrad())
+    batch = jax.tree.map(lambda x: x[0], BATCHES)
+    step = jax.jit(mtl.value_and_grad(squared_errors, method), static_argnames="refresh")
+    plain = jax.jit(jax.value_and_grad(lambda params, batch: jnp.sum(squared_errors(params, batch))))
+    cost = lambda lowered: lowered.compile().cost_analysis()["flops"]
+    state = method.init((3, PARAMS))
+    plain_cost = cost(plain.lower(PARAMS, batch))
+    assert cost(step.lower(PARAMS, state, batch, refresh=False)) < 1.05 * plain_cost
+    assert cost(step.lower(PARAMS, state, batch, refresh=True)) > 1.5 * plain_cost
+
+
+def test_absent_tasks_keep_their_last_weight_and_have_none():
+    method = mtl.amortize(aggregation.upgrad())
+    batch = jax.tree.map(lambda x: x[0], BATCHES)
+    step = mtl.value_and_grad(squared_errors, method, return_weights=True)
+    (_, state, first), _ = step(PARAMS, method.init((3, PARAMS)), batch)
+    mask = jnp.array([True, False, True])
+    (_, state, weights), _ = step(PARAMS, state, batch, mask=mask, refresh=True)
+    assert weights[1] == 0 and state.last_weights[1] == first[1] > 0
+    (_, _, weights), _ = step(PARAMS, state, batch, mask=mask, refresh=jnp.array(False))
+    np.testing.assert_array_equal(weights, jnp.where(mask, state.last_weights, 0))
+    (_, _, weights), _ = step(PARAMS, state, batch, refresh=False)
+    np.testing.assert_array_equal(weights, state.last_weights)
+
+
+def test_skip_nonfinite_goes_outside():
+    method = mtl.skip_nonfinite(mtl.amortize(aggregation.upgrad()))
+    batch = jax.tree.map(lambda x: x[0], BATCHES)
+    step = mtl.value_and_grad(squared_errors, method)
+    (_, state), _ = step(PARAMS, method.init((3, PARAMS)), batch, refresh=True)
+    bad = batch[0].at[0].set(jnp.nan), batch[1]
+    (_, after), _ = step(PARAMS, state, bad, refresh=True)
+    np.testing.assert_array_equal(after.inner.last_weights, state.inner.last_weights)
+    assert after.skipped == 1
+
+
+def test_errors():
+    plain, amortized = aggregation.upgrad(), mtl.amortize(aggregation.upgrad())
+    batch = jax.tree.map(lambda x: x[0], BATCHES)
+    with pytest.raises(ValueError, match=r"refresh: expected a method .* mtl.amortize"):
+        mtl.value_and_grad(squared_errors, plain)(PARAMS, plain.init((3, PARAMS)), batch, refresh=True)
+    for refresh in 1, jnp.array([True]), "yes":
+        with pytest.raises(TypeError, match="refresh: expected one boolean"):
+            state = amortized.init((3, PARAMS))
+            mtl.value_and_grad(squared_errors, amortized)(PARAMS, state, batch, refresh=refresh)
+    with pytest.raises(ValueError, match="learned"):
+        mtl.amortize(scalarization.uw())
+    with pytest.raises(TypeError, match="expected a Scalarizer or an Aggregator"):
+        mtl.amortize(lambda losses: losses)

@@ -1,0 +1,117 @@
+"""Tasks that have their own data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization
+from tests.autodiff.models import layers, normal_batch, squared_error
+
+PARAMS = layers(jax.random.key(0), [5, 16, 3])
+BATCH = normal_batch(1, 4, 8, n_in=5, n_out=3)
+
+
+def all_losses(params, batch):
+    return jnp.stack([squared_error(params, jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(4)])
+
+
+def assert_close(found, expected, **kwargs):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **kwargs), found, expected)
+
+
+@pytest.mark.parametrize("rows", [None, "vmap", 1, 3])
+def test_rows_are_those_of_one_hot_weights(rows):
+    losses, jacobian = mtl.value_and_jac(squared_error, rows=rows, task_axis=0)(PARAMS, BATCH)
+    assert_close(losses, all_losses(PARAMS, BATCH), rtol=1e-6)
+    assert_close(jacobian, jax.jacrev(all_losses)(PARAMS, BATCH), atol=1e-6)
+    losses, products = mtl.value_and_gramian(squared_error, rows=rows, task_axis=0)(PARAMS, BATCH)
+    assert_close(products, mtl.gramian.gramian(jacobian), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_the_task_axis_may_be_any(axis):
+    moved = jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), BATCH)
+    _, jacobian = mtl.value_and_jac(squared_error, task_axis=axis)(PARAMS, moved)
+    assert_close(jacobian, jax.jacrev(all_losses)(PARAMS, BATCH), atol=1e-6)
+
+
+METHODS = [
+    aggregation.upgrad(),
+    aggregation.excess_mtl(),
+    scalarization.geometric_mean(),
+    mtl.amortize(aggregation.mgda()),
+]
+
+
+def init(method, params):
+    return method.init(4) if isinstance(method, mtl.Scalarizer) else method.init((4, params))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["upgrad", "excess_mtl", "geometric_mean", "amortized"])
+@pytest.mark.parametrize("microbatches", [None, 2])
+def test_step_is_that_of_a_function_of_all_losses(method, microbatches):
+    state = init(method, PARAMS)
+    expected = mtl.value_and_grad(all_losses, method)(PARAMS, state, BATCH)
+    for rows in None, "vmap", 1, 3, *(["stream"] if getattr(method, "rowwise", None) else []):
+        step = mtl.value_and_grad(squared_error, method, rows=rows, task_axis=0, microbatches=microbatches)
+        assert_close(jax.jit(step)(PARAMS, state, BATCH), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_shared_and_decisive_parameters():
+    method = aggregation.upgrad()
+    for keyword in "shared", "decide_on":
+        mask = {keyword: [True, False]}
+        expected = mtl.value_and_grad(all_losses, method, **mask)(PARAMS, method.init((4, PARAMS)), BATCH)
+        step = mtl.value_and_grad(squared_error, method, task_axis=0, **mask)
+        assert_close(step(PARAMS, method.init((4, PARAMS)), BATCH), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_auxiliary_outputs_are_stacked_and_keyword_arguments_passed_whole():
+    def loss(params, batch, *, scale):
+        return scale * squared_error(params, batch), jnp.sum(batch[0])
+
+    step = mtl.value_and_grad(loss, scalarization.mean(), task_axis=0, has_aux=True)
+    (losses, _, aux), _ = step(PARAMS, scalarization.mean().init(4), BATCH, scale=jnp.array(2.0))
+    assert_close(losses, 2 * all_losses(PARAMS, BATCH), rtol=1e-6)
+    assert_close(aux, jnp.sum(BATCH[0], axis=(1, 2)), rtol=1e-5)
+
+
+def test_a_task_that_is_not_finite_leaves_the_other_rows_alone():
+    x, y = BATCH
+    bad = x.at[2].set(jnp.nan), y
+    _, jacobian = mtl.value_and_jac(squared_error, task_axis=0)(PARAMS, bad)
+    finite = jnp.stack([jnp.all(jnp.isfinite(leaf.reshape(4, -1)), axis=1) for leaf in jax.tree.leaves(jacobian)])
+    np.testing.assert_array_equal(finite.all(axis=0), [True, True, False, True])
+
+
+def test_counted_losses():
+    def counted(params, batch):
+        x, y, there = batch
+        errors = jnp.mean((jnp.tanh(x @ params[0]["w"]) @ params[1]["w"] - y) ** 2, axis=-1)
+        return mtl.Counted(jnp.sum(jnp.where(there, errors, 0)), jnp.sum(there))
+
+    there = jnp.arange(8) < jnp.array([8, 3, 0, 1])[:, None]
+    method = aggregation.upgrad()
+    given = PARAMS, method.init((4, PARAMS)), (*BATCH, there)
+    (losses, state), gradient = mtl.value_and_grad(counted, method, task_axis=0)(*given)
+    np.testing.assert_array_equal(losses.count, [8, 3, 0, 1])
+    np.testing.assert_array_equal(state.seen, [1, 1, 0, 1])
+    for microbatches in 1, 2, 8:
+        step = mtl.value_and_grad(counted, method, task_axis=0, microbatches=microbatches)
+        assert_close(step(*given), ((losses, state), gradient), rtol=1e-5, atol=1e-6)
+
+
+def test_errors():
+    step = mtl.value_and_jac(squared_error, task_axis=0)
+    with pytest.raises(ValueError, match="task_axis: expected positional arguments with as many tasks"):
+        step(PARAMS, (BATCH[0], BATCH[1][:3]))
+    with pytest.raises(ValueError, match="a task axis"):
+        mtl.value_and_jac(lambda params, batch, scale: 0.0, task_axis=0)(PARAMS, BATCH, 2.0)
+    with pytest.raises(ValueError, match="losses_fn: expected one loss for each task, a scalar"):
+        mtl.value_and_jac(lambda params, batch: batch[0][0], task_axis=0)(PARAMS, BATCH)
+    with pytest.raises(ValueError, match="rows: expected"):
+        mtl.value_and_gramian(squared_error, task_axis=0, rows="two_pass")
+    with pytest.raises(ValueError, match="rows: expected"):
+        mtl.value_and_grad(squared_error, aggregation.upgrad(), task_axis=0, rows="two_pass")
