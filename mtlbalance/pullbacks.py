@@ -89,9 +89,7 @@ def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Throu
 def of_features(trunk, heads, params, args, kwargs, *, has_aux, totals=None) -> Through:
     """For a trunk, and a tree of heads, one for each task; the parameters are a pair."""
     names = jax.tree.structure(heads, is_leaf=callable)
-    if not isinstance(params, tuple | list) or len(params) != 2:
-        inputs.reject("params", "a pair: the trunk's, and a tree with those of each head", type(params).__name__)
-    trunk_params, head_params = params
+    pair, (trunk_params, head_params) = pair_of(params), params
 
     def of_trunk(params):
         return _with_aux(trunk(params, *args, **kwargs), has_aux)
@@ -115,7 +113,7 @@ def of_features(trunk, heads, params, args, kwargs, *, has_aux, totals=None) -> 
     def from_features(gradient, weights):
         (of_trunk,) = pull_features(gradient)
         of_heads = map(_scaled, weights, head_gradients)
-        return type(params)((_without_float0(of_trunk, trunk_params), names.unflatten(of_heads)))
+        return pair.unflatten((_without_float0(of_trunk, trunk_params), names.unflatten(of_heads)))
 
     weighted = lambda weights: from_features(combine(weights, jacobian), weights)
     row = lambda i: from_features(jax.tree.map(lambda x: x[i], jacobian), _one_hot(i, values))
@@ -177,6 +175,13 @@ def move_axis(args: chex.ArrayTree, axis: int) -> chex.ArrayTree:
     if len(lengths) != 1:
         inputs.reject("task_axis", "positional arguments with as many tasks each", f"{sorted(lengths)}")
     return args
+
+
+def pair_of(params: chex.ArrayTree) -> Any:
+    """The outermost structure of the parameters of a trunk and heads, which must be a pair."""
+    if not isinstance(params, tuple | list) or len(params) != 2:
+        inputs.reject("params", "a pair: the trunk's, and a tree with those of each head", type(params).__name__)
+    return jax.tree.structure(params, is_leaf=lambda x: x is not params)
 
 
 def n_bytes(tree: chex.ArrayTree) -> int:

@@ -1,5 +1,7 @@
 """Small models with several losses, for the tests of this folder."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import numpy as np
 def layers(key, sizes):
     """Weights and biases of a fully connected network."""
     keys = jax.random.split(key, len(sizes) - 1)
-    shapes = list(zip(sizes[:-1], sizes[1:], strict=True))
+    shapes = list(itertools.pairwise(sizes))
     return [
         {"w": jax.random.normal(k, shape) / np.sqrt(shape[0]), "b": jnp.zeros(shape[1])}
         for k, shape in zip(keys, shapes, strict=True)

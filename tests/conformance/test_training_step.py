@@ -112,7 +112,7 @@ def terms_of(weights, jacobian):
 
 def trained(built):
     """The method, its learned fields trained, because the training step refuses it otherwise."""
-    return mtl.learn(built.method, optax.sgd(0.01)) if getattr(built.method, "learned", ()) else built.method
+    return mtl.learn(built.method, optax.sgd(1e-3)) if getattr(built.method, "learned", ()) else built.method
 
 
 def init(method, params):

@@ -1,0 +1,159 @@
+"""A trunk and heads: the gradients of the shared part through the features."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation, base, scalarization
+from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance.gramian import combine
+from tests.autodiff.models import layers, network, normal_batch
+
+NAMES = "count", "depth", "label"
+TRUNK = layers(jax.random.key(0), [5, 16, 8])
+HEADS = {name: layers(jax.random.key(i + 1), [8, 4, 1]) for i, name in enumerate(NAMES)}
+BATCH = normal_batch(9, 32, n_in=5, n_out=3)
+MASK = (True, False)
+
+
+def trunk(params, batch):
+    return {"low": jnp.tanh(network(params, batch[0])), "high": network(params, batch[0]) ** 2}
+
+
+def head(i, params, features, batch):
+    return 2.0**i * jnp.mean((network(params, features["low"] + features["high"])[:, 0] - batch[1][:, i]) ** 2)
+
+
+HEAD_FNS = {name: (lambda *args, i=i: head(i, *args)) for i, name in enumerate(NAMES)}
+
+
+def losses(params, batch):
+    features = trunk(params[0], batch)
+    return {name: HEAD_FNS[name](params[1][name], features, batch) for name in NAMES}
+
+
+def graddrop_like():
+    """An aggregator without weights: the entry of the largest magnitude."""
+
+    def init(m, params, dtype):
+        return SeenState(jnp.zeros(m, jnp.int32))
+
+    def apply(state, jacobian, values, mask):
+        pick = lambda x: jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), axis=0, keepdims=True), axis=0)[0]
+        return jax.tree.map(pick, jacobian), count_seen(state, mask)
+
+    return base.aggregator(init, apply=apply)
+
+
+METHODS = {
+    "upgrad": aggregation.upgrad(),
+    "excess_mtl": aggregation.excess_mtl(),
+    "without weights": graddrop_like(),
+    "dwa": scalarization.dwa(),
+    "geometric_mean": scalarization.geometric_mean(),
+}
+
+
+def assert_close(found, expected, **kwargs):
+    kwargs = {"rtol": 1e-5, "atol": 1e-6} | kwargs
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **kwargs), found, expected)
+
+
+def init(method, params):
+    return method.init(3) if isinstance(method, mtl.Scalarizer) else method.init((3, params))
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_step_is_that_of_one_function_with_a_mask(method):
+    params = TRUNK, HEADS
+    state = init(method, mtl.subset(params, MASK))
+    expected = jax.jit(mtl.value_and_grad(losses, method, shared=MASK, rows="vmap"))(params, state, BATCH)
+    ways = ["vmap", 1]
+    ways += ["two_pass"] if getattr(method, "gramian_weighting", None) else []
+    ways += ["stream"] if getattr(method, "rowwise", None) else []
+    for keywords in [*({"rows": rows} for rows in ways), {"microbatches": 4}]:
+        step = mtl.value_and_grad((trunk, HEAD_FNS), method, **keywords)
+        assert_close(jax.jit(step)(params, state, BATCH), expected)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_at_the_features(method):
+    """The method sees the Jacobian of the features; its gradient is pulled back from there."""
+    params, features = (TRUNK, HEADS), trunk(TRUNK, BATCH)
+    of_features = lambda features: [HEAD_FNS[name](HEADS[name], features, BATCH) for name in NAMES]
+    jacobian = jax.jacrev(lambda features: jnp.stack(of_features(features)))(features)
+    state = init(method, features)
+    values = jnp.stack(of_features(features))
+    if isinstance(method, mtl.Scalarizer):
+        weights, _ = jax.grad(lambda values: method.apply(state, values), has_aux=True)(values)
+        gradient = combine(weights, jacobian)
+    else:
+        gradient, _ = method.apply(state, jacobian, values=values)
+    (of_trunk,) = jax.vjp(lambda params: trunk(params, BATCH), TRUNK)[1](gradient)
+    of_heads = jax.grad(lambda params: sum(losses((TRUNK, params), BATCH).values()))(HEADS)
+    step = mtl.value_and_grad((trunk, HEAD_FNS), method, at="features")
+    (found, _), gradient = jax.jit(step)(params, state, BATCH)
+    assert_close(gradient, (of_trunk, of_heads))
+    assert_close(found, dict(zip(NAMES, values, strict=True)))
+
+
+def test_the_trunk_is_run_once_and_heads_are_differentiated_for_their_own_loss():
+    """The step of eight heads is less than two of the sum's; eight times through all heads would be eight."""
+    method = aggregation.mgda()
+    heads = {str(i): HEAD_FNS["count"] for i in range(8)}
+    params = TRUNK, dict.fromkeys(heads, HEADS["count"])
+    state = method.init((8, trunk(TRUNK, BATCH)))
+    step = jax.jit(mtl.value_and_grad((trunk, heads), method, at="features"))
+    flops = step.lower(params, state, BATCH).compile().cost_analysis()["flops"]
+    plain = jax.jit(
+        jax.grad(lambda params: sum(f(params[1][n], trunk(params[0], BATCH), BATCH) for n, f in heads.items()))
+    )
+    assert flops < 2 * plain.lower(params).compile().cost_analysis()["flops"]
+
+
+def test_auxiliary_outputs_keyword_arguments_and_weights():
+    traced = lambda params, batch, *, gain: (jax.tree.map(lambda x: gain * x, trunk(params, batch)), "trunk's")
+    heads = {n: (lambda *args, f=f, n=n, gain: (f(*args), jnp.float32(len(n)))) for n, f in HEAD_FNS.items()}
+    method = aggregation.upgrad()
+    step = mtl.value_and_grad((traced, heads), method, has_aux=True, return_weights=True)
+    (found, _, weights, aux), _ = step((TRUNK, HEADS), method.init((3, TRUNK)), BATCH, gain=1.0)
+    assert_close(found, losses((TRUNK, HEADS), BATCH))
+    assert aux == ("trunk's", {"count": 5, "depth": 5, "label": 5})
+    assert weights.keys() == set(NAMES)
+
+
+def test_counted_losses_and_absent_tasks():
+    """Heads of absent tasks get no gradient, and the trunk nothing from them."""
+    counted = dict(HEAD_FNS)
+    counted["depth"] = lambda *args: mtl.Counted(HEAD_FNS["depth"](*args) + jnp.nan, jnp.array(0))
+    method = aggregation.upgrad()
+    given = (TRUNK, HEADS), method.init((3, mtl.subset((TRUNK, HEADS), MASK))), BATCH
+    (_, state), gradient = mtl.value_and_grad((trunk, counted), method)(*given)
+    mask = {"count": True, "depth": False, "label": True}
+    mask = jax.tree.map(jnp.array, mask)
+    (_, expected_state), expected = mtl.value_and_grad((trunk, HEAD_FNS), method)(*given, mask=mask)
+    assert_close((state, gradient), (expected_state, expected))
+    assert all(not leaf.any() for leaf in jax.tree.leaves(gradient[1]["depth"]))
+
+
+def test_errors():
+    method = aggregation.upgrad()
+    state = method.init((3, TRUNK))
+    step = mtl.value_and_grad((trunk, HEAD_FNS), method)
+    with pytest.raises(ValueError, match="params: expected a pair"):
+        step({"trunk": TRUNK, "heads": HEADS}, state, BATCH)
+    with pytest.raises(ValueError, match="one entry for each head"):
+        step((TRUNK, {"count": HEADS["count"]}), state, BATCH)
+    with pytest.raises(ValueError, match="heads: expected one loss for each task, a scalar"):
+        vector = HEAD_FNS | {"count": lambda params, features, batch: jnp.ones(2)}
+        mtl.value_and_grad((trunk, vector), method)((TRUNK, HEADS), state, BATCH)
+    for keywords in {"shared": MASK}, {"task_axis": 0}:
+        with pytest.raises(ValueError, match="losses_fn: expected one function"):
+            mtl.value_and_grad((trunk, HEAD_FNS), method, **keywords)
+    for losses_fn, keywords in (losses, {}), ((trunk, HEAD_FNS), {"rows": 1}), ((trunk, HEAD_FNS), {"microbatches": 2}):
+        with pytest.raises(ValueError, match="at: expected 'features' only with"):
+            mtl.value_and_grad(losses_fn, method, at="features", **keywords)
+    with pytest.raises(ValueError, match="at: expected 'parameters' or 'features'"):
+        mtl.value_and_grad((trunk, HEAD_FNS), method, at="representation")
