@@ -48,7 +48,7 @@ def graddrop_like():
 
 
 METHODS = {
-    "upgrad": aggregation.upgrad(),
+    "imtl_g": aggregation.imtl_g(),
     "excess_mtl": aggregation.excess_mtl(),
     "without weights": graddrop_like(),
     "dwa": scalarization.dwa(),
@@ -83,7 +83,7 @@ def test_at_the_features(method):
     """The method sees the Jacobian of the features; its gradient is pulled back from there."""
     params, features = (TRUNK, HEADS), trunk(TRUNK, BATCH)
     of_features = lambda features: [HEAD_FNS[name](HEADS[name], features, BATCH) for name in NAMES]
-    jacobian = jax.jacrev(lambda features: jnp.stack(of_features(features)))(features)
+    jacobian = jax.jit(jax.jacrev(lambda features: jnp.stack(of_features(features))))(features)
     state = init(method, features)
     values = jnp.stack(of_features(features))
     if isinstance(method, mtl.Scalarizer):

@@ -298,7 +298,7 @@ def test_argnums(argnums):
     np.testing.assert_allclose(found, gramian(expected), rtol=1e-4, atol=1e-5 * jnp.max(gramian(expected)))
 
 
-@pytest.mark.parametrize("argnums", [3, -4, (0, 3), (-4, 1), "0"])
+@pytest.mark.parametrize("argnums", [3, -4, (0, 3), (-4, 1), (0, 0), (1, -2)])
 @pytest.mark.parametrize("transform", [mtl.value_and_jac, mtl.value_and_gramian])
 def test_argnums_out_of_range(transform, argnums):
     with pytest.raises(ValueError, match=r"^argnums: .*3 positional"):
