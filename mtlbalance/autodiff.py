@@ -1,5 +1,6 @@
 """Losses with their Jacobian, with its Gramian, and one training step for every method."""
 
+import numbers
 import operator
 import warnings
 from collections.abc import Callable
@@ -89,11 +90,11 @@ def value_and_gramian(
 
     Two passes never store the Jacobian: row i is the pull-back of task i's gradient through the *transposed* pull-back
     (:func:`jax.linear_transpose`), which needs no forward-mode rule. What they keep does not grow with m. They need a
-    backward pass that can be transposed, and is linear in the cotangent: not one that clips gradients, has a
-    ``while_loop`` or a Pallas kernel inside a ``custom_vjp``. Where two passes would be the default and JAX cannot
-    transpose, rows are computed and one warning says so; what JAX does not see (an added constant, a rounding) makes
-    the result wrong: take rows there. Losses or parameters narrower than float32 are given rows, whose products are
-    then summed in float32.
+    backward pass that can be transposed: none that clips gradients, or has a ``while_loop`` or a Pallas kernel inside a
+    ``custom_vjp``. Where two passes would be the default, rows are then computed and one warning says so. A backward
+    pass that is not linear in a way that JAX does not see, as one that adds a constant, needs rows too. Losses or
+    parameters narrower than float32 are given rows, whose products are summed in float32; a model of float32
+    parameters that computes in bfloat16 inside may have two passes.
 
     Args:
       losses_fn: as in :func:`value_and_jac`.
@@ -128,7 +129,8 @@ def value_and_gramian(
         through, params = _of_argnums(losses_fn, argnums, args, kwargs, has_aux, task_axis, allow_int)
         outcome, _ = through(_nothing)
         _check_per_task(outcome)
-        products, _ = _gramian(through, _all, rows or _cheapest(ways, task_axis, through, outcome, params), asked=rows)
+        way = rows or _cheapest(ways, task_axis, through, outcome, params)
+        products, _ = _gramian(through, outcome, _all, way, requested=rows)
         return (outcome.losses, outcome.aux) if has_aux else outcome.losses, products
 
     return gramian_fn
@@ -150,23 +152,52 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     r"""One training step's losses and balanced gradient, whatever the method.
 
-    Reads as :func:`jax.value_and_grad`::
+    Reads as :func:`jax.value_and_grad`, and as that it is not jitted: call it inside your jitted step. ::
 
         grad_fn = mtl.value_and_grad(losses_fn, method)
         (losses, state), grads = grad_fn(params, state, batch)
 
     The gradient is :math:`\sum_i w_i \nabla L_i`: for a scalarizer :math:`w` is the derivative of its scalar with
     respect to the losses, one backward pass in all; for an aggregator it is what its weighting makes of the Jacobian
-    or Gramian, and an aggregator without weights combines the rows as it likes. As JAX's own functions it is not
-    jitted: call it inside your jitted step.
+    or Gramian. An aggregator without weights combines the rows as it likes.
 
-    **Rows.** ``rows`` says how the Jacobian's rows are computed: ``"vmap"``, all at once, or so many at a time, and
-    kept until the gradient is made; ``"two_pass"``, never kept (the methods with ``gramian_weighting``; see
-    :func:`value_and_gramian` for what that needs); ``"stream"``, one at a time, each used and dropped (the methods with
-    ``rowwise``). All give the same numbers. Scalarizers have no rows. (Where the
-    backward pass is not linear in the cotangent, as one that clips, the weighted sum of kept rows is not what is pulled
-    back for the weights.) Milliseconds and temporary megabytes of one step
-    on two CPU cores, MLP 64-w-w-w-m, relu, float32 (no GPU was at hand):
+    **Shared parameters.** ``shared`` says which parameters the tasks share: a tree of booleans in the structure of the
+    parameters or a prefix of it, or a function from the parameters to one, as in :func:`optax.masked`. Only they are
+    balanced, in either family, and only they are in the Jacobian; all others get the plain gradient of the sum of the
+    losses. The state is then made for the shared part: ``method.init((m, mtl.subset(params, shared)))``.
+
+    **Trunk and heads.** A pair ``(trunk, heads)`` in place of ``losses_fn``: ``trunk(trunk_params, *args)`` returns the
+    features, and ``heads`` is a tree of functions, each ``head(head_params, features, *args)`` the loss of one task.
+    ``params`` is a pair too: the trunk's, which are the shared ones, and a tree with those of each head. Heads are
+    differentiated once each, for their own loss. ``at="features"`` gives the method the Jacobian of the features in
+    place of the trunk's: one backward pass through the trunk in all. That is an approximation (MGDA-UB, Sener and
+    Koltun 2018; LibMTL's ``rep_grad``), and needs tasks that share their inputs. The state is then made for the
+    features: ``method.init((m, jax.eval_shape(trunk, trunk_params, *args)))``.
+
+    **Own data.** With ``task_axis`` ``losses_fn`` is the loss of *one* task, called with each task's part of every
+    positional argument after the state; keyword arguments are passed whole, auxiliary outputs are stacked. All rows
+    together cost little more than one step. A task whose loss is not finite leaves the others' rows alone, and if it is
+    absent, with kept rows, the gradient too.
+
+    **Micro-batches.** With ``microbatches=k`` every positional argument after the state is cut in k along its first
+    axis, or the second if the first is the task axis: micro-batch i has the examples i, i + k, i + 2k and so on, so
+    that a batch that is split over devices stays where it is. Sums and counts of :class:`Counted` losses are added up
+    over all of them, other losses and all gradients averaged, and the method decides once. Where the weights depend on
+    this step's losses the model runs twice over each micro-batch, else once; the README's table of methods says which.
+    Rows are kept by default; ``"two_pass"`` and ``"stream"`` run the model again for every row. Auxiliary outputs are
+    stacked. Keyword arguments are passed whole: give random keys as a batch of them.
+
+    **Fewer decisions.** With a method wrapped in :func:`amortize`, ``grad_fn(..., refresh=False)`` takes the last
+    weights again, at the cost of one backward pass. ``decide_on``, a mask like ``shared``, decides the weights on some
+    parameters (the last layer, norms, LoRA's) and applies them to all; the state is made for these:
+    ``method.init((m, mtl.subset(params, decide_on)))``. Scalarizers decide on losses: nothing changes for them.
+
+    **Rows.** ``rows`` says how an aggregator's rows of the Jacobian are computed: ``"vmap"``, all at once, or so many
+    at a time, and kept until the gradient is made; ``"two_pass"``, never kept (the methods with ``gramian_weighting``;
+    see :func:`value_and_gramian` for what that needs); ``"stream"``, one at a time, each used and dropped (the methods
+    with ``rowwise``). All give the same numbers, if the backward pass is linear in the cotangent; if it clips, kept
+    rows and weights that are pulled back give different gradients. Milliseconds and megabytes of temporaries of one
+    step on two CPU cores, MLP 64-w-w-w-m, relu, float32 (not measured on a GPU):
 
     ===================== ============= ============= ============= =============
     m, w, batch           2, 512, 256   8, 512, 256   32, 512, 256  8, 1024, 64
@@ -184,54 +215,26 @@ def value_and_grad(
     a time, or two passes for the methods that need the Gramian, if the Jacobian is over 256 MiB or what the backward
     pass keeps is less than one and a half times the parameters: there a row is computed faster than it is stored.
 
-    **Shared parameters.** ``shared`` says which parameters the tasks share: a tree of booleans in the structure of the
-    parameters or a prefix of it, or a function from the parameters to one, as in :func:`optax.masked`. Only they are
-    balanced, in either family, and only they are in the Jacobian; all others get the plain gradient of the sum of the
-    losses. The state is then made for the shared part: ``method.init((m, mtl.subset(params, shared)))``.
-
-    **Trunk and heads.** A pair ``(trunk, heads)`` in place of ``losses_fn``: ``trunk(trunk_params, *args)`` returns the
-    features, and ``heads`` is a tree of functions, each ``head(head_params, features, *args)`` the loss of one task.
-    ``params`` is a pair too, of the trunk's and a tree with those of each head. The trunk's are the shared ones. Heads
-    are differentiated once each, for their own loss. ``at="features"`` gives the method the Jacobian with respect to
-    the features in place of the trunk's parameters: one backward pass through the trunk in all (MGDA-UB, Sener and
-    Koltun 2018; LibMTL's ``rep_grad``), an upper bound instead of the norm, for tasks that share their inputs. The
-    state is then made for the features: ``method.init((m, features))``.
-
-    **Own data.** With ``task_axis`` ``losses_fn`` is the loss of *one* task, called with each task's part of every
-    positional argument after the state; keyword arguments are passed whole, auxiliary outputs are stacked. All rows
-    together cost little more than one step, and a task whose loss is not finite leaves the other rows alone.
-
-    **Micro-batches.** With ``microbatches=k`` every positional argument after the state is cut in k along its first
-    axis (the one after the task axis), and k passes of a k-th of the memory are made: sums and counts of
-    :class:`Counted` losses are added up over all, other losses and their gradients averaged, the method is called once.
-    One pass over the micro-batches where the weights are known before the losses or come from rows, two where they come
-    from this step's losses: the README's table of methods says which. Rows are kept by default; ``"two_pass"`` and
-    ``"stream"`` compute the model again for every row. Auxiliary outputs are stacked.
-
-    **Fewer decisions.** With a method wrapped in :func:`amortize`, ``grad_fn(..., refresh=False)`` takes the last
-    weights again, at the cost of one backward pass. ``decide_on``, a mask like ``shared``, decides the weights on some
-    parameters (the last layer, norms, LoRA's) and applies them to all; the state is made for these:
-    ``method.init((m, mtl.subset(params, decide_on)))``. Scalarizers decide on losses: nothing changes for them.
-
     Args:
       losses_fn: ``(params, *args, **kwargs) -> losses``, see :func:`value_and_jac`; or a pair of trunk and heads.
       method: a :class:`~mtlbalance.Scalarizer` without learned fields (:func:`learn` trains those), or an
         :class:`~mtlbalance.Aggregator`.
       has_aux: ``losses_fn`` returns a pair ``(losses, aux)``; so do the trunk and every head.
       return_weights: also return one weight per task, in the structure of the losses.
-      rows: see above.
-      shared: see above; for all parameters by default.
-      decide_on: see above.
-      at: ``"parameters"`` or, with a trunk and heads, ``"features"``.
-      task_axis: see above.
-      microbatches: how many, at least 1; must divide the batch.
+      rows: how an aggregator's rows are computed; the cheapest way by default.
+      shared: the parameters to balance; all by default.
+      decide_on: the parameters on which weights are decided; the balanced ones by default.
+      at: whether a method for a trunk and heads sees the gradients of its ``"parameters"`` or its ``"features"``.
+      task_axis: the axis of all positional arguments after the state along which each task has its own data; none by
+        default.
+      microbatches: how many to cut the batch in, at least 1; none by default.
       allow_int: integer parameters get "gradients" of dtype ``float0``, as in :func:`jax.grad`; without it they raise.
 
     Returns:
       ``grad_fn(params, state, *args, mask=None, refresh=None, **kwargs)``. It returns ``(losses, new_state), grads``,
       the first with the weights and the auxiliary output appended where asked for. ``losses`` are as ``losses_fn``
-      returned them. ``mask`` says which tasks are present and ``refresh`` whether to decide anew; neither is passed to
-      ``losses_fn``.
+      returned them. ``mask`` says which tasks are present and ``refresh``, one boolean, whether to decide anew; neither
+      is passed to ``losses_fn``.
 
     Raises:
       TypeError: if a parameter or a loss is not floating point, or an option of the wrong type.
@@ -251,11 +254,19 @@ def value_and_grad(
       >>> (losses, state, weights), grads = grad_fn(params, method.init((2, params)), jnp.array([1.0, 2.0]))
       >>> print({name: f"{weight:.3f}" for name, weight in weights.items()})
       {'large': '0.008', 'small': '0.992'}
+
+    References:
+      Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization <https://arxiv.org/abs/1810.04650>`_,
+      NeurIPS 2018, for ``at="features"``; Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
+      <https://arxiv.org/abs/2406.16232>`_, 2024, section 6, for descent by the Gramian.
     """
     has_features = isinstance(losses_fn, tuple)
-    ways = _check_keywords(method, has_features, return_weights, rows, shared, decide_on, at, task_axis, microbatches)
+    _check_losses_fn(losses_fn, shared, task_axis)
+    _check_method(method, return_weights, decide_on)
+    _check_at(at, has_features, rows, decide_on, microbatches)
+    ways = ("features",) if at == "features" else _ways(method, rows, task_axis, microbatches)
 
-    def grad_fn(params, state, *args, mask=None, refresh=None, **kwargs):
+    def grad_fn(params, state, /, *args, mask=None, refresh=None, **kwargs):
         _check_params(params, allow_int)
         mask_of_shared = pullbacks.pair_of(params).unflatten((True, False)) if has_features else shared
         is_shared = None if mask_of_shared is None else _read_subset("shared", mask_of_shared, params)
@@ -270,10 +281,10 @@ def value_and_grad(
         decide = lambda: _decide(method, state, through, present, keep, way, rows)
 
         def plain(pull):  # the gradient of the sum, for what is not shared
-            return pull.weighted(jnp.ones_like(outcome.values) if present is None else present)
+            return pull.weighted(_ones(outcome, present), present)
 
         def balanced(pull):
-            gradient = pull.weighted(weights)
+            gradient = pull.weighted(weights, present)
             return gradient if is_shared is None else _join(is_shared, gradient, plain(pull))
 
         decision = decide() if refresh is None else _refresh(refresh, decide, state, present)
@@ -333,35 +344,46 @@ class _Decision(NamedTuple):
     gradient: Any = None
 
 
-def _decide(method, state, through, present, keep, way, asked):
+def _decide(method, state, through, present, keep, way, requested):
     if isinstance(method, base.Scalarizer):
         return _weigh(method, state, through(_nothing)[0], present)
-    mask = None if present is None else jnp.ravel(present)
 
-    jacobian = None  # of the rows that are kept
-    if way == "stream":
+    mask, jacobian = None if present is None else jnp.ravel(present), None
+    weigh = method.weighting and method.weighting.apply
+    if way in ("stream", "two_pass"):
         outcome, _ = through(_nothing)
-        state, statistic = _visit_rows(method.rowwise, state, through, keep, mask, outcome.values.size)
-        weigh = method.rowwise.weigh
-    elif way == "two_pass":
-        outcome, _ = through(_nothing)
-        statistic, jacobian = _gramian(through, keep, way, asked)
-        weigh = method.gramian_weighting.apply
+        if way == "stream":
+            state, statistic = _visit_rows(method.rowwise, state, through, keep, mask, outcome.values.size)
+            weigh = method.rowwise.weigh
+        else:
+            statistic, jacobian = _gramian(through, outcome, keep, way, requested)
+            weigh = method.gramian_weighting.apply
     elif way == "features":
         outcome, statistic = through(lambda pull: pull.features[0])
-        weigh = method.weighting and method.weighting.apply
     else:
         outcome, jacobian = through(lambda pull: pull.rows(keep, way))
-        statistic, weigh = jacobian, method.weighting and method.weighting.apply
+        statistic = jacobian
 
     given = {"values": jnp.ravel(outcome.values), "mask": mask}
     if weigh is not None:
         weights, state = weigh(state, statistic, **given)
-        return _Decision(outcome, state, weights, None if jacobian is None else combine(weights, jacobian))
+        return _Decision(outcome, state, weights, None if jacobian is None else _combine(weights, jacobian, mask))
     gradient, state = method.apply(state, statistic, **given)
     if way == "features":
-        _, gradient = through(lambda pull: keep(pull.features[1](gradient, jnp.ones_like(outcome.values))))
+        _, gradient = through(lambda pull: keep(pull.features[1](gradient, _ones(outcome, present), present)))
     return _Decision(outcome, state, None, gradient)
+
+
+def _combine(weights, jacobian, mask):
+    """The weighted sum of the rows; an absent task's may be anything."""
+    if mask is not None:
+        jacobian = jax.tree.map(lambda x: jnp.where(inputs.rows(mask, x), x, 0), jacobian)
+    return combine(weights, jacobian)
+
+
+def _ones(outcome, present):
+    """The weights of the sum."""
+    return jnp.ones_like(outcome.values) if present is None else present.astype(outcome.values.dtype)
 
 
 def _weigh(method, state, outcome, present):
@@ -389,10 +411,10 @@ def _visit_rows(rowwise, state, through, keep, mask, m):
 
 
 def _refresh(refresh, decide, state, present):
-    of_wrappers = state
-    while not hasattr(of_wrappers, "last_weights") and hasattr(of_wrappers, "inner"):
-        of_wrappers = of_wrappers.inner
-    weights = getattr(of_wrappers, "last_weights", None)
+    amortized = state
+    while not hasattr(amortized, "last_weights") and hasattr(amortized, "inner"):
+        amortized = amortized.inner  # wrappers such as skip_nonfinite keep the state of amortize there
+    weights = getattr(amortized, "last_weights", None)
     if weights is None:
         inputs.reject("refresh", "a method that keeps its last weights, mtl.amortize(method)", type(state).__name__)
     is_boolean = isinstance(refresh, bool) or (hasattr(refresh, "dtype") and jnp.issubdtype(refresh.dtype, jnp.bool_))
@@ -414,47 +436,49 @@ def _refresh(refresh, decide, state, present):
 # The Gramian.
 
 
-def _gramian(through, keep, way, asked):
-    """And the rows if they are kept: also where nobody has asked for two passes and the backward pass forbids them."""
+def _gramian(through, outcome, keep, way, requested):
+    """The Gramian; and the rows where they were kept, if only because two passes turned out impossible."""
     if way == "two_pass":
-        outcome, _ = through(_nothing)
-        row = lambda weights: keep(through(lambda pull: pull.weighted(weights))[1])
-        try:
-            return _two_pass_gramian(row, outcome), None
-        except _NotTwoPass as error:
-            if asked == way:
-                raise ValueError(f"rows: expected 'vmap' or an int, found 'two_pass': {error}") from error.__cause__
-            if error.__cause__ is not None:
-                warnings.warn(f"{error}; rows=1 says that this is known", stacklevel=3)
-            way = 1
+        gradient_of = lambda weights: keep(through(lambda pull: pull.weighted(weights))[1])
+        obstacle, by_design = _obstacle_to_two_passes(gradient_of, outcome)
+        if obstacle is None:
+            return _two_pass_gramian(gradient_of, outcome.values), None
+        if requested == way:
+            inputs.reject("rows", "'vmap' or an int", f"'two_pass': {obstacle}")
+        if not by_design:
+            found = f"{obstacle}, so its rows are computed one at a time"
+            warnings.warn(f"the Jacobian: {found}; rows=1 asks for that without this warning", stacklevel=2)
+        way = 1
     _, jacobian = through(lambda pull: pull.rows(keep, way))
     return gramian(jacobian), jacobian
 
 
-class _NotTwoPass(Exception):
-    """Why the Gramian must be made of rows."""
-
-
-def _two_pass_gramian(gradient_of, outcome):
+def _two_pass_gramian(gradient_of, values):
     r"""Row i is :math:`J J^\top e_i`: a gradient pulled back, and that through the transposed pull-back."""
-    values = outcome.values
-    one_hot = lambda i: jnp.reshape(jnp.arange(values.size) == i, values.shape).astype(values.dtype)
-    row = jax.eval_shape(gradient_of, values)
+    row = lambda i: gradient_of(pullbacks.one_hot(i, values))
+    half = jax.lax.map(lambda i: _products(gradient_of, row(i), values), jnp.arange(values.size))
+    return (half + half.T) / 2
+
+
+def _products(gradient_of, row, values):
+    """One gradient's inner products with all."""
+    # What a weight depends on is not left to the default of GPU and TPU, TF32 or bfloat16.
+    with jax.default_matmul_precision("highest"):
+        return jnp.ravel(jax.linear_transpose(gradient_of, values)(row)[0])
+
+
+def _obstacle_to_two_passes(gradient_of, outcome):
+    """Why there can be none, and whether that is so by design; or ``None``."""
+    row = jax.eval_shape(gradient_of, outcome.values)
     narrow = {str(x.dtype) for x in jax.tree.leaves((row, inputs.sums(outcome.losses))) if jnp.finfo(x.dtype).bits < 32}
     if narrow:
-        raise _NotTwoPass(f"products of {', '.join(sorted(narrow))} gradients would be as coarse as these")
-
-    def products(row):
-        # What a weight depends on is not left to the default of GPU and TPU, TF32 or bfloat16.
-        with jax.default_matmul_precision("highest"):
-            return jnp.ravel(jax.linear_transpose(gradient_of, values)(row)[0])
-
+        return f"the products of {', '.join(sorted(narrow))} gradients would be as coarse as these", True
     try:
-        jax.eval_shape(products, row)
+        jax.eval_shape(lambda row: _products(gradient_of, row, outcome.values), row)
     except Exception as error:  # whatever the operation without a transpose raises
-        raise _NotTwoPass("a backward pass that cannot be transposed needs the rows of the Jacobian") from error
-    half = jax.lax.map(lambda i: products(gradient_of(one_hot(i))), jnp.arange(values.size))
-    return (half + half.T) / 2
+        first_line, *_ = f"{error}".splitlines() or [""]
+        return f"the backward pass cannot be transposed ({type(error).__name__}: {first_line})", False
+    return None, False
 
 
 # Reading what is given.
@@ -471,7 +495,7 @@ def _of_argnums(losses_fn, argnums, args, kwargs, has_aux, task_axis, allow_int)
     _check_params(params, allow_int)
     others = [x for i, x in enumerate(args) if i not in indices]
 
-    def of_params(params, *others, **kwargs):
+    def of_params(params, /, *others, **kwargs):
         given = list(others)
         for i, x in sorted(zip(indices, (params,) if single else params, strict=True), key=lambda pair: pair[0]):
             given.insert(i, x)
@@ -481,19 +505,12 @@ def _of_argnums(losses_fn, argnums, args, kwargs, has_aux, task_axis, allow_int)
 
 
 def _open(losses_fn, params, args, kwargs, has_aux, task_axis, microbatches):
+    make, functions = pullbacks.of_losses, (losses_fn,)
     if isinstance(losses_fn, tuple):
-        of_args = lambda args, totals: pullbacks.of_features(
-            *losses_fn, params, args, kwargs, has_aux=has_aux, totals=totals
-        )
+        make, functions = pullbacks.of_features, losses_fn
     elif task_axis is not None:
-        args = pullbacks.move_axis(args, task_axis)
-        of_args = lambda args, totals: pullbacks.of_own_data(
-            losses_fn, params, args, kwargs, has_aux=has_aux, totals=totals
-        )
-    else:
-        of_args = lambda args, totals: pullbacks.of_losses(
-            losses_fn, params, args, kwargs, has_aux=has_aux, totals=totals
-        )
+        make, args = pullbacks.of_own_data, pullbacks.move_axis(args, task_axis)
+    of_args = lambda args, totals: make(*functions, params, args, kwargs, has_aux=has_aux, totals=totals)
     if microbatches is None:
         return of_args(args, None)
     return pullbacks.of_microbatches(of_args, args, microbatches, axis=0 if task_axis is None else 1)
@@ -519,40 +536,54 @@ def _cheapest(ways, task_axis, through, outcome, params):
     return 1
 
 
-def _check_keywords(method, has_features, return_weights, rows, shared, decide_on, at, task_axis, microbatches):
-    """The ways to compute rows among which the method leaves the choice."""
+def _check_losses_fn(losses_fn, shared, task_axis):
+    is_pair = isinstance(losses_fn, tuple) and len(losses_fn) == 2 and callable(losses_fn[0])
+    if not is_pair and not callable(losses_fn):
+        inputs.reject(
+            "losses_fn", "a function, or a pair of a trunk and heads", f"{type(losses_fn).__name__}", TypeError
+        )
+    if is_pair and (shared is not None or task_axis is not None):
+        inputs.reject("losses_fn", "one function with shared= or task_axis=", "a pair of trunk and heads")
+
+
+def _check_method(method, return_weights, decide_on):
     if not isinstance(method, base.Scalarizer | base.Aggregator):
         inputs.reject("method", "a Scalarizer or an Aggregator", type(method).__name__, TypeError)
     if getattr(method, "learned", ()):
         reason = "a method with nothing left to learn: mtl.learn(method, optimizer) trains its fields"
         inputs.reject("method", reason, f"learned={method.learned}")
+    makes_weights = isinstance(method, base.Scalarizer) or method.weighting is not None
+    for name, given in {"return_weights": return_weights, "decide_on": decide_on is not None}.items():
+        if given and not makes_weights:
+            inputs.reject(name, "a method that makes weights (method.weighting)", "one that makes none")
+
+
+def _check_at(at, has_features, rows, decide_on, microbatches):
     if at not in ("parameters", "features"):
         inputs.reject("at", "'parameters' or 'features'", f"{at!r}")
-    if has_features and (shared is not None or task_axis is not None):
-        inputs.reject("losses_fn", "one function with shared= or task_axis=", "a pair of trunk and heads")
     if at == "features" and not (has_features and decide_on is rows is microbatches is None):
         expected = "'features' only with a pair of trunk and heads, and without rows=, decide_on= and microbatches="
         inputs.reject("at", expected, f"{at!r}")
+
+
+def _ways(method, rows, task_axis, microbatches):
+    """The ways to compute rows among which the choice is ours; those that may be asked for are more."""
     if microbatches is not None:
         inputs.check_int("microbatches", microbatches, 1)
-    if isinstance(method, base.Scalarizer):
-        _check_rows(rows, "vmap", "two_pass", "stream", None)
-        return ("vmap",)  # it has no rows
-    for name, given in {"return_weights": return_weights, "decide_on": decide_on is not None}.items():
-        if given and method.weighting is None:
-            inputs.reject(name, "a method that makes weights (method.weighting)", "one that makes none")
-    if at == "features":
-        return ("features",)
-    by_default = ["two_pass"] * (method.gramian_weighting is not None) + ["stream"] * (method.rowwise is not None)
-    if task_axis is not None and "two_pass" in by_default:
-        by_default.remove("two_pass")  # a row would cost two passes over all tasks' data; all rows together cost one
-    _check_rows(rows, "vmap", *by_default, None)
+    ways = ["vmap"]
+    is_scalarizer = isinstance(method, base.Scalarizer)  # which has no rows, and takes any
+    # With own data a row of the Gramian costs two passes over all data, and all rows of the Jacobian together cost one.
+    if is_scalarizer or (method.gramian_weighting is not None and task_axis is None):
+        ways.append("two_pass")
+    if is_scalarizer or method.rowwise is not None:
+        ways.append("stream")
+    _check_rows(rows, *ways, None)
     # With micro-batches every further pass computes the model again.
-    return ("vmap",) if microbatches else ("vmap", *by_default)
+    return ["vmap"] if is_scalarizer or microbatches is not None else ways
 
 
 def _check_rows(rows, *names):
-    if isinstance(rows, int) and not isinstance(rows, bool):
+    if isinstance(rows, numbers.Integral) and not isinstance(rows, bool):
         inputs.check_int("rows", rows, 1)
     elif rows not in names:
         inputs.reject("rows", f"an int or one of {', '.join(map(repr, names))}", f"{rows!r}")
@@ -560,15 +591,19 @@ def _check_rows(rows, *names):
 
 def _check_params(params, allow_int):
     for path, leaf in jax.tree.leaves_with_path(params):
-        dtype = jnp.result_type(leaf)
-        if not (jnp.issubdtype(dtype, jnp.floating) or (allow_int and not jnp.issubdtype(dtype, jnp.complexfloating))):
-            expected = "floating point numbers (or allow_int=True, for gradients of type float0)"
+        is_array = hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)
+        dtype = jnp.result_type(leaf) if is_array else type(leaf).__name__
+        may_be = (jnp.floating, jnp.integer, jnp.bool_) if allow_int else (jnp.floating,)
+        if not is_array or not any(jnp.issubdtype(dtype, kind) for kind in may_be):
+            expected = "floating point numbers (or allow_int=True, for gradients of integers of type float0)"
             inputs.reject(f"params{jax.tree_util.keystr(path)}", expected, f"dtype {dtype}", TypeError)
 
 
 def _check_per_task(outcome, state=None):
+    if state is not None and not jax.tree.leaves(state):
+        inputs.reject("state", "what the method's init returned", f"{state!r}", TypeError)
     of_no_task = state is not None and jnp.shape(jax.tree.leaves(state)[0]) == ()
-    if outcome.values.ndim == 0 and jax.tree.structure(outcome.losses).num_leaves == 1 and not of_no_task:
+    if outcome.values.ndim == 0 and not of_no_task:
         expected = "one loss for each task, as in jnp.stack([...]) or a dict"
         inputs.reject("losses_fn", expected, "a scalar: do not add the losses up")
 
@@ -582,7 +617,8 @@ def _read_present(mask, outcome):
 
 def _read_subset(name, mask, params):
     """A boolean for every leaf of the params."""
-    mask = mask(params) if callable(mask) else mask
+    is_function = callable(mask) and jax.tree_util.all_leaves([mask])  # a module of booleans may be callable too
+    mask = mask(params) if is_function else mask
     try:
         full = jax.tree.broadcast(mask, params)
     except ValueError as error:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtlbalance import inputs
 from mtlbalance.gramian import combine, gramian
@@ -260,7 +260,7 @@ def zeros_jacobian(m: int, params: chex.ArrayTree, dtype: chex.ArrayDType) -> ch
         if isinstance(param, jax.core.Tracer):
             return jnp.broadcast_to(jnp.zeros_like(param, dtype=dtype), shape)
         sharding = getattr(param, "sharding", None)
-        if isinstance(sharding, NamedSharding):
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
             sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
             return jnp.zeros(shape, dtype, device=sharding)
         return jnp.zeros(shape, dtype)
@@ -344,7 +344,7 @@ def _place(state, given, jacobian_shaped=()):
     # Copies, so that a state can be donated: no leaf may share its buffer with another or with a hyperparameter.
     # Where what was given lies on a mesh, the small leaves go there too, or the first step would move them.
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(given)]
-    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)]
 
     def leaf(path, x):
         if is_in(jacobian_shaped, path):

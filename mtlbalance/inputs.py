@@ -287,7 +287,8 @@ def check_params_like(name: str, tree: chex.ArrayTree, params: chex.ArrayTree, s
     """Raises unless two trees have one structure, and one shape a leaf (after ``skip`` axes of ``params``)."""
     found, expected = jax.tree.structure(tree), jax.tree.structure(params)
     if found != expected:
-        reject(name, f"the params' tree {expected}", f"{found}")
+        hint = " (of a part of them: was init given mtl.subset(params, mask)?)" if "MaskedNode" in f"{found}" else ""
+        reject(name, f"the params' tree {expected}", f"{found}{hint}")
     for (path, leaf), param in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(params), strict=True):
         if jnp.shape(leaf) != jnp.shape(param)[skip:]:
             where = f"{name}{jax.tree_util.keystr(path)}"

@@ -35,7 +35,7 @@ class Pullback(NamedTuple):
     """Gradients at one point, shaped like the parameters.
 
     Attributes:
-      weighted: ``(weights) -> gradient`` of the weighted sum of the losses; weights shaped like the values.
+      weighted: ``(weights, present=None) -> gradient`` of the weighted sum of the losses; both shaped like the values.
       row: ``(i) -> gradient`` of one task's loss; ``i`` may be traced.
       rows: ``(keep, n) -> Jacobian`` of ``keep(gradient)``: n rows at a time, or all at once (``"vmap"``).
       kept: bytes that the backward pass keeps of the forward pass, parameters included.
@@ -61,7 +61,7 @@ def of_losses(losses_fn, params, args, kwargs, *, has_aux, totals=None) -> Throu
 
     values, pull, outputs = jax.vjp(read, params, has_aux=True)
     weighted = _weighted(pull, values, params)
-    row = lambda i: weighted(_one_hot(i, values))
+    row = lambda i: weighted(one_hot(i, values))
     rows = lambda keep, batch_size: _map(lambda i: keep(row(i)), jnp.arange(values.size), batch_size)
     return _at(values, outputs, Pullback(weighted, row, rows, n_bytes(pull)))
 
@@ -95,6 +95,12 @@ def of_features(trunk, heads, params, args, kwargs, *, has_aux, totals=None) -> 
         return _with_aux(trunk(params, *args, **kwargs), has_aux)
 
     features, pull_features, trunk_aux = jax.vjp(of_trunk, trunk_params, has_aux=True)
+    for path, x in jax.tree.leaves_with_path(features):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            where = f"the trunk's features{jax.tree_util.keystr(path)}"
+            inputs.reject(
+                where, "floating point numbers (heads get the trunk's arguments too)", f"{x.dtype}", TypeError
+            )
 
     def of_head(head, params, total):
         def read(params, features):
@@ -110,13 +116,18 @@ def of_features(trunk, heads, params, args, kwargs, *, has_aux, totals=None) -> 
     values, jacobian = jnp.stack(values), jax.tree.map(lambda *rows: jnp.stack(rows), *rows_of_features)
     losses, aux = (names.unflatten(parts) for parts in zip(*outputs, strict=True))
 
-    def from_features(gradient, weights):
+    def from_features(gradient, weights, present=None):
         (of_trunk,) = pull_features(gradient)
-        of_heads = map(_scaled, weights, head_gradients)
+        of_heads = map(_scaled, weights, _present_only(list(head_gradients), present))
         return pair.unflatten((_without_float0(of_trunk, trunk_params), names.unflatten(of_heads)))
 
-    weighted = lambda weights: from_features(combine(weights, jacobian), weights)
-    row = lambda i: from_features(jax.tree.map(lambda x: x[i], jacobian), _one_hot(i, values))
+    def weighted(weights, present=None):
+        rows = jacobian
+        if present is not None:
+            rows = jax.tree.map(lambda x: jnp.where(inputs.rows(present, x), x, 0), jacobian)
+        return from_features(combine(weights, rows), weights, present)
+
+    row = lambda i: from_features(jax.tree.map(lambda x: x[i], jacobian), one_hot(i, values))
     rows = lambda keep, batch_size: _map(lambda i: keep(row(i)), jnp.arange(values.size), batch_size)
     pullback = Pullback(weighted, row, rows, n_bytes(pull_features), (jacobian, from_features))
     return _at(values, (losses, (trunk_aux, aux) if has_aux else None), pullback)
@@ -131,6 +142,8 @@ def of_microbatches(through_of, args, n: int, axis: int) -> Through:
       n: number of micro-batches.
       axis: the batch's.
     """
+    if not jax.tree.leaves(args):
+        inputs.reject("microbatches", "the batch as positional arguments after the state", "none")
     parts = jax.tree.map(lambda x: _cut(x, n, axis), args)
     first = jax.tree.map(lambda x: x[0], parts)
 
@@ -141,7 +154,8 @@ def of_microbatches(through_of, args, n: int, axis: int) -> Through:
     def add_up(part_of, parts):
         """Sums over the micro-batches, in float32 or wider, and the stacked auxiliary outputs."""
         dtypes, _ = jax.eval_shape(part_of, first)
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, _at_least_float32(x.dtype)), dtypes)
+        # With its sharding, which on an Explicit mesh is part of the carry's type.
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x.dtype), device=x.sharding), dtypes)
 
         def step(total, part):
             new, aux = part_of(part)
@@ -166,6 +180,7 @@ def of_microbatches(through_of, args, n: int, axis: int) -> Through:
 
 def move_axis(args: chex.ArrayTree, axis: int) -> chex.ArrayTree:
     """Every array with its task axis in front; they must agree in its length."""
+    inputs.check_int("task_axis", axis, -64)
     for path, x in jax.tree.leaves_with_path(args):
         if not -jnp.ndim(x) <= axis < jnp.ndim(x):
             where = f"argument {jax.tree_util.keystr(path)}"
@@ -204,7 +219,8 @@ def _with_aux(output, has_aux):
 
 
 def _weighted(pull, values, params):
-    def weighted(weights):
+    def weighted(weights, present=None):
+        del present  # one backward pass for all: what is not finite in an absent task's comes through
         (gradient,) = pull(jnp.reshape(weights, values.shape).astype(values.dtype))
         return _without_float0(gradient, params)
 
@@ -221,7 +237,16 @@ def _scaled(weight, gradient):
     return jax.tree.map(lambda x: (weight * x).astype(x.dtype), gradient)
 
 
-def _one_hot(i, values):
+def _present_only(gradients, present):
+    """The tasks' gradients, zero for those that are absent: there they may be anything."""
+    if present is None:
+        return gradients
+    keep = lambda there, gradient: jax.tree.map(lambda x: jnp.where(there, x, 0), gradient)
+    return [keep(there, gradient) for there, gradient in zip(present, gradients, strict=True)]
+
+
+def one_hot(i: chex.Numeric, values: chex.Array) -> chex.Array:
+    """Weights of one for a task and zero for the others, shaped like the values."""
     return jnp.reshape(jnp.arange(values.size) == i, values.shape).astype(values.dtype)
 
 
@@ -251,14 +276,15 @@ def _counted(losses):
 
     def leaf(x):
         if inputs.is_counted(x):
-            return x._replace(sum=jnp.where(inputs.is_there(x), x.sum, 0))
+            count = jnp.asarray(x.count)  # in a dtype in which the counts of all micro-batches can be added up
+            return inputs.Counted(jnp.where(inputs.is_there(x), x.sum, 0), count.astype(_wide(count.dtype)))
         return inputs.Counted(jnp.asarray(x), jnp.ones(jnp.shape(x), jnp.int32))
 
     return jax.tree.map(leaf, losses, is_leaf=inputs.is_counted)
 
 
-def _at_least_float32(dtype):
-    return jnp.result_type(jnp.float32, dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
+def _wide(dtype):
+    return jnp.result_type(jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32, dtype)
 
 
 def _split(name, names, tree):
@@ -276,5 +302,9 @@ def _cut(x, n, axis):
         expected = f"a batch on axis {axis} of every positional argument, divisible by {n}"
         inputs.reject("microbatches", expected, f"shape {jnp.shape(x)}")
     # Every n-th example, so that a batch that is split over devices needs no transfer.
-    x = jnp.reshape(x, (*x.shape[:axis], size // n, n, *x.shape[axis + 1 :]))
+    try:
+        x = jnp.reshape(x, (*x.shape[:axis], size // n, n, *x.shape[axis + 1 :]))
+    except Exception as error:  # on an Explicit mesh
+        expected = "at most as many as each device has examples"
+        raise ValueError(f"microbatches: expected {expected}, found {n} of {jax.typeof(x)}") from error
     return jnp.moveaxis(x, axis + 1, 0)

@@ -45,7 +45,7 @@ class AmortizeState(NamedTuple):
     """State of :func:`amortize`.
 
     Attributes:
-      last_weights: the weights of the last call, one per task; equal ones of total 1 before it.
+      last_weights: the weights of the last call that decided, one per task; equal ones of total 1 before it.
       inner: the state of the wrapped method.
     """
 
@@ -168,10 +168,11 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
 def amortize(method: Method) -> Method:
     """Keeps a method's last weights, so that :func:`mtlbalance.value_and_grad` may use them again.
 
-    Its ``grad_fn(..., refresh=False)`` then takes one backward pass and leaves the state as it is; ``refresh=True``, or
-    a call without it, takes the method's weights and keeps them. ``refresh`` may be traced: ``step % 1000 == 0`` inside
-    ``scan``. Under ``vmap`` keep it unbatched, or both ways are computed: it is an argument for that reason, and no
-    counter in the state. The first step should refresh: until then the weights are equal and sum to 1.
+    Its ``grad_fn(..., refresh=False)`` then takes one backward pass and leaves the state as it is, averages and random
+    keys included; ``refresh=True``, or a call without it, takes the method's weights and keeps them. ``refresh`` may be
+    traced: ``step % 1000 == 0`` inside ``scan``. Under ``vmap`` keep it unbatched, or both ways are computed: it is an
+    argument for that reason, and no counter in the state. The first step should refresh: until then the weights are
+    equal and sum to 1.
 
     An absent task keeps its last weight for the time when it is back; in between it has none. A learned method goes
     inside: ``amortize(learn(uw(), optimizer))``; :func:`skip_nonfinite` goes outside.
