@@ -267,6 +267,8 @@ def value_and_grad(
     ways = ("features",) if at == "features" else _ways(method, rows, task_axis, microbatches)
 
     def grad_fn(params, state, /, *args, mask=None, refresh=None, **kwargs):
+        if not jax.tree.leaves(state):
+            inputs.reject("state", "what the method's init returned", f"{state!r}", TypeError)
         _check_params(params, allow_int)
         mask_of_shared = pullbacks.pair_of(params).unflatten((True, False)) if has_features else shared
         is_shared = None if mask_of_shared is None else _read_subset("shared", mask_of_shared, params)
@@ -600,8 +602,6 @@ def _check_params(params, allow_int):
 
 
 def _check_per_task(outcome, state=None):
-    if state is not None and not jax.tree.leaves(state):
-        inputs.reject("state", "what the method's init returned", f"{state!r}", TypeError)
     of_no_task = state is not None and jnp.shape(jax.tree.leaves(state)[0]) == ()
     if outcome.values.ndim == 0 and not of_no_task:
         expected = "one loss for each task, as in jnp.stack([...]) or a dict"

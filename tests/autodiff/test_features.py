@@ -138,6 +138,21 @@ def test_counted_losses_and_absent_tasks():
     assert all(not leaf.any() for leaf in jax.tree.leaves(gradient[1]["depth"]))
 
 
+@pytest.mark.parametrize("at", ["parameters", "features"])
+@pytest.mark.parametrize("method", [aggregation.imtl_g(), scalarization.mean()], ids=["imtl_g", "mean"])
+def test_an_absent_head_may_have_any_gradient(method, at):
+    """Infinite here, of a root at zero: it is known apart from the others', and left out."""
+    rooted = HEAD_FNS | {
+        "depth": lambda params, features, batch: jnp.sqrt(0 * HEAD_FNS["depth"](params, features, batch))
+    }
+    mask = jnp.array([True, False, True])
+    params = TRUNK, HEADS
+    state = init(method, trunk(TRUNK, BATCH) if at == "features" else mtl.subset(params, MASK))
+    steps = [jax.jit(mtl.value_and_grad((trunk, heads), method, at=at)) for heads in (rooted, HEAD_FNS)]
+    (_, found), (_, expected) = (step(params, state, BATCH, mask=mask) for step in steps)
+    assert_close(found, expected)
+
+
 def test_errors():
     method = aggregation.upgrad()
     state = method.init((3, TRUNK))
@@ -146,6 +161,9 @@ def test_errors():
         step({"trunk": TRUNK, "heads": HEADS}, state, BATCH)
     with pytest.raises(ValueError, match="one entry for each head"):
         step((TRUNK, {"count": HEADS["count"]}), state, BATCH)
+    with pytest.raises(TypeError, match=r"features.*expected floating point numbers"):
+        lengths = lambda params, batch: {**trunk(params, batch), "length": jnp.arange(32)}
+        mtl.value_and_grad((lengths, HEAD_FNS), method)((TRUNK, HEADS), state, BATCH)
     with pytest.raises(ValueError, match="heads: expected one loss for each task, a scalar"):
         vector = HEAD_FNS | {"count": lambda params, features, batch: jnp.ones(2)}
         mtl.value_and_grad((trunk, vector), method)((TRUNK, HEADS), state, BATCH)

@@ -28,8 +28,8 @@ def train(method, state, params, every):
 
 @pytest.mark.parametrize(
     "method",
-    [aggregation.upgrad(), aggregation.excess_mtl(0.1), scalarization.softadapt(window=2)],
-    ids=["upgrad", "excess_mtl", "softadapt"],
+    [aggregation.imtl_g(), aggregation.excess_mtl(0.1), scalarization.uw_so()],
+    ids=["imtl_g", "excess_mtl", "uw_so"],
 )
 def test_between_refreshes_the_weights_stay(method):
     method = mtl.amortize(method)
@@ -37,13 +37,13 @@ def test_between_refreshes_the_weights_stay(method):
     (_, state), weights = jax.jit(train, static_argnums=(0, 3))(method, state, PARAMS, 3)
     np.testing.assert_array_equal(weights[1:3], weights[:1].repeat(2, axis=0))
     np.testing.assert_array_equal(weights[4:], weights[3:4].repeat(2, axis=0))
-    assert jnp.max(jnp.abs(weights[3] - weights[0])) > 1e-3 or weights[3].ptp() == 0
+    assert jnp.max(jnp.abs(weights[3] - weights[0])) > 1e-4
     np.testing.assert_array_equal(state.last_weights, weights[-1])
 
 
 def test_two_ways_stay_apart_under_vmap():
     """Over seeds, as the argument is not mapped over: one of the two is computed, not both."""
-    method = mtl.amortize(aggregation.upgrad())
+    method = mtl.amortize(aggregation.imtl_g())
     seeds = jax.vmap(lambda key: layers(key, [5, 16, 3]))(jax.random.split(jax.random.key(3), 4))
     run = lambda params: train(method, method.init((3, params)), params, 3)
     compiled, run = jax.jit(jax.vmap(run)).lower(seeds).compile(), jax.jit(run)
@@ -53,6 +53,48 @@ def test_two_ways_stay_apart_under_vmap():
         (alone, _), expected = run(jax.tree.map(lambda x, i=i: x[i], seeds))
         np.testing.assert_allclose(weights[i], expected, rtol=2e-4)
         jax.tree.map(lambda x, y, i=i: np.testing.assert_allclose(x[i], y, rtol=1e-4, atol=1e-5), trained, alone)
+
+
+def trunk_of(params, batch):
+    return jnp.tanh(batch[0] @ params["w"] + params["b"])
+
+
+HEADS = [
+    lambda params, features, batch, i=i: 1.5**i * jnp.mean((features @ params["w"] + params["b"] - batch[1][:, i]) ** 2)
+    for i in range(3)
+]
+FORMS = {
+    "shared": (squared_errors, {"shared": [True, False]}),
+    "microbatches": (squared_errors, {"microbatches": 4}),
+    "microbatches, shared": (squared_errors, {"microbatches": 4, "shared": [True, False]}),
+    "decide_on": (squared_errors, {"decide_on": [False, True]}),
+    "heads": ((trunk_of, HEADS), {}),
+    "features": ((trunk_of, HEADS), {"at": "features"}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_in_every_form(form):
+    """Anew it is the plain method's step; again, the gradient that the last weights make."""
+    losses_fn, keywords = FORMS[form]
+    params, batch = PARAMS, jax.tree.map(lambda x: x[0], BATCHES)
+    if isinstance(losses_fn, tuple):
+        heads = [{"w": PARAMS[1]["w"][:, i], "b": PARAMS[1]["b"][i]} for i in range(3)]
+        params = PARAMS[0], heads
+    plain, constant = aggregation.imtl_g(), aggregation.constant(jnp.array([0.5, 2.0, 1.0]))
+    method = mtl.amortize(plain)
+    step = jax.jit(mtl.value_and_grad(losses_fn, method, **keywords))
+    plain_step = jax.jit(mtl.value_and_grad(losses_fn, plain, **keywords))
+    constant_step = jax.jit(mtl.value_and_grad(losses_fn, constant, **keywords))
+    state = method.init((3, params))
+    (_, after), anew = step(params, state, batch, refresh=jnp.array(True))
+    (_, inner), expected = plain_step(params, state.inner, batch)
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, (after.inner, anew), (inner, expected))
+    last = after._replace(last_weights=jnp.array([0.5, 2.0, 1.0]))
+    (_, same), again = step(params, last, batch, refresh=jnp.array(False))
+    _, expected = constant_step(params, constant.init((3, params)), batch)
+    jax.tree.map(close, (same, again), (last, expected))
 
 
 def test_without_a_refresh_a_step_is_one_backward_pass():
@@ -70,24 +112,24 @@ def test_without_a_refresh_a_step_is_one_backward_pass():
 def test_absent_tasks_keep_their_last_weight_and_have_none():
     method = mtl.amortize(aggregation.upgrad())
     batch = jax.tree.map(lambda x: x[0], BATCHES)
-    step = mtl.value_and_grad(squared_errors, method, return_weights=True)
+    step = jax.jit(mtl.value_and_grad(squared_errors, method, return_weights=True))
     (_, state, first), _ = step(PARAMS, method.init((3, PARAMS)), batch)
     mask = jnp.array([True, False, True])
-    (_, state, weights), _ = step(PARAMS, state, batch, mask=mask, refresh=True)
+    (_, state, weights), _ = step(PARAMS, state, batch, mask=mask, refresh=jnp.array(True))
     assert weights[1] == 0 and state.last_weights[1] == first[1] > 0
     (_, _, weights), _ = step(PARAMS, state, batch, mask=mask, refresh=jnp.array(False))
     np.testing.assert_array_equal(weights, jnp.where(mask, state.last_weights, 0))
-    (_, _, weights), _ = step(PARAMS, state, batch, refresh=False)
+    (_, _, weights), _ = step(PARAMS, state, batch, refresh=jnp.array(False))
     np.testing.assert_array_equal(weights, state.last_weights)
 
 
 def test_skip_nonfinite_goes_outside():
     method = mtl.skip_nonfinite(mtl.amortize(aggregation.upgrad()))
     batch = jax.tree.map(lambda x: x[0], BATCHES)
-    step = mtl.value_and_grad(squared_errors, method)
-    (_, state), _ = step(PARAMS, method.init((3, PARAMS)), batch, refresh=True)
+    step = jax.jit(mtl.value_and_grad(squared_errors, method))
+    (_, state), _ = step(PARAMS, method.init((3, PARAMS)), batch, refresh=jnp.array(True))
     bad = batch[0].at[0].set(jnp.nan), batch[1]
-    (_, after), _ = step(PARAMS, state, bad, refresh=True)
+    (_, after), _ = step(PARAMS, state, bad, refresh=jnp.array(True))
     np.testing.assert_array_equal(after.inner.last_weights, state.inner.last_weights)
     assert after.skipped == 1
 

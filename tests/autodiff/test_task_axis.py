@@ -79,12 +79,36 @@ def test_auxiliary_outputs_are_stacked_and_keyword_arguments_passed_whole():
     assert_close(aux, jnp.sum(BATCH[0], axis=(1, 2)), rtol=1e-5)
 
 
-def test_a_task_that_is_not_finite_leaves_the_other_rows_alone():
+@pytest.mark.parametrize("rows", ["vmap", 1, 3])
+def test_a_task_that_is_not_finite_leaves_the_other_rows_alone(rows):
     x, y = BATCH
     bad = x.at[2].set(jnp.nan), y
-    _, jacobian = mtl.value_and_jac(squared_error, task_axis=0)(PARAMS, bad)
+    _, jacobian = mtl.value_and_jac(squared_error, rows=rows, task_axis=0)(PARAMS, bad)
     finite = jnp.stack([jnp.all(jnp.isfinite(leaf.reshape(4, -1)), axis=1) for leaf in jax.tree.leaves(jacobian)])
     np.testing.assert_array_equal(finite.all(axis=0), [True, True, False, True])
+
+
+def test_streamed_rows_are_isolated_too():
+    x, y = BATCH
+    method = aggregation.excess_mtl()
+    step = jax.jit(mtl.value_and_grad(squared_error, method, rows="stream", task_axis=0))
+    (_, state), _ = step(PARAMS, method.init((4, PARAMS)), (x.at[2].set(jnp.nan), y))
+    for leaf in jax.tree.leaves(state.squared_gradients):
+        finite = jnp.all(jnp.isfinite(leaf.reshape(4, -1)), axis=1)
+        np.testing.assert_array_equal(finite, [True, True, False, True])
+
+
+@pytest.mark.parametrize("microbatches", [None, 2])
+@pytest.mark.parametrize("method", [aggregation.imtl_g(), aggregation.excess_mtl()], ids=["imtl_g", "excess_mtl"])
+def test_an_absent_task_may_have_any_row(method, microbatches):
+    """Without labels its loss is 0/0; its row is known apart from the others, and left out."""
+    mask = jnp.array([True, True, False, True])
+    x, y = BATCH
+    step = jax.jit(mtl.value_and_grad(squared_error, method, rows="vmap", task_axis=0, microbatches=microbatches))
+    state = method.init((4, PARAMS))
+    found = step(PARAMS, state, (x.at[2].set(jnp.nan), y), mask=mask)
+    (_, expected_state), expected = step(PARAMS, state, BATCH, mask=mask)
+    assert_close((found[0][1], found[1]), (expected_state, expected), rtol=1e-6)
 
 
 def test_counted_losses():
@@ -108,6 +132,8 @@ def test_errors():
     step = mtl.value_and_jac(squared_error, task_axis=0)
     with pytest.raises(ValueError, match="task_axis: expected positional arguments with as many tasks"):
         step(PARAMS, (BATCH[0], BATCH[1][:3]))
+    with pytest.raises(TypeError, match="task_axis: expected an int"):
+        mtl.value_and_jac(squared_error, task_axis="0")(PARAMS, BATCH)
     with pytest.raises(ValueError, match="a task axis"):
         mtl.value_and_jac(lambda params, batch, scale: 0.0, task_axis=0)(PARAMS, BATCH, 2.0)
     with pytest.raises(ValueError, match="losses_fn: expected one loss for each task, a scalar"):

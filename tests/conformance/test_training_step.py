@@ -120,12 +120,12 @@ def init(method, params):
 
 
 def ways(method):
-    """Every way to compute rows that the method allows; a scalarizer has none, and takes any."""
+    """Every way to compute rows that the method allows, the default for parameters so few first."""
     if isinstance(method, base.Scalarizer):
-        return (None, "stream")
+        return (None,)
     more = ("two_pass",) * (getattr(method, "gramian_weighting", None) is not None)
     more += ("stream",) * (getattr(method, "rowwise", None) is not None)
-    return (None, "vmap", 1, 2, *more)
+    return ("vmap", 1, *more)
 
 
 def in_order(named):
@@ -206,17 +206,28 @@ def test_every_way_gives_what_the_jacobian_gives(built):
 
 def test_heads_get_the_plain_gradient_where_the_trunk_is_shared(built):
     method, params = trained(built), new_params()
-    steps = grad_fns(method, (None, ways(method)[-1]), shared=SHARED)
+    steps = grad_fns(method, {None, ways(method)[-1]}, shared=SHARED)
     state = init(method, mtl.subset(params, SHARED))
     for taken, expected in take_three(method, state, steps, [(new_batch(i), None) for i in range(3)], shared=True):
         for step in taken.values():
             assert_same_step(step, expected, shared=True)
 
 
+def test_weights_are_decided_on_a_part_and_applied_to_all(aggregator):
+    method, params, batch = aggregator.method, new_params(), new_batch(0)
+    steps = grad_fns(method, {None, ways(method)[-1]}, decide_on=SHARED)
+    state = init(method, mtl.subset(params, SHARED))
+    losses, jacobian = losses_and_jacobian(params, batch)
+    weights, new_state = method.weighting.apply(state, mtl.subset(jacobian, SHARED), values=losses)
+    expected = Expected(losses, new_state, combined(weights, jacobian), jacobian)
+    for grad_fn in steps.values():
+        assert_same_step(step_of(jax.jit(grad_fn), params, state, batch), expected)
+
+
 def test_absent_tasks_are_left_out_whether_masked_or_without_labels(built):
     """In their place there may be anything that has a gradient."""
     method, params = trained(built), new_params()
-    steps = grad_fns(method, (None, ways(method)[-1]))
+    steps = grad_fns(method, {None, ways(method)[-1]})
     named = mtl.value_and_grad(named_losses_fn, method, return_weights=True)
     counted = mtl.value_and_grad(counted_losses_fn, method, return_weights=True)
 
@@ -239,7 +250,7 @@ def test_absent_tasks_are_left_out_whether_masked_or_without_labels(built):
 def test_a_hundred_steps_of_sgd_in_a_scan_are_those_by_hand(built):
     """With both hooks; each run goes its own way, so that the smallest systematic difference adds up."""
     method, params = trained(built), new_params()
-    grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)
+    grad_fn = grad_fns(method, ways(method)[-1:]).popitem()[1]
 
     def update(params, step, batch, ends_epoch):
         params = jax.tree.map(lambda p, g: p - 0.01 * g, params, step.gradient)

@@ -1,0 +1,103 @@
+"""Which way to the rows is taken where none is asked for, and that all are the same on several devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import mtlbalance as mtl
+from mtlbalance import aggregation, autodiff, scalarization
+from tests.autodiff.models import layers, normal_batch, squared_error, squared_errors
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("ways", "m", "parameters", "kept", "task_axis", "expected"),
+    [
+        # Megabytes of the parameters, and what the backward pass keeps, as a multiple.
+        (["vmap", "two_pass"], 2, 2, 1.0, None, "vmap"),
+        (["vmap", "two_pass"], 3, 2, 2.0, None, 1),
+        (["vmap", "two_pass"], 3, 2, 1.4, None, "two_pass"),
+        (["vmap", "two_pass"], 32, 8, 2.0, None, 1),
+        (["vmap", "two_pass"], 33, 8, 2.0, None, "two_pass"),
+        (["vmap", "stream"], 3, 2, 2.0, None, "stream"),
+        (["vmap", "stream"], 2, 2, 2.0, None, "vmap"),
+        (["vmap"], 3, 2, 1.0, None, 1),
+        (["vmap"], 3, 2, 1.0, 0, "vmap"),
+        (["vmap", "stream"], 3, 2, 1.0, 0, "stream"),
+        (("features",), 3, 2, 1.0, None, "features"),
+    ],
+)
+def test_default(ways, m, parameters, kept, task_axis, expected):
+    params = np.empty(parameters * MIB // 4, np.float32)
+    outcome = autodiff.pullbacks.Outcome(None, None, np.empty(m, np.float32), None)
+    pull = autodiff.pullbacks.Pullback(None, None, None, int(kept * parameters * MIB))
+    assert autodiff._cheapest(ways, task_axis, lambda use: (outcome, use(pull)), outcome, params) == expected
+
+
+def test_what_feeds_weights_is_multiplied_in_full_precision():
+    """The transposed pass of two; the other is the model's own."""
+    params, batch = layers(jax.random.key(0), [5, 16, 3]), normal_batch(1, 8, n_in=5, n_out=3)
+    text = str(jax.make_jaxpr(mtl.value_and_gramian(squared_errors, rows="two_pass"))(params, batch))
+    assert text.count("Precision.HIGHEST") >= 4
+    assert "Precision.HIGHEST" not in str(jax.make_jaxpr(jax.grad(lambda p: squared_errors(p, batch).sum()))(params))
+
+
+MESHES = {kind: jax.make_mesh((4, 2), ("x", "y"), 2 * (getattr(AxisType, kind),)) for kind in ("Auto", "Explicit")}
+METHODS = {"upgrad": aggregation.upgrad(), "excess_mtl": aggregation.excess_mtl(), "dwa": scalarization.dwa()}
+
+
+@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_eight_devices_take_the_step_that_one_takes(method, kind):
+    """The batch split over them; on the Auto mesh the parameters too."""
+    mesh = MESHES[kind]
+    params, batch = layers(jax.random.key(0), [8, 16, 4]), normal_batch(1, 32, n_in=8, n_out=4)
+    place = lambda tree, *axes: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+    there = place(params) if kind == "Explicit" else place(params, "y")
+    spread = place(batch, "x")
+    init = lambda params: method.init(4) if isinstance(method, mtl.Scalarizer) else method.init((4, params))
+    ways = ["vmap", 1]
+    ways += ["two_pass"] if getattr(method, "gramian_weighting", None) else []
+    ways += ["stream"] if getattr(method, "rowwise", None) else []
+    keywords = [*({"rows": rows} for rows in ways), {"microbatches": 4}]
+    expected = jax.jit(mtl.value_and_grad(squared_errors, method))(params, init(params), batch)
+    for given in keywords if isinstance(method, mtl.Aggregator) else keywords[-2:]:
+        found = jax.jit(mtl.value_and_grad(squared_errors, method, **given))(there, init(there), spread)
+        compare = lambda x, y: np.testing.assert_allclose(jax.device_get(x), y, rtol=1e-4, atol=1e-5)
+        jax.tree.map(compare, found, expected)
+
+
+def test_micro_batches_of_sharded_parameters_on_an_explicit_mesh():
+    mesh = jax.make_mesh((8,), ("d",), (AxisType.Explicit,))
+    sharded, everywhere = NamedSharding(mesh, PartitionSpec("d")), NamedSharding(mesh, PartitionSpec())
+    params, x = jnp.arange(16.0), jax.random.normal(jax.random.key(0), (32, 16))
+    losses = lambda params, x: jnp.stack([jnp.mean((x @ jax.reshard(params, everywhere) - i) ** 2) for i in range(2)])
+    method = scalarization.sum()
+    step = jax.jit(mtl.value_and_grad(losses, method, microbatches=2))
+    _, found = step(jax.device_put(params, sharded), method.init(2), jax.device_put(x, everywhere))
+    _, expected = jax.jit(mtl.value_and_grad(lambda p, x: losses_on_one(p, x), method))(params, method.init(2), x)
+    np.testing.assert_allclose(jax.device_get(found), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="microbatches: expected at most as many as each device has examples"):
+        split = jax.device_put(x, sharded)
+        mtl.value_and_grad(losses_on_one, method, microbatches=16)(
+            jax.device_put(params, everywhere), method.init(2), split
+        )
+
+
+def losses_on_one(params, x):
+    return jnp.stack([jnp.mean((x @ params - i) ** 2) for i in range(2)])
+
+
+def test_own_data_on_eight_devices():
+    """The tasks split over them."""
+    mesh = MESHES["Auto"]
+    params, batch = layers(jax.random.key(0), [8, 16, 4]), normal_batch(1, 4, 8, n_in=8, n_out=4)
+    method = aggregation.imtl_g()
+    step = jax.jit(mtl.value_and_grad(squared_error, method, task_axis=0))
+    expected = step(params, method.init((4, params)), batch)
+    spread = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("x"))), batch)
+    found = step(params, method.init((4, params)), spread)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(jax.device_get(x), y, rtol=1e-5, atol=1e-6), found, expected)
