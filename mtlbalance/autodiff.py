@@ -176,8 +176,8 @@ def value_and_grad(
 
     **Own data.** With ``task_axis`` ``losses_fn`` is the loss of *one* task, called with each task's part of every
     positional argument after the state; keyword arguments are passed whole, auxiliary outputs are stacked. All rows
-    together cost little more than one step. A task whose loss is not finite leaves the others' rows alone, and if it is
-    absent, with kept rows, the gradient too.
+    together cost little more than one step. A task whose loss is not finite leaves the others' rows alone; if it is
+    absent, and the gradient is made of kept rows, without ``shared`` and ``decide_on``, the gradient too.
 
     **Micro-batches.** With ``microbatches=k`` every positional argument after the state is cut in k along its first
     axis, or the second if the first is the task axis: micro-batch i has the examples i, i + k, i + 2k and so on, so
@@ -264,7 +264,7 @@ def value_and_grad(
     _check_losses_fn(losses_fn, shared, task_axis)
     _check_method(method, return_weights, decide_on)
     _check_at(at, has_features, rows, decide_on, microbatches)
-    ways = ("features",) if at == "features" else _ways(method, rows, task_axis, microbatches)
+    ways = _ways(method, rows, task_axis, microbatches)
 
     def grad_fn(params, state, /, *args, mask=None, refresh=None, **kwargs):
         if not jax.tree.leaves(state):
@@ -279,7 +279,7 @@ def value_and_grad(
         outcome, _ = through(_nothing)
         _check_per_task(outcome, state)
         present = _read_present(mask, outcome)
-        way = rows or _cheapest(ways, task_axis, through, outcome, keep(params))
+        way = "features" if at == "features" else rows or _cheapest(ways, task_axis, through, outcome, keep(params))
         decide = lambda: _decide(method, state, through, present, keep, way, rows)
 
         def plain(pull):  # the gradient of the sum, for what is not shared
@@ -369,18 +369,14 @@ def _decide(method, state, through, present, keep, way, requested):
     given = {"values": jnp.ravel(outcome.values), "mask": mask}
     if weigh is not None:
         weights, state = weigh(state, statistic, **given)
-        return _Decision(outcome, state, weights, None if jacobian is None else _combine(weights, jacobian, mask))
+        if jacobian is None:
+            return _Decision(outcome, state, weights)
+        rows = jacobian if mask is None else inputs.present_rows(jacobian, mask)
+        return _Decision(outcome, state, weights, combine(weights, rows))
     gradient, state = method.apply(state, statistic, **given)
     if way == "features":
         _, gradient = through(lambda pull: keep(pull.features[1](gradient, _ones(outcome, present), present)))
     return _Decision(outcome, state, None, gradient)
-
-
-def _combine(weights, jacobian, mask):
-    """The weighted sum of the rows; an absent task's may be anything."""
-    if mask is not None:
-        jacobian = jax.tree.map(lambda x: jnp.where(inputs.rows(mask, x), x, 0), jacobian)
-    return combine(weights, jacobian)
 
 
 def _ones(outcome, present):
@@ -520,8 +516,6 @@ def _open(losses_fn, params, args, kwargs, has_aux, task_axis, microbatches):
 
 def _cheapest(ways, task_axis, through, outcome, params):
     """The way that was fastest where that was measured, of those that take no more memory than may matter."""
-    if ways == ("features",):
-        return "features"
     one = pullbacks.n_bytes(params)
     whole = outcome.values.size * one
     if whole <= _SMALL:

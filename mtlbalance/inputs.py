@@ -252,9 +252,10 @@ def read_jacobian(call: Call, jacobian: chex.ArrayTree) -> chex.ArrayTree:
         if jnp.shape(x)[:1] != (m,):
             hint = " (neither a gradient of the summed loss nor jacrev of a dict of losses has one)"
             reject(name, f"a leading axis of {m}, one row per task{hint}", f"shape {jnp.shape(x)}")
-        return jnp.asarray(x) if call.all_present else jnp.where(rows(call.mask, x), x, 0)
+        return jnp.asarray(x)
 
-    return jax.tree_util.tree_map_with_path(leaf, jacobian)
+    jacobian = jax.tree_util.tree_map_with_path(leaf, jacobian)
+    return jacobian if call.all_present else present_rows(jacobian, call.mask)
 
 
 def read_gramian(call: Call, gramian: chex.Array) -> chex.Array:
@@ -293,6 +294,11 @@ def check_params_like(name: str, tree: chex.ArrayTree, params: chex.ArrayTree, s
         if jnp.shape(leaf) != jnp.shape(param)[skip:]:
             where = f"{name}{jax.tree_util.keystr(path)}"
             reject(where, f"shape {jnp.shape(param)[skip:]}", f"shape {jnp.shape(leaf)}")
+
+
+def present_rows(jacobian: chex.ArrayTree, mask: chex.Array) -> chex.ArrayTree:
+    """The Jacobian with zero rows for absent tasks: there they may be anything."""
+    return jax.tree.map(lambda x: jnp.where(rows(mask, x), x, 0), jacobian)
 
 
 def rows(mask: chex.Array, leaf: chex.Array) -> chex.Array:

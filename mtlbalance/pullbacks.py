@@ -97,10 +97,8 @@ def of_features(trunk, heads, params, args, kwargs, *, has_aux, totals=None) -> 
     features, pull_features, trunk_aux = jax.vjp(of_trunk, trunk_params, has_aux=True)
     for path, x in jax.tree.leaves_with_path(features):
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            where = f"the trunk's features{jax.tree_util.keystr(path)}"
-            inputs.reject(
-                where, "floating point numbers (heads get the trunk's arguments too)", f"{x.dtype}", TypeError
-            )
+            where, expected = f"the trunk's features{jax.tree_util.keystr(path)}", "floating point numbers"
+            inputs.reject(where, f"{expected} (heads get the trunk's arguments too)", f"dtype {x.dtype}", TypeError)
 
     def of_head(head, params, total):
         def read(params, features):
@@ -122,9 +120,7 @@ def of_features(trunk, heads, params, args, kwargs, *, has_aux, totals=None) -> 
         return pair.unflatten((_without_float0(of_trunk, trunk_params), names.unflatten(of_heads)))
 
     def weighted(weights, present=None):
-        rows = jacobian
-        if present is not None:
-            rows = jax.tree.map(lambda x: jnp.where(inputs.rows(present, x), x, 0), jacobian)
+        rows = jacobian if present is None else inputs.present_rows(jacobian, present)
         return from_features(combine(weights, rows), weights, present)
 
     row = lambda i: from_features(jax.tree.map(lambda x: x[i], jacobian), one_hot(i, values))

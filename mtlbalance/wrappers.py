@@ -155,14 +155,8 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
       >>> print(scalar, state.nonfinite, state.skipped, state.inner.count)
       nan [0 1] 1 [0 0]
     """
-    if getattr(method, "learned", ()):
-        reason = "a method with nothing left to learn, as in skip_nonfinite(learn(method, optimizer))"
-        inputs.reject("method", reason, f"learned={method.learned}")
-    if isinstance(method, base.Scalarizer):
-        return _skip_scalarizer(method)
-    if isinstance(method, base.Aggregator):
-        return _skip_aggregator(method, axis_name)
-    raise TypeError(f"method: expected a Scalarizer or an Aggregator, found {type(method).__name__}")
+    _check_method(method, "skip_nonfinite")
+    return _skip_scalarizer(method) if isinstance(method, base.Scalarizer) else _skip_aggregator(method, axis_name)
 
 
 def amortize(method: Method) -> Method:
@@ -200,14 +194,8 @@ def amortize(method: Method) -> Method:
       >>> print([f"{x:.2f}" for x in state.last_weights], [f"{x:.2f}" for x in grads])
       ['0.80', '0.20'] ['0.80', '3.60']
     """
-    if getattr(method, "learned", ()):
-        reason = "a method with nothing left to learn, as in amortize(learn(method, optimizer))"
-        inputs.reject("method", reason, f"learned={method.learned}")
-    if isinstance(method, base.Scalarizer):
-        return _amortize_scalarizer(method)
-    if isinstance(method, base.Aggregator):
-        return _amortize_aggregator(method)
-    raise TypeError(f"method: expected a Scalarizer or an Aggregator, found {type(method).__name__}")
+    _check_method(method, "amortize")
+    return _amortize_scalarizer(method) if isinstance(method, base.Scalarizer) else _amortize_aggregator(method)
 
 
 def _amortize_scalarizer(method):
@@ -254,6 +242,14 @@ def _amortize_aggregator(method):
 
 def _remember(state, weights, mask, inner):
     return AmortizeState(jnp.where(mask, weights, state.last_weights), inner)
+
+
+def _check_method(method, wrapper):
+    if getattr(method, "learned", ()):
+        expected = f"a method with nothing left to learn, as in {wrapper}(learn(method, optimizer))"
+        inputs.reject("method", expected, f"learned={method.learned}")
+    if not isinstance(method, base.Scalarizer | base.Aggregator):
+        inputs.reject("method", "a Scalarizer or an Aggregator", type(method).__name__, TypeError)
 
 
 def _plain_hooks(method):

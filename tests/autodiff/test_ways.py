@@ -27,7 +27,6 @@ MIB = 2**20
         (["vmap"], 3, 2, 1.0, None, 1),
         (["vmap"], 3, 2, 1.0, 0, "vmap"),
         (["vmap", "stream"], 3, 2, 1.0, 0, "stream"),
-        (("features",), 3, 2, 1.0, None, "features"),
     ],
 )
 def test_default(ways, m, parameters, kept, task_axis, expected):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torchjd.aggregation
 from interleave import interleave, median_of_ratios
+from torch_model import torch_model
 from torchjd.autogram import Engine
 from torchjd.autojac import backward, jac_to_grad
 
@@ -52,17 +53,6 @@ def normal_batch(*shape, n_in, n_out):
     return tuple(jnp.asarray(rng.normal(size=(*shape, n)), jnp.float32) for n in (n_in, n_out))
 
 
-def torch_copy(params):
-    layers = []
-    for layer in params:
-        n_in, n_out = layer["w"].shape
-        linear = torch.nn.Linear(n_in, n_out)
-        linear.weight.data = torch.tensor(np.array(layer["w"].T))
-        linear.bias.data = torch.tensor(np.array(layer["b"]))
-        layers += [linear, torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers[:-1])
-
-
 # Steps: functions of no arguments, which return when their work is done.
 
 
@@ -83,7 +73,7 @@ def balanced(losses_fn, method, params, *args, state=None, m=None, **keywords):
 
 def torch_steps(params, batch):
     x, y = (torch.tensor(np.array(part)) for part in batch)
-    model, watched_model = torch_copy(params), torch_copy(params)
+    model, watched_model = torch_model(params), torch_model(params)
     aggregator, weighting = torchjd.aggregation.UPGrad(), torchjd.aggregation.UPGradWeighting()
     engine = Engine(watched_model, batch_dim=None)
 

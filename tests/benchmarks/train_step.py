@@ -22,6 +22,7 @@ import torchjd.aggregation
 import torchjd.scalarization
 from interleave import HEADER, interleave, row
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from torch_model import torch_model
 from torchjd.autojac import backward, jac_to_grad
 
 import mtlbalance as mtl
@@ -59,17 +60,6 @@ def task_losses(params, batch):
     for layer in params[:-1]:
         x = jax.nn.relu(x @ layer["w"] + layer["b"])
     return jnp.mean((x @ params[-1]["w"] + params[-1]["b"] - y) ** 2, axis=0)
-
-
-def torch_model(params):
-    layers = []
-    for layer in params:
-        n_in, n_out = layer["w"].shape
-        linear = torch.nn.Linear(n_in, n_out)
-        linear.weight.data = torch.tensor(np.array(layer["w"].T))
-        linear.bias.data = torch.tensor(np.array(layer["b"]))
-        layers += [linear, torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers[:-1])
 
 
 def torch_task_losses(model, batch):
