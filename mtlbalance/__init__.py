@@ -5,13 +5,23 @@ from mtlbalance.autodiff import subset, value_and_grad, value_and_gramian, value
 from mtlbalance.base import Aggregator, Rowwise, Scalarizer, Weighting
 from mtlbalance.inputs import Counted
 from mtlbalance.transforms import aggregate
-from mtlbalance.wrappers import AmortizeState, LearnState, SkipNonfiniteState, amortize, learn, skip_nonfinite
+from mtlbalance.wrappers import (
+    AmortizeState,
+    ChainState,
+    LearnState,
+    SkipNonfiniteState,
+    amortize,
+    chain,
+    learn,
+    skip_nonfinite,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Aggregator",
     "AmortizeState",
+    "ChainState",
     "Counted",
     "LearnState",
     "Rowwise",
@@ -21,6 +31,7 @@ __all__ = [
     "aggregate",
     "aggregation",
     "amortize",
+    "chain",
     "gramian",
     "learn",
     "scalarization",

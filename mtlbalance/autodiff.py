@@ -355,7 +355,7 @@ def _decide(method, state, through, present, keep, way, requested):
     if way in ("stream", "two_pass"):
         outcome, _ = through(_nothing)
         if way == "stream":
-            state, statistic = _visit_rows(method.rowwise, state, through, keep, mask, outcome.values.size)
+            state, statistic, row = _visit_rows(method.rowwise, state, through, keep, mask, outcome.values)
             weigh = method.rowwise.weigh
         else:
             statistic, jacobian = _gramian(through, outcome, keep, way, requested)
@@ -367,6 +367,10 @@ def _decide(method, state, through, present, keep, way, requested):
         statistic = jacobian
 
     given = {"values": jnp.ravel(outcome.values), "mask": mask}
+    if way == "stream" and weigh is None:
+        gradient, state = method.rowwise.finish(state, statistic, **given)
+        gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, row)
+        return _Decision(outcome, state, None, gradient)
     if weigh is not None:
         weights, state = weigh(state, statistic, **given)
         if jacobian is None:
@@ -391,21 +395,29 @@ def _weigh(method, state, outcome, present):
     return _Decision(outcome, state, weights)
 
 
-def _visit_rows(rowwise, state, through, keep, mask, m):
-    """The state after all visits, and the statistics: rows come and go, and the state is changed in place."""
+def _visit_rows(rowwise, state, through, keep, mask, values):
+    """The state after the visits, the statistics, and what a row looks like.
+
+    Rows come and go, and the state is changed in place.
+    """
+    values = jnp.ravel(values)
+    indices = jnp.arange(values.size) if rowwise.visits is None else rowwise.visits(state, mask=mask)
+
+    def row(i):
+        return through(lambda pull: keep(pull.row(i)))[1]
 
     def visit(i, state):
-        _, row = through(lambda pull: keep(pull.row(i)))
-        return rowwise.visit(state, i, row, mask=mask)
+        return rowwise.visit(state, i, row(i), values=values, mask=mask)
 
-    def step(i, carry):
+    def step(n, carry):
         state, statistics = carry
-        state, statistic = visit(i, state)
-        return state, jax.tree.map(lambda all, one: all.at[i].set(one), statistics, statistic)
+        state, statistic = visit(indices[n], state)
+        return state, jax.tree.map(lambda all, one: all.at[indices[n]].set(one), statistics, statistic)
 
     _, statistic = jax.eval_shape(visit, 0, state)
-    start = jax.tree.map(lambda x: jnp.zeros((m, *x.shape), x.dtype), statistic)
-    return jax.lax.fori_loop(0, m, step, (state, start))
+    start = jax.tree.map(lambda x: jnp.zeros((values.size, *x.shape), x.dtype), statistic)
+    state, statistics = jax.lax.fori_loop(0, indices.size, step, (state, start))
+    return state, statistics, jax.eval_shape(row, 0)
 
 
 def _refresh(refresh, decide, state, present):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtlbalance import inputs
-from mtlbalance.gramian import combine, gramian
+from mtlbalance.gramian import combine, gramian, total
 
 
 class Scalarizer(NamedTuple):
@@ -56,17 +56,37 @@ class Weighting(NamedTuple):
 
 
 class Rowwise(NamedTuple):
-    """The same weights from one row at a time, the Jacobian never whole.
+    """The same from one row at a time, the Jacobian never whole.
 
     Attributes:
-      visit: ``(state, i, row, *, mask=None) -> (state, statistic)`` for every task ``i`` once; ``row`` is shaped
-        like the parameters. Changes row ``i`` of the Jacobian-shaped leaves and nothing else.
+      visit: ``(state, i, row, *, values=None, mask=None) -> (state, statistic)`` for every task ``i`` once; ``row`` is
+        shaped like the parameters. Changes row ``i`` of the Jacobian-shaped leaves and nothing else.
       weigh: ``(state, statistics, *, values=None, mask=None) -> (weights, new_state)`` after the last visit;
-        ``statistics`` are the visits' statistics stacked along a leading task axis.
+        ``statistics`` are the visits' statistics stacked along a leading task axis. ``None`` where there is ``finish``.
+      finish: ``(state, statistics, *, values=None, mask=None) -> (gradient, new_state)`` in place of ``weigh``, for
+        methods that combine what they remember of the rows, and not the rows of this call.
+      visits: ``(state, *, mask=None) -> indices``, for methods that take in some rows only at a call: visiting these,
+        a fixed number, is enough. Zeros stand for the statistics of the others. ``None``: all rows.
     """
 
     visit: Callable[..., Any]
-    weigh: Callable[..., Any]
+    weigh: Callable[..., Any] | None = None
+    finish: Callable[..., Any] | None = None
+    visits: Callable[..., Any] | None = None
+
+
+class Task(NamedTuple):
+    """What a visit knows of its task besides the row.
+
+    Attributes:
+      present: whether its row counts.
+      loss: its loss; ``None`` where none were given.
+      seen: in how many calls it was present before.
+    """
+
+    present: chex.Array
+    loss: chex.Array | None
+    seen: chex.Array
 
 
 class Aggregator(NamedTuple):
@@ -120,9 +140,7 @@ def scalarizer(
         return _place(init(*inputs.read_shape(shape)), shape)
 
     def public_apply(state, values, *, mask=None):
-        if values is None:
-            inputs.reject("values", "the losses", "None", TypeError)
-        call = inputs.read_call(state, values, mask)
+        call = inputs.read_call(state, values, mask, required=True)
         scalar, new_state = apply(state, call.values, call.mask)
         if not call.all_present:
             scalar = jnp.where(jnp.any(call.mask), scalar, 0)
@@ -142,9 +160,10 @@ def aggregator(
     end_epoch: Callable[..., Any] | None = None,
     observe: Callable[..., Any] | None = None,
     jacobian_shaped: tuple[str, ...] = (),
+    reads_losses: bool = False,
     axis_name: Hashable | None = None,
 ) -> Aggregator:
-    """Builds an :class:`Aggregator` from plain functions, of which one way to weigh is enough.
+    """Builds an :class:`Aggregator` from plain functions, of which one way to weigh, or to combine, is enough.
 
     Args:
       init: ``(m, params, dtype) -> state``.
@@ -153,10 +172,12 @@ def aggregator(
       weighting: ``(state, jacobian, values, mask) -> (weights, new_state)``; by default ``gramian_weighting`` of
         the Jacobian's Gramian.
       gramian_weighting: ``(state, gramian, values, mask) -> (weights, new_state)``.
-      rowwise: ``visit: (state, i, row, mask)`` and ``weigh: (state, statistics, values, mask)``.
+      rowwise: ``visit: (state, i, row, values, mask)``, ``weigh`` or ``finish: (state, statistics, values, mask)``, and
+        ``visits: (state, mask)`` or none.
       end_epoch: ``(state) -> new_state``.
       observe: ``(state, values, mask) -> new_state``.
       jacobian_shaped: state fields with leaves ``[m, *param.shape]``, whose absent rows the functions keep.
+      reads_losses: whether a call without ``values`` is an error.
       axis_name: mapped axis over which parameters are split, for the Gramian.
     """
 
@@ -175,30 +196,50 @@ def aggregator(
     weighting_init = initializer(needs_params=bool(jacobian_shaped))
 
     def public_apply(state, jacobian, *, values=None, mask=None):
-        call = inputs.read_call(state, values, mask)
-        jacobian = inputs.read_jacobian(call, jacobian)
-        gradient, new_state = apply(state, jacobian, call.values, call.mask)
-        if not call.all_present:
-            gradient = select(jnp.any(call.mask), gradient, jax.tree.map(jnp.zeros_like, gradient))
-        return gradient, _settle(call, new_state, state, jacobian_shaped)
+        call = inputs.read_call(state, values, mask, required=reads_losses)
+        gradient, new_state = apply(state, inputs.read_jacobian(call, jacobian), call.values, call.mask)
+        return _zero_if_none(call, gradient), _settle(call, new_state, state, jacobian_shaped)
 
     def compiled(read, weigh):
         def public_weigh(state, statistic, *, values=None, mask=None):
-            call = inputs.read_call(state, values, mask)
+            call = inputs.read_call(state, values, mask, required=reads_losses)
             statistic = jax.lax.stop_gradient(read(call, statistic))
             weights, new_state = weigh(state, statistic, call.values, call.mask)
             weights = _finish_weights(weights, call.mask, inputs.state_dtype(state, statistic))
             return weights, _settle(call, new_state, state, jacobian_shaped)
 
-        return jax.jit(public_weigh)
+        return jax.jit(public_weigh) if weigh else None
 
+    def public_visit(state, i, row, *, values=None, mask=None):
+        call = inputs.read_call(state, values, mask, required=reads_losses)
+        row = jax.lax.stop_gradient(inputs.read_row(call.mask[i], row))
+        return jax.lax.stop_gradient(rowwise.visit(state, i, row, call.values, call.mask))
+
+    def public_finish(state, statistics, *, values=None, mask=None):
+        call = inputs.read_call(state, values, mask, required=reads_losses)
+        statistics = inputs.read_statistics(call, statistics)
+        gradient, new_state = rowwise.finish(state, statistics, call.values, call.mask)
+        gradient = jax.lax.stop_gradient(_zero_if_none(call, gradient))
+        return gradient, _settle(call, new_state, state, jacobian_shaped)
+
+    def public_visits(state, *, mask=None):
+        return rowwise.visits(state, inputs.read_call(state, None, mask).mask)
+
+    by_rows = rowwise and Rowwise(
+        jax.jit(public_visit),
+        compiled(inputs.read_statistics, rowwise.weigh),
+        jax.jit(public_finish) if rowwise.finish else None,
+        jax.jit(public_visits) if rowwise.visits else None,
+    )
+    of_jacobian = compiled(inputs.read_jacobian, weighting)
+    of_gramian = compiled(inputs.read_gramian, gramian_weighting)
     return Aggregator(
         initializer(needs_params=True),
         jax.jit(public_apply),
         *_hooks(end_epoch, observe, jacobian_shaped),
-        Weighting(weighting_init, compiled(inputs.read_jacobian, weighting)) if weighting else None,
-        Weighting(weighting_init, compiled(inputs.read_gramian, gramian_weighting)) if gramian_weighting else None,
-        Rowwise(_public_visit(rowwise.visit), compiled(inputs.read_statistics, rowwise.weigh)) if rowwise else None,
+        Weighting(weighting_init, of_jacobian) if of_jacobian else None,
+        Weighting(weighting_init, of_gramian) if of_gramian else None,
+        by_rows,
         jacobian_shaped,
     )
 
@@ -206,66 +247,129 @@ def aggregator(
 def rowwise_aggregator(
     init: Callable[..., Any],
     visit: Callable[..., Any],
-    weigh: Callable[..., Any],
+    weigh: Callable[..., Any] | None = None,
     *,
-    jacobian_shaped: str,
-    end_epoch: Callable[..., Any] | None = None,
-    observe: Callable[..., Any] | None = None,
+    finish: Callable[..., Any] | None = None,
+    visits: Callable[..., Any] | None = None,
+    jacobian_shaped: str | None = None,
+    **others: Any,
 ) -> Aggregator:
     """Builds an :class:`Aggregator` that needs each row of the Jacobian once.
 
     Args:
-      init: ``(m, params, dtype) -> state``.
-      visit: ``(memory, row, present) -> (memory, statistic)`` for one task: ``row`` and that task's part of the
-        Jacobian-shaped field are trees shaped like the parameters, in the state's dtype. An absent task's row
-        is zero, and its memory must stay as it is.
+      init: ``(m, params, dtype) -> state``, with a field ``seen``.
+      visit: ``(memory, row, task) -> (memory, statistic)`` for one :class:`Task`: ``row`` and that task's part of the
+        Jacobian-shaped field are trees shaped like the parameters, in the state's dtype; without such a field there is
+        no memory. Where the task is not present its row is zero, and its memory must stay as it is.
       weigh: ``(state, statistics, values, mask) -> (weights, new_state)``, the Jacobian-shaped field as it is.
-      jacobian_shaped: the state field with leaves ``[m, *param.shape]``.
-      end_epoch: ``(state) -> new_state``.
-      observe: ``(state, values, mask) -> new_state``.
+      finish: ``(state, statistics, values, mask) -> (gradient, new_state)`` in place of ``weigh``, for methods that
+        combine what is in the Jacobian-shaped field.
+      visits: ``(state, mask) -> indices`` of the rows that this call takes in; all by default.
+      jacobian_shaped: the state field with leaves ``[m, *param.shape]``, if there is one.
+      **others: as in :func:`aggregator`.
     """
 
     def read_memory(state, name, jacobian, skip):
+        if jacobian_shaped is None:
+            dtype = inputs.state_dtype(state, jacobian)
+            return (), jax.tree.map(lambda j: j.astype(dtype), jacobian)
         memory = getattr(state, jacobian_shaped)
         inputs.check_params_like(name, jacobian, memory, skip)
         return memory, jax.tree.map(lambda j, old: j.astype(old.dtype), jacobian, memory)
 
-    def weighting(state, jacobian, values, mask):
-        memory, jacobian = read_memory(state, "jacobian", jacobian, skip=0)
-        memory, statistics = jax.vmap(visit)(memory, jacobian, mask)
-        return weigh(state._replace(**{jacobian_shaped: memory}), statistics, values, mask)
+    def with_memory(state, memory):
+        return state if jacobian_shaped is None else state._replace(**{jacobian_shaped: memory})
 
-    def visit_row(state, i, row, mask):
+    def tasks(state, values, mask):
+        visited = mask if visits is None else mask & jnp.zeros_like(mask).at[visits(state, mask)].set(True)
+        return Task(visited, values, state.seen)
+
+    def visit_all(state, jacobian, values, mask):
+        memory, jacobian = read_memory(state, "jacobian", jacobian, skip=0)
+        all_tasks = tasks(state, values, mask)
+        jacobian = jacobian if visits is None else inputs.present_rows(jacobian, all_tasks.present)
+        memory, statistics = jax.vmap(visit)(memory, jacobian, all_tasks)
+        return with_memory(state, memory), statistics
+
+    def visit_row(state, i, row, values, mask):
         memory, row = read_memory(state, "row", row, skip=1)
         old_row = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), memory)
-        new_row, statistic = visit(old_row, row, mask[i])
+        new_row, statistic = visit(old_row, row, jax.tree.map(lambda x: x[i], tasks(state, values, mask)))
         memory = jax.tree.map(lambda x, r: jax.lax.dynamic_update_index_in_dim(x, r, i, 0), memory, new_row)
-        return state._replace(**{jacobian_shaped: memory}), statistic
+        return with_memory(state, memory), statistic
+
+    def weighting(state, jacobian, values, mask):
+        return weigh(*visit_all(state, jacobian, values, mask), values, mask)
+
+    def apply(state, jacobian, values, mask):
+        gradient, state = finish(*visit_all(state, jacobian, values, mask), values, mask)
+        return jax.tree.map(lambda g, j: g.astype(j.dtype), gradient, jacobian), state
 
     return aggregator(
         init,
-        weighting=weighting,
-        rowwise=Rowwise(visit_row, weigh),
-        end_epoch=end_epoch,
-        observe=observe,
-        jacobian_shaped=(jacobian_shaped,),
+        apply=apply if finish else None,
+        weighting=weighting if weigh else None,
+        rowwise=Rowwise(visit_row, weigh, finish, visits),
+        jacobian_shaped=() if jacobian_shaped is None else (jacobian_shaped,),
+        **others,
     )
+
+
+def norms_aggregator(
+    init: Callable[..., Any], weigh: Callable[..., Any], *, axis_name: Hashable | None = None, **others: Any
+) -> Aggregator:
+    """Builds an :class:`Aggregator` whose weights depend on the lengths of the gradients, and not on their angles.
+
+    Args:
+      init: ``(m, params, dtype) -> state``, with a field ``seen``.
+      weigh: ``(state, squares, values, mask) -> (weights, new_state)``; ``squares`` are the squared norms, 0 for an
+        absent task.
+      axis_name: mapped axis over which parameters are split.
+      **others: as in :func:`aggregator`.
+    """
+
+    def visit(memory, row, task):
+        del task
+        return memory, squared_norm(row, axis_name)
+
+    def of_gramian(state, gramian, values, mask):
+        return weigh(state, jnp.maximum(jnp.diagonal(gramian), 0), values, mask)
+
+    return rowwise_aggregator(init, visit, weigh, gramian_weighting=of_gramian, axis_name=axis_name, **others)
+
+
+def squared_norm(row: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array:
+    """The squared norm of one task's gradient, summed over the axis by which its parameters are split, if any."""
+    square = jnp.asarray(total(jax.tree.map(jnp.square, row)))
+    return square if axis_name is None else jax.lax.psum(square, axis_name)
 
 
 def zeros_jacobian(m: int, params: chex.ArrayTree, dtype: chex.ArrayDType) -> chex.ArrayTree:
     """Zeros with leaves ``[m, *param.shape]``, each sharded as its parameter is, the task axis on every device."""
+    return _zeros(params, dtype, (m,))
 
+
+def zeros_params(params: chex.ArrayTree, dtype: chex.ArrayDType) -> chex.ArrayTree:
+    """Zeros with the params' shapes, each sharded as its parameter is."""
+    return _zeros(params, dtype, ())
+
+
+def _zeros(params, dtype, lead):
     def leaf(param):
-        shape = (m, *jnp.shape(param))
+        shape = (*lead, *jnp.shape(param))
         if isinstance(param, jax.core.Tracer):
             return jnp.broadcast_to(jnp.zeros_like(param, dtype=dtype), shape)
         sharding = getattr(param, "sharding", None)
-        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+        if _on_mesh(sharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(lead), *sharding.spec))
             return jnp.zeros(shape, dtype, device=sharding)
         return jnp.zeros(shape, dtype)
 
     return jax.tree.map(leaf, params)
+
+
+def _on_mesh(sharding):
+    return isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
 
 
 def select(
@@ -304,13 +408,11 @@ def _combined(weighting):
     return apply
 
 
-def _public_visit(visit):
-    def public_visit(state, i, row, *, mask=None):
-        call = inputs.read_call(state, None, mask)
-        row = jax.lax.stop_gradient(inputs.read_row(call.mask[i], row))
-        return jax.lax.stop_gradient(visit(state, i, row, call.mask))
-
-    return jax.jit(public_visit)
+def _zero_if_none(call, gradient):
+    """The gradient; zero with no task present."""
+    if call.all_present:
+        return gradient
+    return select(jnp.any(call.mask), gradient, jax.tree.map(jnp.zeros_like, gradient))
 
 
 def _finish_weights(weights, mask, dtype):
@@ -344,12 +446,13 @@ def _place(state, given, jacobian_shaped=()):
     # Copies, so that a state can be donated: no leaf may share its buffer with another or with a hyperparameter.
     # Where what was given lies on a mesh, the small leaves go there too, or the first step would move them.
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(given)]
-    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)]
+    meshes = [sharding.mesh for sharding in shardings if _on_mesh(sharding)]
 
     def leaf(path, x):
         if is_in(jacobian_shaped, path):
             return x
+        is_placed = not isinstance(x, jax.core.Tracer) and _on_mesh(getattr(x, "sharding", None))
         x = jnp.array(x, copy=True)
-        return jax.device_put(x, NamedSharding(meshes[0], PartitionSpec())) if meshes else x
+        return jax.device_put(x, NamedSharding(meshes[0], PartitionSpec())) if meshes and not is_placed else x
 
     return jax.tree_util.tree_map_with_path(leaf, state)

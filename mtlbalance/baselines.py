@@ -1,4 +1,4 @@
-"""What methods of both families share: the states of the baselines, the count of calls, the random draws."""
+"""What methods of both families share: the baselines' states, the count of calls, draws, an optimizer's step."""
 
 from typing import NamedTuple
 
@@ -54,3 +54,27 @@ def random_orders(state, impl, m: int):
     draw_key, state = split_key(state, impl)
     orders = jax.vmap(lambda key: jax.random.permutation(key, m))(jax.random.split(draw_key, m))
     return orders, state
+
+
+def optimizer_step(optimizer, gradient, opt_state, fields, mask: chex.Array, **extra):
+    """The fields after one step of an optimizer, and its state; entries of absent tasks stay in both.
+
+    Those of the optimizer's state are in the leaves that mirror a field, by its name and by having one entry per task.
+
+    Args:
+      optimizer: an :class:`optax.GradientTransformationExtraArgs`.
+      gradient: of the fields.
+      opt_state: the state of the optimizer.
+      fields: a dict of names to arrays with one entry per task.
+      mask: which tasks are present.
+      **extra: further arguments of the optimizer's ``update``.
+    """
+
+    def keep_absent(path, new, old):
+        mirrors = any(getattr(key, "key", None) in fields for key in path) and jnp.shape(new) == mask.shape
+        return jnp.where(mask if mirrors else True, new, old)
+
+    updates, new_state = optimizer.update(gradient, opt_state, fields, **extra)
+    new_fields = optax.apply_updates(fields, updates)
+    new_fields = jax.tree.map(lambda new, old: jnp.where(mask, new, old), new_fields, fields)
+    return new_fields, jax.tree_util.tree_map_with_path(keep_absent, new_state, opt_state)

@@ -199,8 +199,12 @@ def read_pair(tasks: Any, *, needs_params: bool) -> tuple[int, chex.ArrayTree, c
 # What `apply` is given.
 
 
-def read_call(state: chex.ArrayTree, values: chex.ArrayTree | None, mask: chex.ArrayTree | None) -> Call:
-    """Checks one call's losses and mask against the state, and casts them."""
+def read_call(
+    state: chex.ArrayTree, values: chex.ArrayTree | None, mask: chex.ArrayTree | None, *, required: bool = False
+) -> Call:
+    """Checks one call's losses, which may be ``required``, and mask against the state, and casts them."""
+    if required and values is None:
+        reject("values", "the losses", "None", TypeError)
     shape = jnp.shape(jax.tree.leaves(state)[0])
     present = jnp.ones(shape, bool)
     if mask is not None:

@@ -60,6 +60,11 @@ def project_simplex(vector: chex.Array, mask: chex.Array) -> chex.Array:
     return optax.projections.projection_simplex(jnp.where(mask, vector, largest - 2)).astype(vector.dtype)
 
 
+def bias_correction(decay: chex.Numeric, count: chex.Array) -> chex.Array:
+    """``1 - decay**count``, by which a running average from zero is too small, with all its digits."""
+    return -jnp.expm1(count * jnp.log1p(decay - 1))
+
+
 def regularized(gramian: chex.Array, reg_eps: chex.Numeric, norm_eps: chex.Numeric) -> chex.Array:
     """The Gramian over its trace, zero where that is below ``norm_eps``, plus ``reg_eps`` on the diagonal."""
     size = scale(gramian)
@@ -76,6 +81,18 @@ def cosines(gramian: chex.Array, mask: chex.Array | None = None) -> tuple[chex.A
     moving = (norms != 0) if mask is None else (norms != 0) & mask
     norms = jnp.where(moving, norms, 1)
     return moving, norms, jnp.where(moving[:, None] & moving, gramian / norms[:, None] / norms, 0)
+
+
+def conflict_free(gramian: chex.Array, preferred: chex.Array) -> chex.Array:
+    """ConFIG's weights: the direction whose cosines are as preferred, as long as the gradients' projections on it."""
+    preferred = preferred / scale(preferred)
+    moving, norms, products = cosines(gramian)
+    v = solve_psd(eigh_psd(products), preferred)
+    projections = jnp.dot(products, v, precision="highest")  # of the gradients' directions on the one that is sought
+    rounding = 10 * len(v) * jnp.finfo(v.dtype).eps
+    square = jnp.where(jnp.max(jnp.abs(projections)) > rounding, jnp.sum(v * projections), 0)
+    length = jnp.sum(norms * projections, where=moving) / jnp.where(square > 0, square, 1)
+    return jnp.where(moving & (square > 0), length * (v / norms), 0)
 
 
 def squared_length(gramian: chex.Array, weights: chex.Array) -> chex.Array:

@@ -1,4 +1,4 @@
-"""A method in, a method out."""
+"""Methods in, a method out."""
 
 import math
 from collections.abc import Hashable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mtlbalance import base, inputs
-from mtlbalance.gramian import total
+from mtlbalance.baselines import optimizer_step
 
 Method = TypeVar("Method", base.Scalarizer, base.Aggregator)
 
@@ -51,6 +51,18 @@ class AmortizeState(NamedTuple):
 
     last_weights: chex.Array
     inner: chex.ArrayTree
+
+
+class ChainState(NamedTuple):
+    """State of :func:`chain`.
+
+    Attributes:
+      scalarizer: the state of the scalarizer.
+      aggregator: the state of the aggregator.
+    """
+
+    scalarizer: chex.ArrayTree
+    aggregator: chex.ArrayTree
 
 
 def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> base.Scalarizer:
@@ -104,24 +116,13 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
             return method.apply(optax.tree.set(state.inner, **fields), fixed_values, mask=mask)[0]
 
         value, grad = jax.value_and_grad(value_fn)(fields)
-        updates, opt_state = optimizer.update(grad, state.opt_state, fields, value=value, grad=grad, value_fn=value_fn)
+        extra = {"value": value, "grad": grad, "value_fn": value_fn}
+        new_fields, opt_state = optimizer_step(optimizer, grad, state.opt_state, fields, mask, **extra)
         # Once more, so that the scalar can be differentiated with respect to the values.
         scalar, inner = method.apply(state.inner, values, mask=mask)
-        new_fields = base.select(mask, optax.apply_updates(fields, updates), fields)
-        opt_state = _keep_absent(fields, mask, opt_state, state.opt_state)
         return scalar, LearnState(optax.tree.set(inner, **new_fields), opt_state)
 
     return base.scalarizer(init, apply, **_plain_hooks(method))
-
-
-def _keep_absent(fields, mask, new, old):
-    """The new optimizer state, but for what it holds of absent tasks: entries of leaves that mirror a learned field."""
-
-    def leaf(path, new, old):
-        mirrors = any(getattr(key, "key", None) in fields for key in path) and jnp.shape(new) == mask.shape
-        return jnp.where(mask if mirrors else True, new, old)
-
-    return jax.tree_util.tree_map_with_path(leaf, new, old)
 
 
 def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Method:
@@ -198,6 +199,56 @@ def amortize(method: Method) -> Method:
     return _amortize_scalarizer(method) if isinstance(method, base.Scalarizer) else _amortize_aggregator(method)
 
 
+def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggregator:
+    r"""An aggregator of the gradients as a scalarizer weighs them.
+
+    .. math:: g = \mathrm{aggregator}(w_1 g_1, \ldots, w_m g_m), \qquad
+              w = \frac{\partial\, \mathrm{scalarizer}(L)}{\partial L}
+
+    For methods that balance twice, or in another space. The weights of
+    :func:`~mtlbalance.scalarization.scale_invariant` are one over the losses, and so the gradients those of their
+    logarithms:
+
+    * ``chain(learn(imtl_l(), optimizer), imtl_g())`` is the whole of IMTL (Liu et al. 2021),
+    * ``chain(scale_invariant(), db_mtl(beta=0.9))`` the whole of DB-MTL (Lin et al. 2023),
+    * ``chain(scale_invariant(), mgda())`` the log-space MGDA of the code of FAMO (Liu et al. 2023).
+
+    The method reads the losses: give them as ``values=``. Its weights are those of the gradients themselves.
+
+    Args:
+      scalarizer: a method without learned fields (:func:`learn` trains those).
+      aggregator: any aggregator; it gets the losses too, as they are.
+
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with the aggregator's paths and state :class:`ChainState`. The hooks act on
+      both.
+
+    Raises:
+      TypeError: if a method is of the other family; if a call has no ``values``.
+      ValueError: if the scalarizer has learned fields.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import aggregation, scalarization
+      >>> method = mtl.chain(scalarization.scale_invariant(), aggregation.mgda())
+      >>> rows = jnp.array([[6.0, 0.0], [0.0, 1.0]])
+      >>> gradient, state = method.apply(method.init((2, 2)), rows, values=jnp.array([3.0, 0.5]))
+      >>> print([f"{x:.3f}" for x in gradient])  # between (2, 0) and (0, 2)
+      ['1.000', '1.000']
+
+    References:
+      Liu et al., `Towards Impartial Multi-Task Learning <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021,
+      algorithm 1, with the losses and then the gradients balanced.
+    """
+    _check_method(scalarizer, "chain")
+    for name, given, family in ("scalarizer", scalarizer, base.Scalarizer), ("aggregator", aggregator, base.Aggregator):
+        if not isinstance(given, family):
+            inputs.reject(name, f"a {family.__name__}", type(given).__name__, TypeError)
+
+    return _chain(scalarizer, aggregator)
+
+
 def _amortize_scalarizer(method):
     def init(shape, dtype):
         inner = method.init(jax.ShapeDtypeStruct(shape, dtype))
@@ -226,8 +277,8 @@ def _amortize_aggregator(method):
 
         return weigh_and_remember
 
-    def visit(state, i, row, mask):
-        inner, statistic = method.rowwise.visit(state.inner, i, row, mask=mask)
+    def visit(state, i, row, values, mask):
+        inner, statistic = method.rowwise.visit(state.inner, i, row, values=values, mask=mask)
         return state._replace(inner=inner), statistic
 
     return base.aggregator(
@@ -242,6 +293,77 @@ def _amortize_aggregator(method):
 
 def _remember(state, weights, mask, inner):
     return AmortizeState(jnp.where(mask, weights, state.last_weights), inner)
+
+
+def _chain(scalarizer, aggregator):
+    def init(m, params, dtype):
+        return ChainState(scalarizer.init(jax.ShapeDtypeStruct((m,), dtype)), aggregator.init((m, params)))
+
+    def factors(state, values, mask):
+        weigh = jax.grad(lambda values: scalarizer.apply(state.scalarizer, values, mask=mask), has_aux=True)
+        return weigh(jax.lax.stop_gradient(values))
+
+    def scale_rows(factors, rows):
+        wide = lambda x: x.astype(jnp.result_type(jnp.float32, x))
+        return jax.tree.map(lambda x: inputs.rows(factors, x) * wide(x), rows)
+
+    def apply(state, jacobian, values, mask):
+        weights, first = factors(state, values, mask)
+        scaled = scale_rows(weights, jacobian)
+        gradient, second = aggregator.apply(state.aggregator, scaled, values=values, mask=mask)
+        return jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, jacobian), ChainState(first, second)
+
+    def of_scaled(scale, weigh):
+        """The same way to weigh, for a statistic that is scaled first; the weights of unscaled gradients."""
+
+        def weigh_scaled(state, statistic, values, mask):
+            scales, first = factors(state, values, mask)
+            given = {"values": values, "mask": mask}
+            weights, second = weigh(state.aggregator, scale(scales, statistic), **given)
+            return scales * weights, ChainState(first, second)
+
+        return weigh_scaled
+
+    def visit(state, i, row, values, mask):
+        weights, _ = factors(state, values, mask)
+        row = scale_rows(weights[i], row)
+        inner, statistic = aggregator.rowwise.visit(state.aggregator, i, row, values=values, mask=mask)
+        return state._replace(aggregator=inner), statistic
+
+    def finish(state, statistics, values, mask):
+        _, first = factors(state, values, mask)
+        gradient, second = aggregator.rowwise.finish(state.aggregator, statistics, values=values, mask=mask)
+        return gradient, ChainState(first, second)
+
+    def by_rows(rowwise):
+        as_it_is = lambda weights, statistics: statistics
+        return base.Rowwise(
+            visit,
+            rowwise.weigh and of_scaled(as_it_is, rowwise.weigh),
+            rowwise.finish and finish,
+            rowwise.visits and (lambda state, mask: rowwise.visits(state.aggregator, mask=mask)),
+        )
+
+    def end_epoch(state):
+        return ChainState(scalarizer.end_epoch(state.scalarizer), aggregator.end_epoch(state.aggregator))
+
+    def observe(state, values, mask):
+        hooks = (scalarizer.observe, state.scalarizer), (aggregator.observe, state.aggregator)
+        return ChainState(*(hook(inner, values, mask=mask) for hook, inner in hooks))
+
+    of_jacobian, of_gramian = aggregator.weighting, aggregator.gramian_weighting
+    scale_gramian = lambda weights, gramian: weights[:, None] * gramian * weights
+    return base.aggregator(
+        init,
+        apply=apply,
+        weighting=of_jacobian and of_scaled(scale_rows, of_jacobian.apply),
+        gramian_weighting=of_gramian and of_scaled(scale_gramian, of_gramian.apply),
+        rowwise=aggregator.rowwise and by_rows(aggregator.rowwise),
+        end_epoch=end_epoch,
+        observe=observe,
+        jacobian_shaped=aggregator.jacobian_shaped,
+        reads_losses=True,
+    )
 
 
 def _check_method(method, wrapper):
@@ -283,8 +405,8 @@ def _skip_aggregator(method, axis_name):
         return _guarded(method.init((m, params)), (m,))
 
     def finite_row(row):
-        square = total(jax.tree.map(lambda x: jnp.square(x.astype(jnp.result_type(jnp.float32, x))), row))
-        return _leaves_room(square if axis_name is None else jax.lax.psum(square, axis_name))
+        wide = jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), row)
+        return _leaves_room(base.squared_norm(wide, axis_name))
 
     def finite_rows(jacobian, mask):
         return jax.vmap(finite_row, axis_size=len(mask))(jacobian) | ~mask
@@ -306,15 +428,23 @@ def _skip_aggregator(method, axis_name):
 
         return guarded_apply
 
-    def visit(state, i, row, mask):
+    def visit(state, i, row, values, mask):
         finite = finite_row(row)
-        inner, statistic = method.rowwise.visit(state.inner, i, row, mask=mask.at[i].set(mask[i] & finite))
-        return state._replace(inner=inner), (statistic, finite)
+        mask = mask.at[i].set(mask[i] & finite)
+        inner, statistic = method.rowwise.visit(state.inner, i, row, values=values, mask=mask)
+        return state._replace(inner=inner), (statistic, ~finite)
 
-    def weigh(state, statistics, values, mask):
-        statistics, finite = statistics
-        weights, inner = method.rowwise.weigh(state.inner, statistics, values=values, mask=mask & finite)
-        return advance(state, inner, weights, finite | ~mask, values, mask)
+    def after_visits(last):
+        def guarded_last(state, statistics, values, mask):
+            statistics, nonfinite = statistics
+            output, inner = last(state.inner, statistics, values=values, mask=mask & ~nonfinite)
+            return advance(state, inner, output, ~nonfinite | ~mask, values, mask)
+
+        return last and guarded_last
+
+    def by_rows(rowwise):
+        visits = rowwise.visits and (lambda state, mask: rowwise.visits(state.inner, mask=mask))
+        return base.Rowwise(visit, after_visits(rowwise.weigh), after_visits(rowwise.finish), visits)
 
     of_gramian = method.gramian_weighting
     return base.aggregator(
@@ -322,7 +452,7 @@ def _skip_aggregator(method, axis_name):
         apply=guarded(method.apply, finite_rows),
         weighting=method.weighting and guarded(method.weighting.apply, finite_rows),
         gramian_weighting=of_gramian and guarded(of_gramian.apply, finite_diagonal),
-        rowwise=method.rowwise and base.Rowwise(visit, weigh),
+        rowwise=method.rowwise and by_rows(method.rowwise),
         **_inner_hooks(method),
         jacobian_shaped=method.jacobian_shaped,
     )

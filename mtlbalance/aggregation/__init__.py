@@ -5,15 +5,20 @@ from mtlbalance.aggregation.cagrad import cagrad
 from mtlbalance.aggregation.config import config
 from mtlbalance.aggregation.constant import constant
 from mtlbalance.aggregation.cr_mogm import CRMOGMState, cr_mogm
-from mtlbalance.aggregation.db_mtl import db_mtl
+from mtlbalance.aggregation.db_mtl import DBMTLState, db_mtl
 from mtlbalance.aggregation.dual_proj import dual_proj
 from mtlbalance.aggregation.excess_mtl import ExcessMTLState, excess_mtl
 from mtlbalance.aggregation.fairgrad import fairgrad
+from mtlbalance.aggregation.grad_norm_weights import GradNormWeightsState, grad_norm_weights
+from mtlbalance.aggregation.gradnorm import GradNormState, gradnorm
 from mtlbalance.aggregation.gradvac import GradVacState, gradvac
 from mtlbalance.aggregation.imtl_g import imtl_g
 from mtlbalance.aggregation.krum import krum
+from mtlbalance.aggregation.lr_annealing import LRAnnealingState, lr_annealing
+from mtlbalance.aggregation.m_config import MConFIGState, m_config
 from mtlbalance.aggregation.mean import mean
 from mtlbalance.aggregation.mgda import mgda
+from mtlbalance.aggregation.moco import MoCoState, moco
 from mtlbalance.aggregation.modo import MoDoState, modo
 from mtlbalance.aggregation.nash_mtl import nash_mtl
 from mtlbalance.aggregation.pcd import PCDState, pcd
@@ -26,8 +31,14 @@ from mtlbalance.baselines import RandomState, SeenState
 
 __all__ = [
     "CRMOGMState",
+    "DBMTLState",
     "ExcessMTLState",
+    "GradNormState",
+    "GradNormWeightsState",
     "GradVacState",
+    "LRAnnealingState",
+    "MConFIGState",
+    "MoCoState",
     "MoDoState",
     "PCDState",
     "RandomState",
@@ -42,11 +53,16 @@ __all__ = [
     "dual_proj",
     "excess_mtl",
     "fairgrad",
+    "grad_norm_weights",
+    "gradnorm",
     "gradvac",
     "imtl_g",
     "krum",
+    "lr_annealing",
+    "m_config",
     "mean",
     "mgda",
+    "moco",
     "modo",
     "nash_mtl",
     "pcd",

@@ -59,13 +59,6 @@ def config(pref_vector: chex.ArrayTree | None = None, *, axis_name: Hashable | N
     def weigh(state, gramian, values, mask):
         del values
         preferred = inputs.preference(pref_vector, mask, gramian.dtype)
-        preferred = preferred / numerics.scale(preferred)
-        moving, norms, cosines = numerics.cosines(gramian)
-        v = numerics.solve_psd(numerics.eigh_psd(cosines), preferred)
-        projections = jnp.dot(cosines, v, precision="highest")  # of the directions on d
-        rounding = 10 * len(v) * jnp.finfo(v.dtype).eps
-        square = jnp.where(jnp.max(jnp.abs(projections)) > rounding, jnp.sum(v * projections), 0)
-        length = jnp.sum(norms * projections, where=moving) / jnp.where(square > 0, square, 1)
-        return jnp.where(moving & (square > 0), length * (v / norms), 0), count_seen(state, mask)
+        return numerics.conflict_free(gramian, preferred), count_seen(state, mask)
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

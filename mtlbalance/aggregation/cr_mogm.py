@@ -85,8 +85,8 @@ def cr_mogm(
 
         return weigh
 
-    def visit(state, i, row, mask):
-        inner, statistic = method.rowwise.visit(state.inner, i, row, mask=mask)
+    def visit(state, i, row, values, mask):
+        inner, statistic = method.rowwise.visit(state.inner, i, row, values=values, mask=mask)
         return state._replace(inner=inner), statistic
 
     def on_inner(hook):

@@ -4,30 +4,59 @@ Lin et al., "Dual-Balancing for Multi-Task Learning", 2023, https://arxiv.org/ab
 """
 
 from collections.abc import Hashable
+from typing import NamedTuple
 
+import chex
+import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, numerics
+from mtlbalance import base, inputs
 from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance.gramian import combine
 
 
-def db_mtl(*, axis_name: Hashable | None = None) -> base.Aggregator:
-    r"""The sum of the gradients, each as long as the longest.
+class DBMTLState(NamedTuple):
+    """State of :func:`db_mtl` with averages; without them it is :class:`SeenState`.
 
-    .. math:: g = \sum_i w_i g_i, \quad w_i = \frac{\max_j \lVert g_j \rVert}{\lVert g_i \rVert}
+    Attributes:
+      seen: int32, one per task: the calls in which it was present.
+      averages: running averages of the gradients, leaves ``[m, *param.shape]``.
+    """
 
-    The paper's :math:`g_i` are the gradients of the *logarithms* of positive losses: give it the Jacobian of
-    ``jnp.log(losses)``. The weights are at least 1, except 0 for a zero gradient, and have no fixed total.
+    seen: chex.Array
+    averages: chex.ArrayTree
+
+
+def db_mtl(
+    beta: chex.Numeric | None = None, beta_sigma: chex.Numeric = 0.0, *, axis_name: Hashable | None = None
+) -> base.Aggregator:
+    r"""The sum of the gradients, each as long as the longest; with ``beta`` of their running averages.
+
+    .. math:: g = \sum_i w_i \bar g_i, \quad w_i = \frac{\max_j \lVert \bar g_j \rVert}{\lVert \bar g_i \rVert}, \qquad
+              \bar g_i \leftarrow \beta_k \bar g_i + (1 - \beta_k) g_i, \quad \beta_k = \frac{\beta}{k^\sigma}
+
+    at the task's call number k; without ``beta``, :math:`\bar g_i = g_i`. The averages start at zero, and are as large
+    as the Jacobian. The weights are at least 1, except 0 for a zero gradient, and have no fixed total.
+
+    The paper's :math:`g_i` are the gradients of the *logarithms* of positive losses. The whole method is
+    ``mtl.chain(scalarization.scale_invariant(), aggregation.db_mtl(beta=0.9))``.
 
     Note:
-      In the paper, and in LibMTL, the :math:`g_i` are also running averages over the calls. This function has none: it
-      is the method with a decay :math:`\beta = 0`. LibMTL adds 1e-8 to the losses and to the norms.
+      LibMTL's default is ``beta=0.9``. It adds 1e-8 to the losses and to the norms. Like it, this function does not
+      divide the averages by :math:`1 - \beta^k`: the first gradient is :math:`1 - \beta` as long as later ones.
 
     Args:
+      beta: :math:`\beta`, from 0 to 1, of the running averages; none by default. May be traced.
+      beta_sigma: :math:`\sigma \ge 0`, how fast :math:`\beta_k` falls. May be traced.
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
 
     Returns:
-      An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.
+      An :class:`~mtlbalance.Aggregator` with ``rowwise``. Without ``beta`` also with ``weighting`` and
+      ``gramian_weighting``, and state :class:`SeenState`; with it, which combines the averages and not the gradients
+      of the call, state :class:`DBMTLState`.
+
+    Raises:
+      ValueError: if ``beta`` or ``beta_sigma`` is out of bounds.
 
     Example:
       >>> import jax.numpy as jnp
@@ -38,17 +67,38 @@ def db_mtl(*, axis_name: Hashable | None = None) -> base.Aggregator:
       ['0.1881', '2.4530', '2.4530']
 
     References:
-      Lin et al., `Dual-Balancing for Multi-Task Learning <https://arxiv.org/abs/2308.12029>`_, 2023, section 3.
+      Lin et al., `Dual-Balancing for Multi-Task Learning <https://arxiv.org/abs/2308.12029>`_, 2023, section 3;
+      averages: algorithm 1.
     """
+    inputs.check_nonnegative("beta_sigma", beta_sigma)
 
-    def init(m, params, dtype):
-        del params, dtype
-        return SeenState(jnp.zeros(m, jnp.int32))
-
-    def weigh(state, gramian, values, mask):
-        del values
-        moving, norms, _ = numerics.cosines(gramian / numerics.scale(gramian))
+    def stretch(squares, mask):
+        norms = jnp.sqrt(squares)
+        moving = mask & (norms != 0)
         longest = jnp.max(norms, where=moving, initial=0)
-        return jnp.where(moving, longest / norms, 0), count_seen(state, mask)
+        return jnp.where(moving, longest / jnp.where(moving, norms, 1), 0)
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    def weigh(state, squares, values, mask):
+        del values
+        return stretch(squares, mask), count_seen(state, mask)
+
+    if beta is None:
+        init = lambda m, params, dtype: SeenState(jnp.zeros(m, jnp.int32))
+        return base.norms_aggregator(init, weigh, axis_name=axis_name)
+    inputs.check_fraction("beta", beta)
+
+    def init_averages(m, params, dtype):
+        return DBMTLState(jnp.zeros(m, jnp.int32), base.zeros_jacobian(m, params, dtype))
+
+    def visit(average, gradient, task):
+        decay = beta / (task.seen + 1.0) ** beta_sigma
+        follow = lambda old, new: jnp.where(task.present, decay * old + (1 - decay) * new, old)
+        average = jax.tree.map(follow, average, gradient)
+        return average, base.squared_norm(average, axis_name)
+
+    def finish(state, squares, values, mask):
+        del values
+        weights = jax.lax.stop_gradient(stretch(squares, mask))
+        return combine(weights, state.averages), count_seen(state, mask)
+
+    return base.rowwise_aggregator(init_averages, visit, finish=finish, jacobian_shaped="averages")

@@ -105,8 +105,8 @@ def excess_mtl(
             squared_gradients=base.zeros_jacobian(m, params, dtype),
         )
 
-    def visit(squared_gradients, gradient, present):
-        del present  # an absent task's gradient is zero, and so is its square
+    def visit(squared_gradients, gradient, task):
+        del task  # an absent task's gradient is zero, and so is its square
         # Eq. 7: the accumulator includes the gradient at hand.
         squares = jax.tree.map(lambda s, g: s + g * g, squared_gradients, gradient)
         excess = jax.tree.map(lambda s, g: g * (g * jax.lax.rsqrt(s + 1e-7)), squares, gradient)

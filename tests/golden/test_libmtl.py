@@ -1,4 +1,4 @@
-"""The Gramian methods on one problem of three tasks, of which LibMTL's and TorchJD's numbers are known.
+"""Aggregators on one problem of three tasks, of which LibMTL's and TorchJD's numbers are known.
 
 The losses are l_i = c_i |x - a_i|^2 / 2 + o_i. LibMTL's numbers (of its commit 4336804, two calls of its own classes,
 with x moved by -0.05 times the gradient between them) and those of TorchJD 0.18 have six digits: hence 1e-4 throughout.
@@ -7,9 +7,11 @@ with x moved by -0.05 times the gradient between them) and those of TorchJD 0.18
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from mtlbalance import aggregation
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization
 
 START = np.array([0.3, -0.7, 0.2, 0.5])
 CENTRES = np.array([[1, 0, 2, -1], [-2, 1, 0.5, 0], [0.5, -3, 1, 2]])
@@ -79,9 +81,6 @@ def test_libmtl_weights(method, expected):
 def test_libmtl_gradients():
     assert_near(gradient_of(aggregation.cagrad(rescale=1)), [2.14353, -0.583951, -1.29254, 0.00982311])
     assert_near(gradient_of(aggregation.aligned_mtl(np.ones(3))), [0.473764, -0.103946, -0.809566, 0.165764])
-    # IMTL, at learned log-scales s: of the gradients of the losses times exp(s).
-    rows = jnp.exp(jnp.array([0.5, -0.2, 0.1]))[:, None] * ROWS
-    assert_near(gradient_of(aggregation.imtl_g(), rows), [0.304663, 0.105253, -0.50798, -0.0375051])
     # With one batch in the place of three.
     assert_near(gradient_of(aggregation.sdmgrad(lr=5.0)), [0.611538, -0.0903846, -0.4, -0.0480769])
 
@@ -96,20 +95,67 @@ def test_two_calls_of_modo():
     assert_near(weights, [0.355406, 0.280648, 0.363946])
 
 
+def calls(method, n_calls):
+    """Gradients and states of calls in a row, x moved by -0.05 times the gradient between them."""
+    x, state = START, method.init(ROWS.shape)
+    for _ in range(n_calls):
+        gradient, state = method.apply(state, jacobian(x), values=jnp.array(losses(x), jnp.float32))
+        yield np.array(gradient, float), state
+        x = x - 0.05 * np.array(gradient, float)
+
+
 def test_two_calls_of_db_mtl():
-    """LibMTL averages the gradients of the log losses over the calls, with decay 0.9 and from zero."""
-    method, average, x = aggregation.db_mtl(), 0.0, START
-    for expected in (
-        [0.0337886, -0.00422475, -0.0830938, 0.0181389],
-        [0.0641126, -0.00806225, -0.157702, 0.0344672],
-    ):
-        rows = jacobian(x) / jnp.array(losses(x), jnp.float32)[:, None]
-        average = 0.9 * average + 0.1 * rows
-        gradient = gradient_of(method, average)
-        assert_near(gradient, expected)
-        if x is START:
-            np.testing.assert_allclose(gradient, 0.1 * gradient_of(method, rows), rtol=1e-6)
-        x = x - 0.05 * np.array(gradient)
+    """LibMTL adds 1e-8 to the losses, which are above 1 here."""
+    method = mtl.chain(scalarization.scale_invariant(), aggregation.db_mtl(beta=0.9))
+    (first, _), (second, _) = calls(method, 2)
+    assert_near(first, [0.0337886, -0.00422475, -0.0830938, 0.0181389])
+    assert_near(second, [0.0641126, -0.00806225, -0.157702, 0.0344672])
+
+
+def test_two_calls_of_moco():
+    method = aggregation.moco(normalize=True, softmax=True)
+    (first, state), (_, later) = calls(method, 2)
+    assert_near(state.weights, [0.420185, 0.0427874, 0.537028])
+    assert_near(first, [0.0729387, -0.121677, -0.633192, 0.289874])
+    assert_near(later.weights, [0.345549, 0.208284, 0.446167])
+
+
+@pytest.mark.parametrize(
+    ("start", "weights", "step"),
+    [
+        ([0.5, -0.2, 0.1], [1.38446, 0.687504, 0.928033], [5.90774, -6.84208, 0.934336]),
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [-5.3487, 8.87054, -3.52184]),
+    ],
+)
+def test_gradnorm(start, weights, step):
+    """Its learned numbers, after SGD at rate 1; and the gradient where LibMTL's is known."""
+    method = aggregation.gradnorm(optimizer=optax.sgd(1.0), initial_losses=jnp.array([4.0, 10.0, 3.0]), softmax=True)
+    state = method.init(ROWS.shape)._replace(raw_weights=jnp.array(start))
+    values = jnp.array(losses(START), jnp.float32)
+    found, new_state = method.weighting.apply(state, ROWS, values=values)
+    assert_near(found, weights)
+    assert_near(np.subtract(start, new_state.raw_weights), step)
+    if weights[0] != 1:
+        assert_near(method.apply(state, ROWS, values=values)[0], [5.30951, -5.11053, -3.50264, 3.10369])
+
+
+@pytest.mark.parametrize(
+    ("log_scale", "weights", "gradient"),
+    [
+        ([0.0, 0.0, 0.0], [0.127459, 0.043364, 0.829177], [0.268269, 0.0926802, -0.447298, -0.0330248]),
+        ([0.5, -0.2, 0.1], [0.0877956, 0.0601503, 0.852054], [0.304663, 0.105253, -0.50798, -0.0375051]),
+    ],
+)
+def test_imtl(log_scale, weights, gradient):
+    """The weights are LibMTL's of the scaled losses; the log-scales go down the gradient exp(s) l - 1."""
+    learned = mtl.learn(scalarization.imtl_l(jnp.array(log_scale)), optax.sgd(1.0))
+    method = mtl.chain(learned, aggregation.imtl_g())
+    values = jnp.array(losses(START), jnp.float32)
+    found, state = method.apply(method.init(ROWS.shape), ROWS, values=values)
+    assert_near(found, gradient)
+    assert_near(np.subtract(log_scale, state.scalarizer.inner.log_scale), np.exp(log_scale) * losses(START) - 1)
+    of_gradients, _ = method.weighting.apply(method.init(ROWS.shape), ROWS, values=values)
+    assert_near(of_gradients / np.exp(log_scale), weights)
 
 
 def over_keys(make, n_calls):

@@ -1,0 +1,110 @@
+"""Learning-rate annealing: weights that lift the other losses' gradients to the size of one loss's.
+
+Wang, Teng and Perdikaris, "Understanding and Mitigating Gradient Flow Pathologies in Physics-Informed Neural Networks",
+SIAM Journal on Scientific Computing 2021, https://arxiv.org/abs/2001.04536
+"""
+
+from collections.abc import Hashable
+from typing import Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs, numerics
+from mtlbalance.baselines import count_seen
+from mtlbalance.gramian import total
+
+
+class LRAnnealingState(NamedTuple):
+    """State of :func:`lr_annealing`.
+
+    Attributes:
+      weights: the smoothed weights, one per task; 1 for the reference.
+      seen: int32, one per task: the calls in which it was present.
+    """
+
+    weights: chex.Array
+    seen: chex.Array
+
+
+def lr_annealing(
+    reference: int = 0,
+    alpha: chex.Numeric = 0.1,
+    statistic: Literal["max", "mean"] = "max",
+    *,
+    axis_name: Hashable | None = None,
+) -> base.Aggregator:
+    r"""Weighs every loss so that its gradient's mean entry reaches the reference's largest one.
+
+    .. math:: w_i \leftarrow (1 - \alpha) w_i + \alpha \frac{\max_k |g_{rk}|}{\frac{1}{n} \sum_k |w_i g_{ik}|}
+              \quad (i \ne r), \qquad w_r = 1, \qquad g = \sum_i w_i g_i
+
+    The reference r is the residual of a physics-informed network, the others are its boundary and initial conditions.
+    The weights start at 1 and have no fixed total. A task keeps its weight while its gradient or the reference's is
+    zero or absent. Where the weights need not be new at every step, :func:`mtlbalance.amortize` saves the gradients of
+    the single tasks in between: the official code takes new ones every 10 steps.
+
+    Note:
+      The official code leaves biases out, and takes the mean of the layers' means. Other codes have
+      :math:`|g_{ik}|` in the denominator, without the weight; at rest their weights are the square of these.
+
+    Args:
+      reference: index of the task whose weight is 1, in the order of :func:`jax.tree.leaves` where losses have names.
+      alpha: :math:`\alpha`, from 0 to 1. May be traced.
+      statistic: of the reference's entries: ``"max"``, or ``"mean"``, as in PhysicsNeMo.
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with state :class:`LRAnnealingState`, ``weighting`` and ``rowwise``.
+
+    Raises:
+      ValueError: if an argument is out of bounds; at ``init``, if there is no such task.
+      TypeError: if ``reference`` is not an int.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import aggregation
+      >>> method = aggregation.lr_annealing(alpha=0.5)
+      >>> rows = jnp.array([[8.0, 0.0], [1.0, 1.0]])
+      >>> gradient, state = method.apply(method.init(rows.shape), rows)
+      >>> print(state.weights)
+      [1.  4.5]
+
+    References:
+      Wang, Teng and Perdikaris, `Understanding and Mitigating Gradient Flow Pathologies in Physics-Informed Neural
+      Networks <https://arxiv.org/abs/2001.04536>`_, SIAM Journal on Scientific Computing 2021, algorithm 1;
+      https://github.com/PredictiveIntelligenceLab/GradientPathologiesPINNs.
+    """
+    inputs.check_int("reference", reference, 0)
+    inputs.check_fraction("alpha", alpha)
+    if statistic not in ("max", "mean"):
+        inputs.reject("statistic", "'max' or 'mean'", f"{statistic!r}")
+
+    def init(m, params, dtype):
+        del params
+        if reference >= m:
+            inputs.reject("reference", f"an int below the number of tasks {m}", f"{reference}")
+        return LRAnnealingState(jnp.ones(m, dtype), jnp.zeros(m, jnp.int32))
+
+    def visit(memory, gradient, task):
+        del task
+        sizes = jax.tree.map(jnp.abs, gradient)
+        largest = jnp.max(jnp.stack([jnp.max(x, initial=0) for x in jax.tree.leaves(sizes)] or [jnp.zeros(())]))
+        added, count = jnp.asarray(total(sizes)), jnp.asarray(sum(x.size for x in jax.tree.leaves(sizes)))
+        if axis_name is not None:
+            largest = jax.lax.pmax(largest, axis_name)
+            added, count = jax.lax.psum((added, count), axis_name)
+        return memory, (largest, added / jnp.maximum(count, 1))
+
+    def weigh(state, statistics, values, mask):
+        del values
+        largest, means = statistics
+        size = (largest if statistic == "max" else means)[reference]
+        moving = mask & mask[reference] & (means != 0) & (size != 0)
+        target = numerics.ratio(size, state.weights * means)
+        weights = jnp.where(moving, (1 - alpha) * state.weights + alpha * target, state.weights)
+        weights = weights.at[reference].set(1)
+        return weights, count_seen(state._replace(weights=weights), mask)
+
+    return base.rowwise_aggregator(init, visit, weigh)

@@ -1,0 +1,136 @@
+"""M-ConFIG: ConFIG of running averages, of which a step renews one only, with Adam's scaling.
+
+Liu, Chu and Thuerey, "ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks", ICLR 2025,
+https://arxiv.org/abs/2408.11104
+"""
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtlbalance import base, inputs, numerics
+from mtlbalance.baselines import count_seen
+from mtlbalance.gramian import combine, gramian
+
+
+class MConFIGState(NamedTuple):
+    """State of :func:`m_config`.
+
+    Attributes:
+      seen: int32, one per task: the calls that renewed its average.
+      last_turn: int32, one per task: the number of the last of these calls, 0 before the first.
+      momentum: running averages of the gradients, leaves ``[m, *param.shape]``.
+      count: int32 scalar: the calls that gave a gradient.
+      direction: the last gradient before scaling, as if it were an average that has not been corrected for its start;
+        shaped like the parameters.
+      squares: running average of the squares that Adam divides by, shaped like the parameters.
+    """
+
+    seen: chex.Array
+    last_turn: chex.Array
+    momentum: chex.ArrayTree
+    count: chex.Array
+    direction: chex.ArrayTree
+    squares: chex.ArrayTree
+
+
+def m_config(
+    beta_1: chex.Numeric = 0.9, beta_2: chex.Numeric = 0.999, *, axis_name: Hashable | None = None
+) -> base.Aggregator:
+    r"""ConFIG's direction of the gradients' running averages; each call renews the one that waited longest.
+
+    .. math:: m_i \leftarrow \beta_1 m_i + (1 - \beta_1) g_i, \qquad
+              d = \mathrm{ConFIG}\Big( \frac{m_1}{1 - \beta_1^{t_1}}, \ldots, \frac{m_m}{1 - \beta_1^{t_m}} \Big),
+              \qquad g = \frac{d}{\sqrt{\hat s} + 10^{-8}}
+
+    where i is the task whose turn it is, :math:`t_j` counts task j's turns, and :math:`\hat s` is Adam's second moment
+    of the gradients whose first moment :math:`d` would be:
+
+    .. math:: d' = (1 - \beta_1^t) d, \qquad
+              s \leftarrow \beta_2 s + (1 - \beta_2) \Big( \frac{d' - \beta_1 d'_{last}}{1 - \beta_1} \Big)^2, \qquad
+              \hat s = \frac{s}{1 - \beta_2^t}
+
+    The gradient is zero until every task present had a turn. It is scaled as Adam's update is: follow it by
+    ``optax.sgd``. Of all gradients a call needs one: :func:`mtlbalance.value_and_grad` computes no other, and such a
+    step costs about one on the sum of the losses, whatever m.
+
+    Note:
+      In the official code the caller says whose turn it is.
+
+    Args:
+      beta_1: :math:`\beta_1`, at least 0 and below 1. May be traced.
+      beta_2: :math:`\beta_2`, at least 0 and below 1. May be traced.
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with state :class:`MConFIGState` and ``rowwise``. It has no weighting: what it
+      combines are not the gradients of the call.
+
+    Raises:
+      ValueError: if ``beta_1`` or ``beta_2`` is out of bounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import aggregation
+      >>> method = aggregation.m_config()
+      >>> rows = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> gradient, state = method.apply(method.init((2, 3)), rows)
+      >>> gradient, state = method.apply(state, rows)
+      >>> print([f"{x:.4f}" for x in gradient], state.last_turn)
+      ['1.0000', '1.0000', '1.0000'] [1 2]
+
+    References:
+      Liu et al., `ConFIG <https://arxiv.org/abs/2408.11104>`_, ICLR 2025, algorithm 1;
+      https://github.com/tum-pbs/ConFIG.
+    """
+    for name, beta in {"beta_1": beta_1, "beta_2": beta_2}.items():
+        inputs.check(name, beta, "a number of at least 0 and below 1", lambda x: (x >= 0) & (x < 1))
+
+    def init(m, params, dtype):
+        return MConFIGState(
+            seen=jnp.zeros(m, jnp.int32),
+            last_turn=jnp.zeros(m, jnp.int32),
+            momentum=base.zeros_jacobian(m, params, dtype),
+            count=jnp.zeros((), jnp.int32),
+            direction=base.zeros_params(params, dtype),
+            squares=base.zeros_params(params, dtype),
+        )
+
+    def visits(state, mask):
+        last_turn = jnp.where(mask, state.last_turn, jnp.iinfo(jnp.int32).max)
+        return jnp.argmin(last_turn)[None]
+
+    def visit(momentum, gradient, task):
+        follow = lambda m, g: jnp.where(task.present, beta_1 * m + (1 - beta_1) * g, m)
+        return jax.tree.map(follow, momentum, gradient), ()
+
+    def finish(state, statistics, values, mask):
+        del statistics, values
+        turn = mask & jnp.zeros_like(mask).at[visits(state, mask)].set(True)
+        number = optax.safe_increment(jnp.max(state.last_turn))
+        state = count_seen(state._replace(last_turn=jnp.where(turn, number, state.last_turn)), turn)
+        ready = jnp.all((state.seen > 0) | ~mask)
+
+        corrections = jnp.where(mask & ready, 1 / numerics.bias_correction(beta_1, jnp.maximum(state.seen, 1)), 0)
+        products = gramian(jax.lax.stop_gradient(state.momentum), axis_name=axis_name)
+        weights = numerics.conflict_free(corrections[:, None] * products * corrections, jnp.ones_like(corrections))
+        gradient = combine(corrections * weights, state.momentum)
+
+        old = {"count": state.count, "direction": state.direction, "squares": state.squares}
+        state = state._replace(**base.select(ready, second_moment(jax.lax.stop_gradient(gradient), **old), old))
+        correction = numerics.bias_correction(beta_2, jnp.maximum(state.count, 1))
+        divide = lambda d, s: jnp.where(ready, d / (jnp.sqrt(s / correction) + 1e-8), 0)
+        return jax.tree.map(divide, gradient, state.squares), state
+
+    def second_moment(gradient, count, direction, squares):
+        count = optax.safe_increment(count)
+        new_direction = jax.tree.map(lambda d: numerics.bias_correction(beta_1, count) * d, gradient)
+        implied = jax.tree.map(lambda new, old: (new - beta_1 * old) / (1 - beta_1), new_direction, direction)
+        squares = jax.tree.map(lambda s, x: beta_2 * s + (1 - beta_2) * x**2, squares, implied)
+        return {"count": count, "direction": new_direction, "squares": squares}
+
+    return base.rowwise_aggregator(init, visit, finish=finish, visits=visits, jacobian_shaped="momentum")

@@ -1,0 +1,119 @@
+"""MoCo: multi-objective gradient correction, MGDA a little at a time on gradients followed over the calls.
+
+Fernando et al., "Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent Approach", ICLR 2023,
+https://openreview.net/forum?id=dLAYGdKTi2
+"""
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mtlbalance import base, inputs, numerics
+from mtlbalance.baselines import count_seen
+from mtlbalance.gramian import combine, gramian
+
+
+class MoCoState(NamedTuple):
+    """State of :func:`moco`.
+
+    Attributes:
+      weights: one per task.
+      seen: int32, one per task: the calls in which it was present.
+      tracked: what follows the gradients, leaves ``[m, *param.shape]``.
+    """
+
+    weights: chex.Array
+    seen: chex.Array
+    tracked: chex.ArrayTree
+
+
+def moco(
+    beta: chex.Numeric = 0.5,
+    beta_sigma: chex.Numeric = 0.5,
+    gamma: chex.Numeric = 0.1,
+    gamma_sigma: chex.Numeric = 0.5,
+    rho: chex.Numeric = 0.0,
+    *,
+    normalize: bool = False,
+    softmax: bool = False,
+    axis_name: Hashable | None = None,
+) -> base.Aggregator:
+    r"""Descends towards the shortest combination of what follows each gradient, one step a call.
+
+    .. math:: y_i \leftarrow y_i - \frac{\beta}{k^{\sigma_\beta}} (y_i - g_i), \qquad
+              w \leftarrow \Pi_\Delta \Big( w - \frac{\gamma}{k^{\sigma_\gamma}} (Y Y^\top + \rho I) w \Big), \qquad
+              g = \sum_i w_i y_i
+
+    at the task's call number k, where :math:`\Pi_\Delta` projects onto the simplex: the weights sum to 1 and start
+    equal. The :math:`y_i` start at zero and are as large as the Jacobian. Without ``normalize`` the weights' step is of
+    the order of the squared gradients: choose :math:`\gamma` by it.
+
+    Note:
+      LibMTL, after code of the authors, takes :math:`L_i g_i / \lVert g_i \rVert` in place of :math:`g_i`
+      (``normalize=True``) and a softmax in place of the projection (``softmax=True``), which leaves the weights near
+      each other. The paper projects :math:`y_i` onto a ball too, whose radius it leaves open: not done here. In its
+      algorithm the model moves before the weights do; here, as in LibMTL, after them.
+
+    Args:
+      beta: :math:`\beta`, from 0 to 1. May be traced.
+      beta_sigma: :math:`\sigma_\beta \ge 0`. May be traced.
+      gamma: :math:`\gamma > 0`. May be traced.
+      gamma_sigma: :math:`\sigma_\gamma \ge 0`. May be traced.
+      rho: :math:`\rho \ge 0`, draws the weights together. May be traced.
+      normalize: whether to make each gradient as long as its loss is large. The losses must be positive then, and
+        given as ``values=``.
+      softmax: whether to make weights by a softmax.
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with state :class:`MoCoState` and ``rowwise``. It has no weighting: what it
+      combines are not the gradients of the call.
+
+    Raises:
+      ValueError: if an argument is out of bounds.
+      TypeError: with ``normalize``, if a call has no ``values``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import aggregation
+      >>> method = aggregation.moco(beta=1.0)
+      >>> rows = jnp.array([[2.0, 0.0], [0.0, 1.0]])
+      >>> gradient, state = method.apply(method.init(rows.shape), rows)
+      >>> print(gradient, state.weights)  # the longer gradient loses weight
+      [0.85  0.575] [0.425 0.575]
+
+    References:
+      Fernando et al., `Mitigating Gradient Bias in Multi-objective Learning
+      <https://openreview.net/forum?id=dLAYGdKTi2>`_, ICLR 2023, algorithm 1.
+    """
+    inputs.check_fraction("beta", beta)
+    inputs.check_positive("gamma", gamma)
+    for name, value in {"beta_sigma": beta_sigma, "gamma_sigma": gamma_sigma, "rho": rho}.items():
+        inputs.check_nonnegative(name, value)
+
+    def init(m, params, dtype):
+        return MoCoState(jnp.full(m, 1 / m, dtype), jnp.zeros(m, jnp.int32), base.zeros_jacobian(m, params, dtype))
+
+    def visit(tracked, gradient, task):
+        rate = jnp.where(task.present, beta / (task.seen + 1.0) ** beta_sigma, 0)
+        factor = 1.0
+        if normalize:
+            norm = jnp.sqrt(base.squared_norm(gradient, axis_name))
+            factor = jax.lax.stop_gradient(task.loss / jnp.where(norm == 0, 1, norm))
+        return jax.tree.map(lambda y, g: y - rate * (y - factor * g), tracked, gradient), ()
+
+    def finish(state, statistics, values, mask):
+        del statistics, values
+        weights = numerics.normalize(state.weights, mask)
+        products = gramian(jax.lax.stop_gradient(state.tracked), axis_name=axis_name)
+        step = jnp.dot(products, weights, precision="highest") + rho * weights
+        weights = weights - gamma / (state.seen + 1.0) ** gamma_sigma * step
+        weights = numerics.softmax(weights, mask) if softmax else numerics.project_simplex(weights, mask)
+        gradient = combine(jnp.where(mask, weights, 0), state.tracked)
+        state = state._replace(weights=jnp.where(mask, weights, state.weights))
+        return gradient, count_seen(state, mask)
+
+    return base.rowwise_aggregator(init, visit, finish=finish, jacobian_shaped="tracked", reads_losses=normalize)
