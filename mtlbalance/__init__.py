@@ -1,6 +1,6 @@
 """Balance several losses while training one model, in JAX."""
 
-from mtlbalance import aggregation, gramian, scalarization
+from mtlbalance import aggregation, diagnostics, gramian, scalarization
 from mtlbalance.autodiff import subset, value_and_grad, value_and_gramian, value_and_jac
 from mtlbalance.base import Aggregator, Rowwise, Scalarizer, Weighting
 from mtlbalance.inputs import Counted
@@ -32,6 +32,7 @@ __all__ = [
     "aggregation",
     "amortize",
     "chain",
+    "diagnostics",
     "gramian",
     "learn",
     "scalarization",
