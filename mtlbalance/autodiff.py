@@ -213,7 +213,8 @@ def value_and_grad(
 
     The default is ``"vmap"`` for a Jacobian of up to 4 MiB. Beyond, ``"stream"`` where the method can; else rows one at
     a time, or two passes for the methods that need the Gramian, if the Jacobian is over 256 MiB or what the backward
-    pass keeps is less than one and a half times the parameters: there a row is computed faster than it is stored.
+    pass keeps is less than one and a half times the parameters: there a row is computed faster than it is stored. A
+    method that takes in one row at a call, as M-ConFIG does, has ``"stream"`` at any size: one backward pass a step.
 
     Args:
       losses_fn: ``(params, *args, **kwargs) -> losses``, see :func:`value_and_jac`; or a pair of trunk and heads.
@@ -530,7 +531,7 @@ def _cheapest(ways, task_axis, through, outcome, params):
     """The way that was fastest where that was measured, of those that take no more memory than may matter."""
     one = pullbacks.n_bytes(params)
     whole = outcome.values.size * one
-    if whole <= _SMALL:
+    if whole <= _SMALL and "vmap" in ways:
         return "vmap"
     if "stream" in ways:
         return "stream"
@@ -586,6 +587,8 @@ def _ways(method, rows, task_axis, microbatches):
     if is_scalarizer or method.rowwise is not None:
         ways.append("stream")
     _check_rows(rows, *ways, None)
+    if not is_scalarizer and method.rowwise is not None and method.rowwise.visits is not None:
+        return ["stream"]  # some rows of the many
     # With micro-batches every further pass computes the model again.
     return ["vmap"] if is_scalarizer or microbatches is not None else ways
 

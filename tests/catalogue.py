@@ -29,6 +29,8 @@ class Case(NamedTuple):
       largest: the largest loss that must not overflow.
       fewest_tasks: the method refuses fewer.
       total: what the weights of the tasks present always add up to, 1 or their number m; ``None`` if free.
+      reads_losses: an aggregator that refuses a call without ``values``.
+      local_draws: under ``shard_map`` every device draws for its own part of the parameters.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Case(NamedTuple):
     largest: float = 1e30
     fewest_tasks: int = 1
     total: Literal["1", "m"] | None = None
+    reads_losses: bool = False
+    local_draws: bool = False
 
 
 def following(rate=0.5):
@@ -73,6 +77,11 @@ def _weights(tasks):
 def preferring(factory, **fixed):
     """The method with a preference for each task."""
     return lambda tasks=THREE, **kwargs: factory(pref_vector=jnp.abs(_weights(tasks)), **fixed, **kwargs)
+
+
+def averaging(beta=0.9, beta_sigma=0.5, axis_name=None):
+    """DB-MTL with running averages."""
+    return aggregation.db_mtl(beta, beta_sigma, axis_name=axis_name)
 
 
 ADAM_BEARS = 1e18  # beyond it the squares in its state overflow
@@ -205,7 +214,36 @@ AGGREGATORS = [
     Case("nash_mtl", aggregation.nash_mtl, {"max_norm": (0.0, 1.0)}, sharded=True),
     Case("fairgrad", aggregation.fairgrad, {"alpha": (0.5, 1.0, 2.0)}, sharded=True),
     Case("pcd", aggregation.pcd, {"tau": (0.0, 0.02, 0.5), "beta": (0.0, 0.999), "eps": (0.0, 1.0)}, sharded=True),
+    Case(
+        "graddrop",
+        partial(aggregation.graddrop, 3),
+        {"leak": (0.0, 0.5, 1.0)},
+        draws=True,
+        sharded=True,
+        local_draws=True,
+    ),
+    Case("trimmed_mean", partial(aggregation.trimmed_mean, 1), fewest_tasks=3),
     Case("db_mtl", aggregation.db_mtl, sharded=True),
+    Case("db_mtl-averages", averaging, {"beta": (0.0, 0.5, 0.9), "beta_sigma": (0.0, 0.5)}, sharded=True),
+    Case(
+        "moco",
+        aggregation.moco,
+        {"beta": (0.5, 1.0), "beta_sigma": (0.0, 0.5), "gamma": (1e-3, 0.1), "gamma_sigma": (0.0, 0.5), "rho": (0.0,)},
+        sharded=True,
+    ),
+    Case("moco-libmtl", partial(aggregation.moco, normalize=True, softmax=True), sharded=True, reads_losses=True),
+    Case("m_config", aggregation.m_config, {"beta_1": (0.0, 0.9), "beta_2": (0.0, 0.999)}, sharded=True),
+    Case("gradnorm", aggregation.gradnorm, {"alpha": (0.0, 1.5)}, sharded=True, total="m", reads_losses=True),
+    Case(
+        "gradnorm-softmax",
+        partial(aggregation.gradnorm, optimizer=optax.sgd(0.01), initial_losses=2.0, softmax=True),
+        sharded=True,
+        total="m",
+        reads_losses=True,
+    ),
+    Case("lr_annealing", aggregation.lr_annealing, {"alpha": (0.0, 0.1, 1.0)}, sharded=True),
+    Case("lr_annealing-mean", partial(aggregation.lr_annealing, statistic="mean"), sharded=True),
+    Case("grad_norm_weights", aggregation.grad_norm_weights, {"momentum": (0.0, 0.9)}, sharded=True),
     Case("modo", aggregation.modo, {"gamma": (0.001, 0.1), "rho": (0.0, 0.1)}, sharded=True, total="1"),
     Case(
         "sdmgrad",
@@ -224,6 +262,45 @@ AGGREGATORS = [
         "cr_mogm-excess_mtl",
         lambda axis_name=None: aggregation.cr_mogm(aggregation.excess_mtl(axis_name=axis_name)),
         sharded=True,
+    ),
+    Case(
+        "chain-imtl",
+        lambda axis_name=None: mtl.chain(
+            mtl.learn(scalarization.imtl_l(), optax.sgd(0.01)), aggregation.imtl_g(axis_name=axis_name)
+        ),
+        sharded=True,
+        reads_losses=True,
+    ),
+    Case(
+        "chain-log-db_mtl",
+        lambda beta=0.9, axis_name=None: mtl.chain(scalarization.scale_invariant(), averaging(beta, 0.0, axis_name)),
+        {"beta": (0.5, 0.9)},
+        sharded=True,
+        reads_losses=True,
+    ),
+    Case(
+        "chain-dwa-excess_mtl",
+        lambda axis_name=None: mtl.chain(
+            scalarization.dwa(steps_per_epoch=2), aggregation.excess_mtl(axis_name=axis_name)
+        ),
+        sharded=True,
+        reads_losses=True,
+    ),
+    Case(
+        "skip-moco",
+        lambda axis_name=None: mtl.skip_nonfinite(aggregation.moco(axis_name=axis_name), axis_name=axis_name),
+        sharded=True,
+    ),
+    Case(
+        "skip-m_config",
+        lambda axis_name=None: mtl.skip_nonfinite(aggregation.m_config(axis_name=axis_name), axis_name=axis_name),
+        sharded=True,
+    ),
+    Case(
+        "amortize-gradnorm",
+        lambda axis_name=None: mtl.amortize(aggregation.gradnorm(axis_name=axis_name)),
+        sharded=True,
+        reads_losses=True,
     ),
     Case(
         "skip-db_mtl",

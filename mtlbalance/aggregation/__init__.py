@@ -10,6 +10,7 @@ from mtlbalance.aggregation.dual_proj import dual_proj
 from mtlbalance.aggregation.excess_mtl import ExcessMTLState, excess_mtl
 from mtlbalance.aggregation.fairgrad import fairgrad
 from mtlbalance.aggregation.grad_norm_weights import GradNormWeightsState, grad_norm_weights
+from mtlbalance.aggregation.graddrop import graddrop
 from mtlbalance.aggregation.gradnorm import GradNormState, gradnorm
 from mtlbalance.aggregation.gradvac import GradVacState, gradvac
 from mtlbalance.aggregation.imtl_g import imtl_g
@@ -26,6 +27,7 @@ from mtlbalance.aggregation.pcgrad import pcgrad
 from mtlbalance.aggregation.random import random
 from mtlbalance.aggregation.sdmgrad import SDMGradState, sdmgrad
 from mtlbalance.aggregation.sum import sum
+from mtlbalance.aggregation.trimmed_mean import trimmed_mean
 from mtlbalance.aggregation.upgrad import upgrad
 from mtlbalance.baselines import RandomState, SeenState
 
@@ -54,6 +56,7 @@ __all__ = [
     "excess_mtl",
     "fairgrad",
     "grad_norm_weights",
+    "graddrop",
     "gradnorm",
     "gradvac",
     "imtl_g",
@@ -70,5 +73,6 @@ __all__ = [
     "random",
     "sdmgrad",
     "sum",
+    "trimmed_mean",
     "upgrad",
 ]

@@ -18,14 +18,16 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
     .. math:: g = \sum_i w_i g_i, \quad w = \frac{v}{\sum_i v_i}, \quad v = G^+ d, \quad d_i = \lVert g_i \rVert
 
     with the pseudoinverse of the Gramian :math:`G`. The weights sum to 1 and may be negative; where :math:`v` adds up
-    to less than zero, the projections are negative, and every task loses. The weights are zero where it adds up to
-    zero, as between opposite gradients, and when all gradients are zero.
+    to less than zero, the projections are negative, and every task loses. The weights are zero where only a gradient of
+    zero has equal projections, as between opposite gradients; where :math:`v` adds up to zero; and when all gradients
+    are zero.
 
     Note:
-      The pseudoinverse is TorchJD's, for dependent gradients. The paper and LibMTL solve a system of m - 1 equations,
-      which has the same solution for independent ones. What is rounding error counts as zero (TorchJD: below 1e-12):
-      so dependent gradients whose norms differ by 1e3 or more are what the longest make of them, as in TorchJD's
-      float32.
+      The paper and LibMTL solve a system of m - 1 equations, which has the same solution for independent gradients,
+      and none for most dependent ones: there the pseudoinverse is TorchJD's. But where only one gradient depends on the
+      others, as between opposite gradients of different lengths, the system has one, a gradient of zero, and TorchJD
+      goes on. What is rounding error counts as zero (TorchJD: below 1e-12): so dependent gradients whose norms differ
+      by 1e3 or more are what the longest make of them, as in TorchJD's float32.
 
     Args:
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
@@ -56,7 +58,7 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
         moving, norms, cosines = numerics.cosines(gramian)
         cosines = cosines + jnp.diag(1 - moving.astype(gramian.dtype))  # zero gradients depend on none
         decomposition = numerics.eigh_psd(cosines)
-        *_, independent = decomposition
+        _, vectors, independent = decomposition
         # Independent gradients by the cosines, which keep their digits where the norms differ much; dependent ones by
         # G itself, because its pseudoinverse is not that of the cosines, rescaled.
         v = jax.lax.cond(
@@ -69,6 +71,10 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
         projections = jnp.dot(gramian, v, precision="highest")
         vanishes = jnp.max(jnp.abs(projections)) <= rounding * jnp.max(norms, where=moving, initial=0)
         vanishes |= jnp.abs(total) <= rounding * jnp.sum(jnp.abs(v))
+        # One vector says how the directions depend on each other. Unless its entries add up to zero, so do equal
+        # projections.
+        unequal = jnp.abs(jnp.sum(vectors[:, 0], where=moving)) > jnp.sqrt(jnp.finfo(v.dtype).eps)
+        vanishes |= (jnp.sum(~independent) == 1) & unequal
         return jnp.where(vanishes, 0, v / jnp.where(vanishes, 1, total)), count_seen(state, mask)
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

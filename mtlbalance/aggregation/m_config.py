@@ -21,8 +21,9 @@ class MConFIGState(NamedTuple):
     """State of :func:`m_config`.
 
     Attributes:
-      seen: int32, one per task: the calls that renewed its average.
-      last_turn: int32, one per task: the number of the last of these calls, 0 before the first.
+      seen: int32, one per task: the calls in which it was present.
+      turns: int32, one per task: those that renewed its average.
+      last_turn: int32, one per task: the number of the last of these, 0 before the first.
       momentum: running averages of the gradients, leaves ``[m, *param.shape]``.
       count: int32 scalar: the calls that gave a gradient.
       direction: the last gradient before scaling, as if it were an average that has not been corrected for its start;
@@ -31,6 +32,7 @@ class MConFIGState(NamedTuple):
     """
 
     seen: chex.Array
+    turns: chex.Array
     last_turn: chex.Array
     momentum: chex.ArrayTree
     count: chex.Array
@@ -93,6 +95,7 @@ def m_config(
     def init(m, params, dtype):
         return MConFIGState(
             seen=jnp.zeros(m, jnp.int32),
+            turns=jnp.zeros(m, jnp.int32),
             last_turn=jnp.zeros(m, jnp.int32),
             momentum=base.zeros_jacobian(m, params, dtype),
             count=jnp.zeros((), jnp.int32),
@@ -110,27 +113,31 @@ def m_config(
 
     def finish(state, statistics, values, mask):
         del statistics, values
+        # In the state's dtype, so that they are the same number whether traced or not.
+        decay_1, decay_2 = (jnp.asarray(beta, inputs.state_dtype(state, ())) for beta in (beta_1, beta_2))
         turn = mask & jnp.zeros_like(mask).at[visits(state, mask)].set(True)
         number = optax.safe_increment(jnp.max(state.last_turn))
-        state = count_seen(state._replace(last_turn=jnp.where(turn, number, state.last_turn)), turn)
-        ready = jnp.all((state.seen > 0) | ~mask)
+        turns = jnp.where(turn, optax.safe_increment(state.turns), state.turns)
+        state = state._replace(turns=turns, last_turn=jnp.where(turn, number, state.last_turn))
+        ready = jnp.all((turns > 0) | ~mask)
 
-        corrections = jnp.where(mask & ready, 1 / numerics.bias_correction(beta_1, jnp.maximum(state.seen, 1)), 0)
+        corrections = jnp.where(mask & ready, 1 / numerics.bias_correction(decay_1, jnp.maximum(turns, 1)), 0)
         products = gramian(jax.lax.stop_gradient(state.momentum), axis_name=axis_name)
         weights = numerics.conflict_free(corrections[:, None] * products * corrections, jnp.ones_like(corrections))
         gradient = combine(corrections * weights, state.momentum)
 
         old = {"count": state.count, "direction": state.direction, "squares": state.squares}
-        state = state._replace(**base.select(ready, second_moment(jax.lax.stop_gradient(gradient), **old), old))
-        correction = numerics.bias_correction(beta_2, jnp.maximum(state.count, 1))
+        new = second_moment(jax.lax.stop_gradient(gradient), decay_1, decay_2, **old)
+        state = state._replace(**base.select(ready, new, old))
+        correction = numerics.bias_correction(decay_2, jnp.maximum(state.count, 1))
         divide = lambda d, s: jnp.where(ready, d / (jnp.sqrt(s / correction) + 1e-8), 0)
-        return jax.tree.map(divide, gradient, state.squares), state
+        return jax.tree.map(divide, gradient, state.squares), count_seen(state, mask)
 
-    def second_moment(gradient, count, direction, squares):
+    def second_moment(gradient, decay_1, decay_2, count, direction, squares):
         count = optax.safe_increment(count)
-        new_direction = jax.tree.map(lambda d: numerics.bias_correction(beta_1, count) * d, gradient)
-        implied = jax.tree.map(lambda new, old: (new - beta_1 * old) / (1 - beta_1), new_direction, direction)
-        squares = jax.tree.map(lambda s, x: beta_2 * s + (1 - beta_2) * x**2, squares, implied)
+        new_direction = jax.tree.map(lambda d: numerics.bias_correction(decay_1, count) * d, gradient)
+        implied = jax.tree.map(lambda new, old: (new - decay_1 * old) / (1 - decay_1), new_direction, direction)
+        squares = jax.tree.map(lambda s, x: decay_2 * s + (1 - decay_2) * x**2, squares, implied)
         return {"count": count, "direction": new_direction, "squares": squares}
 
     return base.rowwise_aggregator(init, visit, finish=finish, visits=visits, jacobian_shaped="momentum")

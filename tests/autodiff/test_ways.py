@@ -44,6 +44,32 @@ def test_what_feeds_weights_is_multiplied_in_full_precision():
     assert "Precision.HIGHEST" not in str(jax.make_jaxpr(jax.grad(lambda p: squared_errors(p, batch).sum()))(params))
 
 
+@pytest.mark.parametrize("keywords", [{}, {"task_axis": 0}, {"microbatches": 1}], ids=str)
+def test_a_method_that_needs_one_row_takes_one_backward_pass(keywords):
+    """Of eight tasks; also where they have their own data, and a micro-batch is the batch."""
+    passes = []
+
+    @jax.custom_vjp
+    def counted(x):
+        return x
+
+    def backward(_, cotangent):
+        jax.debug.callback(lambda: passes.append(1))
+        return (cotangent,)
+
+    counted.defvjp(lambda x: (x, None), backward)
+    params = layers(jax.random.key(0), [5, 16, 1 if "task_axis" in keywords else 8])
+    batch = normal_batch(1, 8, 4, n_in=5, n_out=1) if "task_axis" in keywords else normal_batch(1, 8, n_in=5, n_out=8)
+    losses_fn = squared_error if "task_axis" in keywords else squared_errors
+    method = aggregation.m_config()
+    step = jax.jit(mtl.value_and_grad(lambda p, batch: losses_fn(jax.tree.map(counted, p), batch), method, **keywords))
+    one_pass = len(jax.tree.leaves(params))
+    (_, state), _ = step(params, method.init((8, params)), batch)
+    jax.effects_barrier()
+    assert len(passes) == one_pass
+    np.testing.assert_array_equal(state.turns, [1, 0, 0, 0, 0, 0, 0, 0])
+
+
 MESHES = {kind: jax.make_mesh((4, 2), ("x", "y"), 2 * (getattr(AxisType, kind),)) for kind in ("Auto", "Explicit")}
 METHODS = {"upgrad": aggregation.upgrad(), "excess_mtl": aggregation.excess_mtl(), "dwa": scalarization.dwa()}
 

@@ -32,10 +32,21 @@ class Built:
     def init(self, method=None, n_tasks=3, params=PARAMS):
         return (method or self.method).init(n_tasks if self.is_scalarizer else (n_tasks, params))
 
+    def losses(self, x):
+        """Losses that belong to a Jacobian, for the aggregators that read them; ``None`` for the others."""
+        return 0.5 + jnp.abs(x["scale"].astype(jnp.float32)) if self.case.reads_losses else None
+
+    def apply(self, state, x, mask=None, method=None):
+        """``apply`` with the losses, where the method reads them."""
+        method = method or self.method
+        if self.is_scalarizer:
+            return method.apply(state, x, mask=mask)
+        return method.apply(state, x, values=self.losses(x), mask=mask)
+
     def step(self, state, x, mask=None, method=None, ends_epoch=True):
         """A step of a training loop: ``apply``, ``observe`` and, after the last one of an epoch, ``end_epoch``."""
         method = method or self.method
-        output, state = method.apply(state, x, mask=mask)
+        output, state = self.apply(state, x, mask, method)
         if self.is_scalarizer:
             # Serves as the losses after an optimizer's step, and as DTP's indicator from 0 to 1.
             state = method.observe(state, jnp.abs(x) / (1 + jnp.abs(x)), mask=mask)
@@ -74,8 +85,29 @@ class Built:
         return jax.tree.map(lambda leaf: jnp.where(mtl.inputs.rows(mask, leaf), leaf, value), x)
 
 
-def by_rows(aggregator, state, x, mask=None):
-    """The rowwise path as an engine runs it: visits in a loop, then the weights."""
-    visit = lambda state, ix: aggregator.method.rowwise.visit(state, *ix, mask=mask)
-    state, statistics = jax.lax.scan(visit, state, (jnp.arange(3), x))
-    return aggregator.method.rowwise.weigh(state, statistics, mask=mask)
+def paths(aggregator, state, x, mask=None):
+    """The gradient and the new state by every way but ``apply`` itself, by the way's name."""
+    method, given = aggregator.method, {"values": aggregator.losses(x), "mask": mask}
+    found = {}
+    if method.weighting is not None:
+        found["weighting"] = method.weighting.apply(state, x, **given)
+    if method.gramian_weighting is not None:
+        found["gramian_weighting"] = method.gramian_weighting.apply(state, mtl.gramian.gramian(x), **given)
+    if method.rowwise is not None:
+        found["rowwise"] = by_rows(method.rowwise, state, x, given)
+    for name, (weights, new_state) in found.items():
+        if name == "rowwise" and method.rowwise.weigh is None:
+            continue
+        assert mask is None or jnp.all(jnp.where(mask, 0, weights) == 0)
+        clean = x if mask is None else aggregator.poison(x, mask, 0.0)
+        found[name] = mtl.gramian.combine(weights, clean), new_state
+    return found
+
+
+def by_rows(rowwise, state, x, given):
+    """As an engine runs it: visits in a loop, then the weights or the gradient."""
+    indices = jnp.arange(3) if rowwise.visits is None else rowwise.visits(state, mask=given["mask"])
+    rows = jax.tree.map(lambda leaf: leaf[indices], x)
+    state, visited = jax.lax.scan(lambda state, ix: rowwise.visit(state, *ix, **given), state, (indices, rows))
+    statistics = jax.tree.map(lambda s: jnp.zeros((3, *s.shape[1:]), s.dtype).at[indices].set(s), visited)
+    return (rowwise.weigh or rowwise.finish)(state, statistics, **given)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mtlbalance as mtl
-from tests.conformance.helpers import PARAMS, SAME, by_rows
+from tests.conformance.helpers import PARAMS, SAME, paths
 from tests.events import compilations, recorded, traces
 
 
@@ -25,7 +25,7 @@ def outputs_and_state(built, state, xs):
 def test_inputs_stay_and_the_same_call_gives_the_same_answer(built):
     state, x = built.init(), built.sample(0)
     before = jax.tree.map(np.array, (state, x))
-    first, second = built.method.apply(state, x), built.method.apply(state, x)
+    first, second = built.apply(state, x), built.apply(state, x)
     chex.assert_trees_all_equal(first, second)
     chex.assert_trees_all_equal((state, x), before)
 
@@ -47,11 +47,11 @@ def test_scan_gives_what_a_loop_gives(built):
 def test_vmap_over_states_and_inputs_gives_what_a_loop_gives(built):
     xs = built.stack(3)
     states = jax.tree.map(
-        lambda *x: jnp.stack(x), *[built.method.apply(built.init(), built.sample(9 + i))[1] for i in range(3)]
+        lambda *x: jnp.stack(x), *[built.apply(built.init(), built.sample(9 + i))[1] for i in range(3)]
     )
-    mapped = jax.vmap(built.method.apply)(states, xs)
+    mapped = jax.vmap(built.apply)(states, xs)
     for i in range(3):
-        single = built.method.apply(built.restrict(states, i), built.restrict(xs, i))
+        single = built.apply(built.restrict(states, i), built.restrict(xs, i))
         chex.assert_trees_all_close(built.restrict(mapped, i), single, **SAME)
 
 
@@ -72,13 +72,14 @@ def test_vmap_over_float_hyperparameters_gives_what_a_loop_gives(built):
 def test_many_bare_calls_trace_once(built):
     method, x = built.case.make(), built.sample(0)
     state = built.init(method)
+    given = {} if built.is_scalarizer else {"values": built.losses(x)}
     with recorded() as events:
-        _, state = method.apply(state, x)
+        _, state = method.apply(state, x, **given)
     assert traces(events) > 0
     assert compilations(events) == 1
     with recorded() as events:
         for _ in range(5):
-            _, state = method.apply(state, x)
+            _, state = method.apply(state, x, **given)
     assert traces(events) == compilations(events) == 0
 
 
@@ -90,8 +91,8 @@ def test_state_keeps_structure_shapes_and_strong_dtypes(built):
 
     state = built.init()
     for dtype in jnp.float32, jnp.bfloat16:
-        check(built.method.apply(state, built.sample(0, dtype=dtype))[1])
-    check(built.method.apply(state, built.sample(0), mask=jnp.array([True, False, True]))[1])
+        check(built.apply(state, built.sample(0, dtype=dtype))[1])
+    check(built.apply(state, built.sample(0), mask=jnp.array([True, False, True]))[1])
     check(built.method.end_epoch(state))
     check(built.method.observe(state, jnp.ones(3)))
     check(jax.eval_shape(built.init))
@@ -103,7 +104,7 @@ def test_first_leaf_has_one_entry_per_task(built):
 
 
 def test_a_donated_state_leaves_init_and_method_usable(built):
-    step = jax.jit(built.method.apply, donate_argnums=0)
+    step = jax.jit(built.apply, donate_argnums=0)
     _, once = step(built.init(), built.sample(0))
     leaves = jax.tree.leaves(built.init())
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.size}) == len([x for x in leaves if x.size])
@@ -115,9 +116,9 @@ def test_a_donated_state_leaves_init_and_method_usable(built):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_inputs_are_computed_in_float32(built, dtype):
     x = built.sample(0, dtype=dtype)
-    state = built.method.apply(built.init(), built.sample(1))[1]
-    output, new_state = built.method.apply(state, x)
-    widened, wide_state = built.method.apply(state, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), x))
+    state = built.apply(built.init(), built.sample(1))[1]
+    output, new_state = built.apply(state, x)
+    widened, wide_state = built.apply(state, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), x))
     chex.assert_trees_all_close(new_state, wide_state, **SAME)
     if built.is_scalarizer:
         assert output.dtype == jnp.float32
@@ -134,9 +135,10 @@ def test_half_precision_gramians_are_computed_in_float32(aggregator, dtype):
     weighting = aggregator.method.gramian_weighting
     if weighting is None:
         pytest.skip("needs more than the Gramian")
-    products = mtl.gramian.gramian(aggregator.sample(0)).astype(dtype)
-    weights, _ = weighting.apply(weighting.init(3), products)
-    widened, _ = weighting.apply(weighting.init(3), products.astype(jnp.float32))
+    x = aggregator.sample(0)
+    products, values = mtl.gramian.gramian(x).astype(dtype), aggregator.losses(x)
+    weights, _ = weighting.apply(weighting.init(3), products, values=values)
+    widened, _ = weighting.apply(weighting.init(3), products.astype(jnp.float32), values=values)
     assert weights.dtype == jnp.float32
     chex.assert_trees_all_close(weights, widened, **SAME)
 
@@ -145,7 +147,7 @@ def test_half_precision_does_not_overflow_inside(built):
     x = jax.tree.map(lambda leaf: jnp.full_like(leaf, 300.0), built.sample(0, dtype=jnp.float16))
     state = built.init()
     for _ in range(2):  # 300 squared is beyond float16
-        output, state = built.method.apply(state, x)
+        output, state = built.apply(state, x)
     chex.assert_tree_all_finite((output, state))
 
 
@@ -157,7 +159,7 @@ def test_float64_mode(built, made_for):
         method = built.case.make()
         state = method.init(losses) if built.is_scalarizer else built.init(method, params=params)
         for dtype in jnp.dtype("float64"), jnp.dtype("float32"):
-            output, new_state = method.apply(state, built.sample(0, dtype=dtype))
+            output, new_state = built.apply(state, built.sample(0, dtype=dtype), method=method)
             chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
             assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {dtype}
         floats = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -173,7 +175,7 @@ def test_exports_for_cpu_cuda_and_tpu_without_callbacks(built):
 
 def test_new_state_is_cut_from_the_inputs_gradient(built):
     def state_total(x):
-        new_state = built.method.apply(built.init(), x)[1]
+        new_state = built.apply(built.init(), x)[1]
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(new_state) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
     gradient = jax.grad(lambda x: jnp.asarray(state_total(x), jnp.float32))(built.sample(0))
@@ -189,29 +191,26 @@ def test_scalar_is_linear_in_the_losses_unless_it_is_said_not_to_be(scalarizer):
 
 
 def test_aggregators_weights_are_constants_of_differentiation(aggregator):
-    state = aggregator.method.apply(aggregator.init(), aggregator.sample(1))[1]
+    if aggregator.method.weighting is None:
+        pytest.skip("makes no weights of the Jacobian's rows")
+    state = aggregator.apply(aggregator.init(), aggregator.sample(1))[1]
     x = aggregator.sample(0)
-    weights, _ = aggregator.method.weighting.apply(state, x)
-    total = lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(aggregator.method.apply(state, x)[0]))
+    weights, _ = aggregator.method.weighting.apply(state, x, values=aggregator.losses(x))
+    total = lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(aggregator.apply(state, x)[0]))
     expected = jax.tree.map(lambda leaf: jnp.broadcast_to(mtl.inputs.rows(weights, leaf), leaf.shape), x)
     chex.assert_trees_all_close(jax.grad(total)(x), expected, **SAME)
 
 
 def test_all_paths_of_an_aggregator_agree(aggregator):
-    method, state = aggregator.method, aggregator.init()
+    state = aggregator.init()
     for i in range(4):
-        x = aggregator.sample(i)
-        gradient, new_state = method.apply(state, x)
-        paths = {"weighting": method.weighting.apply(state, x)}
-        if method.gramian_weighting is not None:
-            paths["gramian_weighting"] = method.gramian_weighting.apply(state, mtl.gramian.gramian(x))
-        if method.rowwise is not None:
-            paths["rowwise"] = by_rows(aggregator, state, x)
-        for weights, path_state in paths.values():
-            chex.assert_trees_all_close(mtl.gramian.combine(weights, x), gradient, **SAME)
-            chex.assert_trees_all_close(path_state, new_state, **SAME)
-        state = new_state
-    chex.assert_trees_all_equal_structs(method.weighting.init((3, PARAMS)), aggregator.init())
+        expected = aggregator.apply(state, aggregator.sample(i))
+        for found in paths(aggregator, state, aggregator.sample(i)).values():
+            chex.assert_trees_all_close(found, expected, **SAME)
+        _, state = expected
+    weighting = aggregator.method.weighting
+    if weighting is not None:
+        chex.assert_trees_all_equal_structs(weighting.init((3, PARAMS)), aggregator.init())
 
 
 def test_checkpoint_and_resume_is_a_straight_run(built, tmp_path):

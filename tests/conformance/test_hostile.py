@@ -1,5 +1,7 @@
 """Hostile inputs stay finite; wrong ones raise an error that says what is wrong."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -103,7 +105,8 @@ def test_a_jacobian_without_parameters(aggregator):
     for params in {}, {"w": jax.ShapeDtypeStruct((0,), jnp.float32)}:
         state = aggregator.init(params=params)
         x = jax.tree.map(lambda p: jnp.zeros((3, *p.shape)), params)
-        gradient, new_state = aggregator.method.apply(state, x)
+        values = jnp.ones(3) if aggregator.case.reads_losses else None
+        gradient, new_state = aggregator.method.apply(state, x, values=values)
         assert jax.tree.structure(gradient) == jax.tree.structure(params)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
         chex.assert_tree_all_finite(new_state)
@@ -129,7 +132,7 @@ def test_wrong_losses_raise(scalarizer):
 def test_an_error_leaves_a_donated_state_usable(built):
     state, wrong = built.init(), built.sample(0, n_tasks=4)
     with pytest.raises(ValueError, match=r"values|jacobian"):
-        jax.jit(built.method.apply, donate_argnums=0)(state, wrong)
+        jax.jit(built.apply, donate_argnums=0)(state, wrong)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     chex.assert_trees_all_equal(state, built.init())
 
@@ -137,9 +140,9 @@ def test_an_error_leaves_a_donated_state_usable(built):
 def test_wrong_masks_raise(built):
     state, x = built.init(), built.sample(0)
     with pytest.raises(TypeError, match="mask: expected booleans, found dtype int32"):
-        built.method.apply(state, x, mask=jnp.ones(3, jnp.int32))
+        built.apply(state, x, mask=jnp.ones(3, jnp.int32))
     with pytest.raises(ValueError, match=r"mask: expected shape \(3,\), as given to init, found shape \(2,\)"):
-        built.method.apply(state, x, mask=jnp.ones(2, bool))
+        built.apply(state, x, mask=jnp.ones(2, bool))
 
 
 def test_a_mask_of_other_names_raises(scalarizer):
@@ -152,7 +155,8 @@ def test_a_mask_of_other_names_raises(scalarizer):
 
 
 def test_wrong_jacobians_raise(aggregator):
-    state, x, apply = aggregator.init(), aggregator.sample(0), aggregator.method.apply
+    state, x = aggregator.init(), aggregator.sample(0)
+    apply = partial(aggregator.method.apply, values=aggregator.losses(x))
     with pytest.raises(ValueError, match=r"jacobian\['dense'\]\['b'\]: expected a leading axis of 3.*\(4, 8\)"):
         apply(state, aggregator.sample(0, n_tasks=4))
     with pytest.raises(ValueError, match=r"summed loss .*, found shape \(8,\)"):
@@ -166,12 +170,14 @@ def test_wrong_jacobians_raise(aggregator):
             apply(state, x | {"scale": jnp.ones((3, 2))})
     if aggregator.method.gramian_weighting is not None:
         with pytest.raises(ValueError, match=r"gramian: expected shape \(3, 3\), found shape \(2, 2\)"):
-            aggregator.method.gramian_weighting.apply(state, jnp.eye(2))
-    if aggregator.method.rowwise is not None:
-        with pytest.raises(ValueError, match=r"row\['scale'\]: expected shape \(\), found shape \(2,\)"):
-            aggregator.method.rowwise.visit(state, 0, aggregator.restrict(x, 0) | {"scale": jnp.ones(2)})
+            aggregator.method.gramian_weighting.apply(state, jnp.eye(2), values=aggregator.losses(x))
+    rowwise, given = aggregator.method.rowwise, {"values": aggregator.losses(x)}
+    if rowwise is not None:
+        if aggregator.method.jacobian_shaped:
+            with pytest.raises(ValueError, match=r"row\['scale'\]: expected shape \(\), found shape \(2,\)"):
+                rowwise.visit(state, 0, aggregator.restrict(x, 0) | {"scale": jnp.ones(2)}, **given)
         with pytest.raises(ValueError, match="statistics: expected a leading axis of 3"):
-            aggregator.method.rowwise.weigh(state, jnp.ones(2))
+            (rowwise.weigh or rowwise.finish)(state, jnp.ones(2), **given)
 
 
 def test_wrong_shapes_for_init_raise(scalarizer):

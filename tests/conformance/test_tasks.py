@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 import mtlbalance as mtl
-from tests.conformance.helpers import PARAMS, SAME, by_rows
+from tests.conformance.helpers import SAME, paths
 
 ALL, NONE, SOME = jnp.ones(3, bool), jnp.zeros(3, bool), jnp.array([True, False, True])
 
 
 def warmed_up(built):
     """A state that has seen something."""
-    return built.method.apply(built.init(), built.sample(7))[1]
+    return built.apply(built.init(), built.sample(7))[1]
 
 
 def per_task_leaves(state, n_tasks=3):
@@ -29,7 +29,7 @@ def differs(new, old):
 
 def test_all_true_mask_is_no_mask(built):
     state, x = warmed_up(built), built.sample(0)
-    chex.assert_trees_all_close(built.method.apply(state, x, mask=ALL), built.method.apply(state, x), **SAME)
+    chex.assert_trees_all_close(built.apply(state, x, mask=ALL), built.apply(state, x), **SAME)
 
 
 def test_all_false_mask_gives_zero_and_the_same_state(built):
@@ -111,7 +111,7 @@ def test_weights_of_the_tasks_present_add_up_to_their_total(built):
         if built.is_scalarizer:
             weights, _ = jax.grad(built.method.apply, argnums=1, has_aux=True)(state, x, mask=mask)
         else:
-            weights, _ = built.method.weighting.apply(state, x, mask=mask)
+            weights, _ = built.method.weighting.apply(state, x, values=built.losses(x), mask=mask)
         expected = {"1": 1, "m": mask.sum()}[built.case.total]
         np.testing.assert_allclose(jnp.sum(weights), expected, rtol=1e-5)
         _, state = built.step(state, x, mask=mask, ends_epoch=i % 3 == 2)
@@ -125,19 +125,11 @@ def test_gradient_to_an_absent_value_is_zero_and_to_the_others_finite(scalarizer
 
 
 def test_paths_of_an_aggregator_agree_under_a_mask(aggregator):
-    method, state = aggregator.method, warmed_up(aggregator)
+    state = warmed_up(aggregator)
     x = aggregator.poison(aggregator.sample(0), SOME, jnp.nan)
-    gradient, new_state = method.apply(state, x, mask=SOME)
-    paths = [method.weighting.apply(state, x, mask=SOME)]
-    if method.gramian_weighting is not None:
-        paths.append(method.gramian_weighting.apply(state, mtl.gramian.gramian(x), mask=SOME))
-    if method.rowwise is not None:
-        paths.append(by_rows(aggregator, state, x, mask=SOME))
-    for weights, path_state in paths:
-        assert weights[1] == 0
-        clean = aggregator.poison(x, SOME, 0.0)
-        chex.assert_trees_all_close(mtl.gramian.combine(weights, clean), gradient, **SAME)
-        chex.assert_trees_all_close(path_state, new_state, **SAME)
+    expected = aggregator.apply(state, x, mask=SOME)
+    for found in paths(aggregator, state, x, mask=SOME).values():
+        chex.assert_trees_all_close(found, expected, **SAME)
 
 
 def test_counted_losses_are_value_and_mask(scalarizer):
@@ -161,11 +153,12 @@ def test_counted_losses_are_value_and_mask(scalarizer):
 
 def test_counted_and_masked_values_reach_an_aggregator(aggregator):
     state, x = warmed_up(aggregator), aggregator.sample(0)
-    masked = aggregator.method.apply(state, x, mask=SOME)
-    counted = mtl.Counted(jnp.array([1.0, jnp.nan, 3.0]), jnp.array([2, 0, 5]))
-    chex.assert_trees_all_close(aggregator.method.apply(state, x, values=counted), masked, **SAME)
+    apply = aggregator.method.apply
+    masked = apply(state, x, values=jnp.array([0.5, 9.0, 3.0]), mask=SOME)
+    counted = mtl.Counted(jnp.array([1.0, jnp.nan, 15.0]), jnp.array([2, 0, 5]))
+    chex.assert_trees_all_close(apply(state, x, values=counted), masked, **SAME)
     names = {"b": mtl.Counted(jnp.array([1.0, jnp.nan]), jnp.array([2, 0])), "c": jnp.array(3.0)}
-    chex.assert_trees_all_close(aggregator.method.apply(state, x, values=names), masked, **SAME)
+    chex.assert_trees_all_close(apply(state, x, values=names), masked, **SAME)
 
 
 def test_named_losses_are_the_array(scalarizer):
@@ -197,4 +190,14 @@ def test_losses_of_any_shape(scalarizer, shape):
 
 def test_one_loss_given_as_an_aggregators_values_is_checked(aggregator):
     with pytest.raises(ValueError, match=r"values: expected shape \(3,\).*found shape \(2,\)"):
-        aggregator.method.apply(aggregator.init(params=PARAMS), aggregator.sample(0), values=jnp.ones(2))
+        aggregator.method.apply(aggregator.init(), aggregator.sample(0), values=jnp.ones(2))
+
+
+def test_losses_that_are_read_must_be_given(aggregator):
+    state, x = aggregator.init(), aggregator.sample(0)
+    if aggregator.case.reads_losses:
+        with pytest.raises(TypeError, match="values: expected the losses, found None"):
+            aggregator.method.apply(state, x)
+    else:
+        values = jnp.array([1.0, 2.0, 3.0])
+        chex.assert_trees_all_equal(aggregator.method.apply(state, x, values=values), aggregator.apply(state, x))

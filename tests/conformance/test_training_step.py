@@ -63,7 +63,7 @@ def counted_losses_fn(params, batch, present):
 
 
 class Step(NamedTuple):
-    """What one step by the library gives."""
+    """What one step by the library gives; ``weights`` are ``None`` for a method that makes none."""
 
     losses: Any
     state: Any
@@ -85,8 +85,8 @@ losses_and_jacobian = jax.jit(lambda params, batch: (losses_fn(params, batch), j
 
 def step_of(grad_fn, params, state, *args, **kwargs):
     """The step as the library takes it."""
-    (losses, state, weights), gradient = grad_fn(params, state, *args, **kwargs)
-    return Step(losses, state, weights, gradient)
+    (losses, state, *weights), gradient = grad_fn(params, state, *args, **kwargs)
+    return Step(losses, state, *(weights or [None]), gradient)
 
 
 def by_hand(method, params, state, batch, mask=None, shared=False):
@@ -131,9 +131,13 @@ def ways(method):
     return ("vmap", 1, *more)
 
 
+def makes_weights(method):
+    return isinstance(method, base.Scalarizer) or method.weighting is not None
+
+
 def in_order(named):
     """Named numbers as the array that serves where losses have no names."""
-    return jnp.stack([named[name] for name in NAMES])
+    return None if named is None else jnp.stack([named[name] for name in NAMES])
 
 
 def assert_close(actual, expected, sizes=None, rounding=ROUNDING):
@@ -154,6 +158,11 @@ def assert_close(actual, expected, sizes=None, rounding=ROUNDING):
 
 def assert_same_step(step, expected, shared=False, stacked=False, rounding=ROUNDING):
     """The library's step is the one by hand, and its weights are those that make this gradient of the rows."""
+    assert_close(step.losses, expected.losses)
+    assert_close(step.state, expected.state)
+    if step.weights is None:
+        assert_close(step.gradient, expected.gradient, rounding=rounding)
+        return
     weights = {"trunk": step.weights, "heads": jnp.ones_like(step.weights) if shared else step.weights}
     of_all = lambda of_one: {
         name: (jax.vmap(of_one) if stacked else of_one)(weights[name], rows) for name, rows in expected.jacobian.items()
@@ -162,8 +171,6 @@ def assert_same_step(step, expected, shared=False, stacked=False, rounding=ROUND
     chex.assert_tree_all_finite((step.weights, expected.gradient))
     assert_close(step.gradient, expected.gradient, terms, rounding)
     assert_close(of_all(combined), expected.gradient, terms, rounding)
-    assert_close(step.losses, expected.losses)
-    assert_close(step.state, expected.state)
 
 
 def test_learned_fields_must_be_trained_by_someone(scalarizer):
@@ -175,7 +182,8 @@ def test_learned_fields_must_be_trained_by_someone(scalarizer):
 
 def grad_fns(method, ways, **kwargs):
     """The library's steps, by the way in which they compute rows."""
-    return {str(way): mtl.value_and_grad(losses_fn, method, rows=way, return_weights=True, **kwargs) for way in ways}
+    kwargs |= {"return_weights": makes_weights(method)}
+    return {str(way): mtl.value_and_grad(losses_fn, method, rows=way, **kwargs) for way in ways}
 
 
 def take_three(method, state, grad_fns, batches, **kwargs):
@@ -197,11 +205,11 @@ def test_every_way_gives_what_the_jacobian_gives(built):
     """Named losses do too, and the weights are those of the gradient."""
     method, params = trained(built), new_params()
     steps = grad_fns(method, ways(method))
-    steps["named"] = mtl.value_and_grad(named_losses_fn, method, return_weights=True)
+    steps["named"] = mtl.value_and_grad(named_losses_fn, method, return_weights=makes_weights(method))
     batches = [(new_batch(i), None) for i in range(3)]
     for taken, expected in take_three(method, init(method, params), steps, batches):
         named = taken.pop("named")
-        assert set(named.losses) == set(named.weights) == set(NAMES)
+        assert set(named.losses) == set(named.weights or NAMES) == set(NAMES)
         taken["named"] = named._replace(losses=in_order(named.losses), weights=in_order(named.weights))
         for step in taken.values():
             assert_same_step(step, expected)
@@ -218,6 +226,10 @@ def test_heads_get_the_plain_gradient_where_the_trunk_is_shared(built):
 
 def test_weights_are_decided_on_a_part_and_applied_to_all(aggregator):
     method, params, batch = aggregator.method, new_params(), new_batch(0)
+    if method.weighting is None:
+        with pytest.raises(ValueError, match="decide_on: expected a method that makes weights"):
+            mtl.value_and_grad(losses_fn, method, decide_on=SHARED)
+        return
     steps = grad_fns(method, {None, ways(method)[-1]}, decide_on=SHARED)
     state = init(method, mtl.subset(params, SHARED))
     losses, jacobian = losses_and_jacobian(params, batch)
@@ -232,16 +244,16 @@ def test_absent_tasks_are_left_out_whether_masked_or_without_labels(built):
     """In their place there may be anything that has a gradient."""
     method, params = trained(built), new_params()
     steps = grad_fns(method, {None, ways(method)[-1]})
-    named = mtl.value_and_grad(named_losses_fn, method, return_weights=True)
-    counted = mtl.value_and_grad(counted_losses_fn, method, return_weights=True)
+    named = mtl.value_and_grad(named_losses_fn, method, return_weights=makes_weights(method))
+    counted = mtl.value_and_grad(counted_losses_fn, method, return_weights=makes_weights(method))
 
     def of_named(params, state, batch, *, mask):
-        (_, state, weights), gradient = named(params, state, batch, mask=dict(zip(NAMES, mask, strict=True)))
-        return (losses_fn(params, batch), state, in_order(weights)), gradient
+        (_, *rest), gradient = named(params, state, batch, mask=dict(zip(NAMES, mask, strict=True)))
+        return (losses_fn(params, batch), rest[0], *map(in_order, rest[1:])), gradient
 
     def of_counted(params, state, batch, *, mask):
-        (losses, state, weights), gradient = counted(params, state, batch, present=mask)
-        return (jnp.where(mask, losses.sum / losses.count, losses_fn(params, batch)), state, weights), gradient
+        (losses, *rest), gradient = counted(params, state, batch, present=mask)
+        return (jnp.where(mask, losses.sum / losses.count, losses_fn(params, batch)), *rest), gradient
 
     steps |= {"named": of_named, "counted": of_counted}
     masks = jnp.array([[True, False, True], [True, True, True], [False, True, True]])
@@ -255,7 +267,7 @@ def test_a_hundred_steps_of_sgd_in_a_scan_are_those_by_hand(built):
     """With both hooks; each run goes its own way, so that the smallest systematic difference adds up."""
     method, params = trained(built), new_params()
     way = None if built.case.name in AMPLIFY_ROUNDING else ways(method)[-1]
-    grad_fn = mtl.value_and_grad(losses_fn, method, rows=way, return_weights=True)
+    (grad_fn,) = grad_fns(method, [way]).values()
 
     def update(params, step, batch, ends_epoch):
         params = jax.tree.map(lambda p, g: p - 0.01 * g, params, step.gradient)
@@ -282,6 +294,10 @@ def test_a_hundred_steps_of_sgd_in_a_scan_are_those_by_hand(built):
 def test_amortized_weights_serve_until_they_are_refreshed(built):
     """Whether ``refresh`` is traced or not; without it the next gradient has the last weights."""
     plain, params = trained(built), new_params()
+    if not makes_weights(plain):
+        with pytest.raises(ValueError, match="method: expected an aggregator that makes weights"):
+            mtl.amortize(plain)
+        return
     method = plain if optax.tree.get(init(plain, params), "last_weights") is not None else mtl.amortize(plain)
     inner_of = lambda state: state if method is plain else state.inner
     grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)

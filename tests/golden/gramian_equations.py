@@ -71,7 +71,7 @@ def imtl_g(rows, weights):
     """Equal projections on the gradients' directions; where they depend on each other the shortest least squares."""
     gramian, (norms, cosines) = rows @ rows.T, norms_and_cosines(rows)
     if not weights.any():
-        return normal_equation(gramian, weights, norms)
+        return 0.0 if only_zero_has_equal_projections(rows) else normal_equation(gramian, weights, norms)
     total = abs(np.sum(weights) - 1) / np.sum(np.abs(weights))
     if decomposition(cosines)[2].all():
         return max(total, unequal_projections(cosines, norms * weights))
@@ -79,6 +79,13 @@ def imtl_g(rows, weights):
     condition = eigenvalues[-1] / np.min(eigenvalues[kept])  # by which rounding turns the range
     superfluous = np.linalg.norm(vectors[:, ~kept].T @ weights) / np.linalg.norm(weights) / condition
     return max(total, superfluous, normal_equation(gramian, weights, norms))
+
+
+def only_zero_has_equal_projections(rows):
+    """Whether one gradient depends on the others, and so that equal projections on all directions must be zero."""
+    norms, cosines = norms_and_cosines(rows)
+    _, vectors, kept = decomposition(cosines + np.diag(norms == 0))
+    return np.sum(~kept) == 1 and abs(np.sum(vectors[norms > 0, 0])) > 1e-3
 
 
 def config(rows, weights):

@@ -1,0 +1,64 @@
+"""GradDrop and the trimmed mean against TorchJD's: whole calls.
+
+Run by hand: ``python tests/benchmarks/coordinatewise.py``. Needs the ``parity`` extra, and a machine with nothing else
+to do. Beside them a plain sum of the rows, which must move the same memory.
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torchjd.aggregation as peer
+from interleave import HEADER, interleave, median_of_ratios, row
+
+from mtlbalance import aggregation
+
+SHAPES = [(3, 10**5), (8, 10**6), (11, 10**5), (40, 10**5)]
+TRIMMED = {3: (1,), 8: (1,), 11: (1, 3), 40: (1, 10)}
+
+
+def ours(method, matrix):
+    """A function that makes the next call of a training, with the state donated."""
+    apply, state = jax.jit(method.apply, donate_argnums=0), method.init(matrix.shape)
+    jacobian = jnp.array(matrix)
+
+    def call():
+        nonlocal state
+        output, state = apply(state, jacobian)
+        jax.block_until_ready((output, state))
+
+    return call
+
+
+def floor(matrix):
+    add, jacobian = jax.jit(lambda rows: sum(list(rows))), jnp.array(matrix)
+    return lambda: jax.block_until_ready(add(jacobian))
+
+
+def compare(m, n, rounds):
+    matrix = np.random.default_rng(0).normal(size=(m, n)).astype(np.float32)
+    tensor = torch.tensor(matrix)
+    methods = {f"trimmed_mean, k = {k}": (aggregation.trimmed_mean(k), peer.TrimmedMean(k)) for k in TRIMMED[m]}
+    methods["graddrop"] = aggregation.graddrop(), peer.GradDrop()
+    print(f"\n{m} tasks, {n} parameters\n{HEADER} {'of the floor':>13}")
+    for name, (method, aggregator) in methods.items():
+        functions = {
+            "ours": ours(method, matrix),
+            "TorchJD": lambda aggregator=aggregator: aggregator(tensor),
+            "floor": floor(matrix),
+        }
+        times = interleave(functions, rounds)
+        of_floor = median_of_ratios(times["ours"], times["floor"])
+        print(f"{row(name, times['ours'], times['TorchJD'], 1)} {of_floor:12.2f}x", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=2, help="TorchJD's threads")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for m, n in SHAPES:
+        compare(m, n, arguments.rounds)
