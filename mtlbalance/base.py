@@ -344,6 +344,11 @@ def squared_norm(row: chex.ArrayTree, axis_name: Hashable | None = None) -> chex
     return square if axis_name is None else jax.lax.psum(square, axis_name)
 
 
+def products(jacobian: chex.ArrayTree, m: int, axis_name: Hashable | None = None) -> chex.Array:
+    """The Gramian of m tasks; zeros where there are no parameters."""
+    return gramian(jacobian, axis_name=axis_name) if jax.tree.leaves(jacobian) else jnp.zeros((m, m))
+
+
 def zeros_jacobian(m: int, params: chex.ArrayTree, dtype: chex.ArrayDType) -> chex.ArrayTree:
     """Zeros with leaves ``[m, *param.shape]``, each sharded as its parameter is, the task axis on every device."""
     return _zeros(params, dtype, (m,))
@@ -390,10 +395,7 @@ def is_in(fields: tuple[str, ...], path: tuple[Any, ...]) -> bool:
 
 def _of_gramian(gramian_weighting, axis_name):
     def weighting(state, jacobian, values, mask):
-        (m,) = mask.shape
-        without_params = jnp.zeros((m, m))
-        products = gramian(jacobian, axis_name=axis_name) if jax.tree.leaves(jacobian) else without_params
-        return gramian_weighting(state, products, values, mask)
+        return gramian_weighting(state, products(jacobian, len(mask), axis_name), values, mask)
 
     return weighting
 

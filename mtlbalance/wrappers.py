@@ -241,11 +241,11 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
       Liu et al., `Towards Impartial Multi-Task Learning <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021,
       algorithm 1, with the losses and then the gradients balanced.
     """
+    if not isinstance(scalarizer, base.Scalarizer):
+        inputs.reject("scalarizer", "a Scalarizer", type(scalarizer).__name__, TypeError)
+    if not isinstance(aggregator, base.Aggregator):
+        inputs.reject("aggregator", "an Aggregator", type(aggregator).__name__, TypeError)
     _check_method(scalarizer, "chain")
-    for name, given, family in ("scalarizer", scalarizer, base.Scalarizer), ("aggregator", aggregator, base.Aggregator):
-        if not isinstance(given, family):
-            inputs.reject(name, f"a {family.__name__}", type(given).__name__, TypeError)
-
     return _chain(scalarizer, aggregator)
 
 
@@ -417,7 +417,7 @@ def _skip_aggregator(method, axis_name):
     def advance(state, inner, output, finite, values, mask):
         if values is not None:
             finite &= jnp.isfinite(values) | ~mask
-        state, ok = _advance(state, inner, finite, method.jacobian_shaped)
+        state, ok = _advance(state, inner, finite, method.jacobian_shaped, axis_name)
         return jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), output), state
 
     def guarded(apply, finite_tasks):
@@ -453,7 +453,7 @@ def _skip_aggregator(method, axis_name):
         weighting=method.weighting and guarded(method.weighting.apply, finite_rows),
         gramian_weighting=of_gramian and guarded(of_gramian.apply, finite_diagonal),
         rowwise=method.rowwise and by_rows(method.rowwise),
-        **_inner_hooks(method),
+        **_inner_hooks(method, axis_name),
         jacobian_shaped=method.jacobian_shaped,
     )
 
@@ -462,23 +462,23 @@ def _guarded(inner, shape):
     return SkipNonfiniteState(inner, jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def _advance(state, inner, finite, jacobian_shaped=()):
+def _advance(state, inner, finite, jacobian_shaped=(), axis_name=None):
     """The state after a call in which the tasks in ``finite`` were so, and whether its inner state has moved."""
-    ok = jnp.all(finite) & _stays_finite(inner, state.inner, jacobian_shaped)
+    ok = jnp.all(finite) & _stays_finite(inner, state.inner, jacobian_shaped, axis_name)
     inner = base.select(ok, inner, state.inner, new_anyway=jacobian_shaped)
     nonfinite = jnp.where(finite, state.nonfinite, optax.safe_increment(state.nonfinite))
     skipped = jnp.where(ok, state.skipped, optax.safe_increment(state.skipped))
     return SkipNonfiniteState(inner, nonfinite, skipped), ok
 
 
-def _stays_finite(new_state, state, jacobian_shaped=()):
-    """Whether every finite number outside the Jacobian-shaped fields is still so."""
+def _stays_finite(new_state, state, jacobian_shaped=(), axis_name=None):
+    """Whether every finite number outside the Jacobian-shaped fields is still so, on every device."""
     ok = jnp.array(True)
     for (path, new), old in zip(jax.tree.leaves_with_path(new_state), jax.tree.leaves(state), strict=True):
         if not base.is_in(jacobian_shaped, path):
             # What was infinite before may be so by design: the best value so far of a line search.
             ok &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
-    return ok
+    return ok if axis_name is None else jax.lax.psum(1 - ok.astype(jnp.int32), axis_name) == 0
 
 
 def _leaves_room(squared_norm):
@@ -486,12 +486,13 @@ def _leaves_room(squared_norm):
     return jnp.isfinite(2**20 * squared_norm)
 
 
-def _inner_hooks(method):
+def _inner_hooks(method, axis_name=None):
     jacobian_shaped = getattr(method, "jacobian_shaped", ())
 
     def observe(state, values, mask):
         inner = method.observe(state.inner, values, mask=mask)
-        ok = jnp.all(jnp.isfinite(values) | ~mask) & _stays_finite(inner, state.inner, jacobian_shaped)
+        ok = jnp.all(jnp.isfinite(values) | ~mask)
+        ok &= _stays_finite(inner, state.inner, jacobian_shaped, axis_name)
         return state._replace(inner=base.select(ok, inner, state.inner))
 
     return _plain_hooks(method) | {"observe": observe}

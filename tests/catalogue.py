@@ -242,7 +242,6 @@ AGGREGATORS = [
         reads_losses=True,
     ),
     Case("lr_annealing", aggregation.lr_annealing, {"alpha": (0.0, 0.1, 1.0)}, sharded=True),
-    Case("lr_annealing-mean", partial(aggregation.lr_annealing, statistic="mean"), sharded=True),
     Case("grad_norm_weights", aggregation.grad_norm_weights, {"momentum": (0.0, 0.9)}, sharded=True),
     Case("modo", aggregation.modo, {"gamma": (0.001, 0.1), "rho": (0.0, 0.1)}, sharded=True, total="1"),
     Case(
@@ -287,20 +286,9 @@ AGGREGATORS = [
         reads_losses=True,
     ),
     Case(
-        "skip-moco",
-        lambda axis_name=None: mtl.skip_nonfinite(aggregation.moco(axis_name=axis_name), axis_name=axis_name),
-        sharded=True,
-    ),
-    Case(
         "skip-m_config",
         lambda axis_name=None: mtl.skip_nonfinite(aggregation.m_config(axis_name=axis_name), axis_name=axis_name),
         sharded=True,
-    ),
-    Case(
-        "amortize-gradnorm",
-        lambda axis_name=None: mtl.amortize(aggregation.gradnorm(axis_name=axis_name)),
-        sharded=True,
-        reads_losses=True,
     ),
     Case(
         "skip-db_mtl",

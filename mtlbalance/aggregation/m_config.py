@@ -14,7 +14,7 @@ import optax
 
 from mtlbalance import base, inputs, numerics
 from mtlbalance.baselines import count_seen
-from mtlbalance.gramian import combine, gramian
+from mtlbalance.gramian import combine
 
 
 class MConFIGState(NamedTuple):
@@ -122,7 +122,7 @@ def m_config(
         ready = jnp.all((turns > 0) | ~mask)
 
         corrections = jnp.where(mask & ready, 1 / numerics.bias_correction(decay_1, jnp.maximum(turns, 1)), 0)
-        products = gramian(jax.lax.stop_gradient(state.momentum), axis_name=axis_name)
+        products = base.products(jax.lax.stop_gradient(state.momentum), len(mask), axis_name)
         weights = numerics.conflict_free(corrections[:, None] * products * corrections, jnp.ones_like(corrections))
         gradient = combine(corrections * weights, state.momentum)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, inputs, numerics
 from mtlbalance.baselines import count_seen
-from mtlbalance.gramian import combine, gramian
+from mtlbalance.gramian import combine
 
 
 class MoCoState(NamedTuple):
@@ -108,7 +108,7 @@ def moco(
     def finish(state, statistics, values, mask):
         del statistics, values
         weights = numerics.normalize(state.weights, mask)
-        products = gramian(jax.lax.stop_gradient(state.tracked), axis_name=axis_name)
+        products = base.products(jax.lax.stop_gradient(state.tracked), len(mask), axis_name)
         step = jnp.dot(products, weights, precision="highest") + rho * weights
         weights = weights - gamma / (state.seen + 1.0) ** gamma_sigma * step
         weights = numerics.softmax(weights, mask) if softmax else numerics.project_simplex(weights, mask)

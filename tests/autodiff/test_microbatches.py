@@ -118,7 +118,8 @@ def passes_in_readme():
     return dict(re.findall(r"^\| `(\w+\.\w+)\(.*\| ([12]) \|[^|]*\|$", readme, flags=re.MULTILINE))
 
 
-AGGREGATORS = ["aggregation.imtl_g", "aggregation.excess_mtl", "aggregation.modo"]  # all take one, for one reason
+# All others take one, for one reason.
+AGGREGATORS = ["aggregation.imtl_g", "aggregation.excess_mtl", "aggregation.modo", "aggregation.m_config"]
 SPECIAL = {
     "constant": lambda family: family.constant(jnp.ones(3)),
     "stch": lambda family: family.stch(1.0),

@@ -1,0 +1,299 @@
+"""Methods that remember gradients, or learn from their lengths: who is absent, whose turn it is, what a call needs.
+
+Their values over many calls are in tests/golden.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization
+
+M, N = 4, 6
+LOSSES = jnp.array([2.0, 0.5, 1.0, 4.0])
+JACOBIANS = jax.random.normal(jax.random.key(0), (8, M, N)) * jnp.array([[1.0], [10.0], [0.3], [3.0]])
+METHODS = {
+    "db_mtl": aggregation.db_mtl(beta=0.9),
+    "moco": aggregation.moco(gamma=0.01),
+    "moco-libmtl": aggregation.moco(normalize=True, softmax=True),
+    "m_config": aggregation.m_config(),
+    "gradnorm": aggregation.gradnorm(),
+    "gradnorm-softmax": aggregation.gradnorm(softmax=True),
+    "lr_annealing": aggregation.lr_annealing(),
+    "grad_norm_weights": aggregation.grad_norm_weights(),
+}
+
+
+def after(method, n_calls, **given):
+    """The state after some calls with all tasks, or those of ``mask``, present."""
+    state = method.init((M, N))
+    for jacobian in JACOBIANS[:n_calls]:
+        _, state = method.apply(state, jacobian, values=LOSSES, **given)
+    return state
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_remembered_of_an_absent_task_stays(name):
+    """Bit for bit, whatever its loss and its gradient are; what is remembered of the others does not."""
+    method, absent = METHODS[name], 2
+    before = after(method, 5)
+    mask = jnp.ones(M, bool).at[absent].set(False)
+    jacobian, losses = JACOBIANS[5].at[absent].set(jnp.nan), LOSSES.at[absent].set(jnp.nan)
+    gradient, state = method.apply(before, jacobian, values=losses, mask=mask)
+    chex.assert_tree_all_finite((gradient, state))
+    per_task = [(x, y) for x, y in zip(*map(jax.tree.leaves, (before, state)), strict=True) if x.shape[:1] == (M,)]
+    for old, new in per_task:
+        np.testing.assert_array_equal(new[absent], old[absent])
+    assert any(np.any(new != old) for old, new in per_task)
+
+
+# M-ConFIG.
+
+
+def test_m_config_takes_the_task_that_waited_longest():
+    """Of those present, the lowest of equal ones; a task that comes back is next."""
+    method, rng = METHODS["m_config"], np.random.default_rng(0)
+    masks = np.concatenate([rng.uniform(size=(30, M)) < 0.6, np.zeros((1, M), bool), np.ones((2 * M, M), bool)])
+    masks[5:20, 1] = False
+    state, last_turn, turns = method.init((M, N)), np.zeros(M, int), []
+    for call, mask in enumerate(masks):
+        if any(mask):
+            turn = min(np.flatnonzero(mask), key=lambda task: (last_turn[task], task))
+            last_turn[turn] = np.max(last_turn) + 1
+            turns.append(turn)
+            np.testing.assert_array_equal(method.rowwise.visits(state, mask=jnp.array(mask)), [turn])
+        _, state = method.apply(state, JACOBIANS[call % 8], mask=jnp.array(mask))
+        np.testing.assert_array_equal(state.last_turn, last_turn)
+    np.testing.assert_array_equal(state.seen, np.sum(masks, axis=0))
+    np.testing.assert_array_equal(state.turns, np.bincount(turns, minlength=M))
+    assert sorted(turns[-M:]) == list(range(M))
+    assert turns[-M:] == turns[-2 * M : -M]
+
+
+def test_m_config_gives_no_gradient_before_every_task_present_had_a_turn():
+    method, mask = METHODS["m_config"], jnp.array([True, False, True, True])
+    state = method.init((M, N))
+    for call, jacobian in enumerate(JACOBIANS):
+        gradient, state = method.apply(state, jacobian, mask=mask)
+        assert np.any(gradient != 0) == (call >= 2)
+    # Task 1 is new: the others wait for its first turn, which comes at once.
+    gradient, _ = method.apply(state, JACOBIANS[0])
+    np.testing.assert_array_equal(method.rowwise.visits(state), [1])
+    assert np.all(gradient != 0)
+
+
+@pytest.mark.parametrize("mask", [[True] * M, [True, False, True, True]])
+def test_m_config_needs_one_gradient(mask):
+    """The other rows may be anything, in the Jacobian as among the visits; an engine leaves those visits out."""
+    method, mask = METHODS["m_config"], jnp.array(mask)
+    states = dict.fromkeys(["all", "one", "rows", "visits"], method.init((M, N)))
+    for jacobian in JACOBIANS:
+        (turn,) = method.rowwise.visits(states["all"], mask=mask)
+        alone = jnp.where(jnp.arange(M)[:, None] == turn, jacobian, jnp.nan)
+        gradients = {}
+        gradients["all"], states["all"] = method.apply(states["all"], jacobian, mask=mask)
+        gradients["one"], states["one"] = method.apply(states["one"], alone, mask=mask)
+        for name, visits in {"rows": range(M), "visits": [turn]}.items():
+            visited = states[name]
+            for i in visits:
+                visited, _ = method.rowwise.visit(visited, i, alone[i], mask=mask)
+            gradients[name], states[name] = method.rowwise.finish(visited, (), mask=mask)
+        for name in ("one", "rows", "visits"):
+            chex.assert_trees_all_close(
+                (gradients[name], states[name]), (gradients["all"], states["all"]), rtol=1e-5, atol=1e-6
+            )
+
+
+# GradNorm.
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("lr", [1e-4, 1.0])
+def test_gradnorm_weights_add_up_to_the_number_of_tasks_present(softmax, lr):
+    """And are never negative, even where a step at the larger rate goes beyond zero."""
+    method = aggregation.gradnorm(optimizer=optax.sgd(lr), softmax=softmax)
+    masks = jax.random.bernoulli(jax.random.key(1), 0.6, (40, M)).at[0].set(True)
+
+    def call(state, inputs):
+        jacobian, mask = inputs
+        weights, state = method.weighting.apply(state, jacobian, values=LOSSES, mask=mask)
+        return state, (weights, state.raw_weights)
+
+    weights, raw = jax.lax.scan(call, method.init((M, N)), (jnp.tile(JACOBIANS, (5, 1, 1)), masks))[1]
+    assert jnp.all(weights >= 0)
+    # Dividing by the total and multiplying again leave some roundings of 6e-8.
+    np.testing.assert_allclose(jnp.sum(weights, axis=1), jnp.sum(masks, axis=1), rtol=1e-6)
+    if not softmax:
+        assert jnp.all(raw >= 0)
+        np.testing.assert_allclose(jnp.sum(raw, axis=1), M, rtol=1e-5)  # 40 times
+        assert jnp.any(raw == 0) == (lr == 1.0)
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_gradnorm_keeps_the_moments_of_absent_tasks(softmax):
+    method = METHODS["gradnorm-softmax" if softmax else "gradnorm"]
+    before, mask = after(method, 3), jnp.array([True, False, True, True])
+    _, state = method.apply(before, JACOBIANS[3], values=LOSSES, mask=mask)
+    (old,), (new,) = (optax.tree.get_all_with_path(x.opt_state, "mu") for x in (before, state))
+    np.testing.assert_array_equal(new[1]["raw_weights"][~mask], old[1]["raw_weights"][~mask])
+    assert jnp.all(new[1]["raw_weights"][mask] != old[1]["raw_weights"][mask])
+    assert int(optax.tree.get(state.opt_state, "count")) == 4
+
+
+# Weights for physics-informed networks.
+
+
+def test_lr_annealing_waits_for_its_reference():
+    """Absent, or without a gradient, it leaves every weight as it was."""
+    method = aggregation.lr_annealing(reference=1)
+    before = after(method, 3)
+    absent = {"jacobian": JACOBIANS[3], "mask": jnp.arange(M) != 1}
+    for given in absent, {"jacobian": JACOBIANS[3].at[1].set(0.0)}:
+        weights, state = method.weighting.apply(before, given["jacobian"], mask=given.get("mask"))
+        np.testing.assert_array_equal(state.weights, before.weights)
+        np.testing.assert_array_equal(weights, jnp.where(given.get("mask", True), before.weights, 0))
+    # Any other task that is absent, or without a gradient, keeps its own only.
+    for given in {"mask": jnp.arange(M) != 2, "jacobian": JACOBIANS[3]}, {"jacobian": JACOBIANS[3].at[2].set(0.0)}:
+        _, state = method.weighting.apply(before, given["jacobian"], mask=given.get("mask"))
+        np.testing.assert_array_equal(state.weights == before.weights, [False, True, True, False])
+
+
+def test_grad_norm_weights_at_rest_make_all_gradients_as_long_as_the_mean():
+    method, norms = aggregation.grad_norm_weights(0.5), jnp.linalg.norm(JACOBIANS[0], axis=1)
+    state = method.init((M, N))
+    for _ in range(30):  # half of what is missing goes each time
+        weights, state = method.weighting.apply(state, JACOBIANS[0])
+    np.testing.assert_allclose(weights * norms, jnp.full(M, jnp.mean(norms)), rtol=1e-6)
+
+
+# Losses, and hyperparameters that are mapped over.
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        METHODS["moco-libmtl"],
+        METHODS["gradnorm"],
+        mtl.chain(scalarization.sum(), aggregation.mgda()),
+        mtl.chain(scalarization.scale_invariant(), METHODS["db_mtl"]),
+    ],
+    ids=["moco", "gradnorm", "chain", "chain-rows"],
+)
+def test_the_methods_that_read_losses_ask_for_them(method):
+    state = method.init((M, N))
+    with pytest.raises(TypeError, match="values"):
+        method.apply(state, JACOBIANS[0])
+    with pytest.raises(TypeError, match="values"):
+        method.rowwise.visit(state, 0, JACOBIANS[0, 0]) if method.rowwise else method.weighting.apply(
+            state, JACOBIANS[0]
+        )
+
+
+@pytest.mark.parametrize("name", ["db_mtl", "moco", "m_config", "lr_annealing", "grad_norm_weights"])
+def test_the_others_do_not(name):
+    method = METHODS[name]
+    without, with_losses = (method.apply(method.init((M, N)), JACOBIANS[0], **x) for x in ({}, {"values": LOSSES}))
+    chex.assert_trees_all_equal(without, with_losses)
+
+
+FLOATS = {
+    "gradnorm lr": (lambda lr: aggregation.gradnorm(optimizer=optax.adam(lr)), (0.01, 0.5)),
+    "gradnorm alpha": (lambda alpha: aggregation.gradnorm(alpha, softmax=True), (0.0, 1.5)),
+    "moco beta": (lambda beta: aggregation.moco(beta, gamma=0.01), (0.0, 1.0)),
+    "moco gamma": (lambda gamma: aggregation.moco(gamma=gamma, normalize=True), (0.1, 3.0)),
+    "db_mtl beta": (aggregation.db_mtl, (0.0, 0.9)),
+    "m_config beta_1": (aggregation.m_config, (0.0, 0.9)),
+    "lr_annealing alpha": (lambda alpha: aggregation.lr_annealing(alpha=alpha), (0.0, 0.1)),
+    "grad_norm_weights momentum": (aggregation.grad_norm_weights, (0.0, 0.9)),
+    "chain lr": (
+        lambda lr: mtl.chain(mtl.learn(scalarization.imtl_l(), optax.sgd(lr)), aggregation.mgda()),
+        (0.0, 0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_float_may_be_mapped_over(name):
+    make, numbers = FLOATS[name]
+    losses = LOSSES * jnp.linspace(0.8, 1, M) ** jnp.arange(8)[:, None]
+
+    def last_gradient(number):
+        method = make(number)
+        call = lambda state, inputs: method.apply(state, inputs[0], values=inputs[1])[::-1]
+        return jax.lax.scan(call, method.init((M, N)), (JACOBIANS, losses))[1][-1]
+
+    mapped, one_by_one = jax.vmap(last_gradient)(jnp.array(numbers)), jnp.stack([*map(last_gradient, numbers)])
+    largest = jnp.max(jnp.abs(one_by_one))
+    assert jnp.max(jnp.abs(mapped[0] - mapped[1])) > 1e-3 * largest
+    # The same sums in another order, eight calls of them.
+    np.testing.assert_allclose(mapped, one_by_one, rtol=0, atol=1e-5 * largest)
+
+
+# Chains.
+
+
+def losses_fn(params, scale=1.0):
+    """Positive, and of very different sizes."""
+    distances = params["a"] - jnp.arange(12.0).reshape(3, 4) / 5 + jnp.sum(params["b"])
+    return scale * jnp.array([0.01, 1.0, 100.0]) * (0.1 + jnp.sum(distances**2, axis=1))
+
+
+PARAMS = {"a": jnp.array([0.3, -0.7, 0.2, 0.5]), "b": jnp.array([0.1, -0.4])}
+
+
+@pytest.mark.parametrize("rows", ["two_pass", "vmap"])
+def test_chain_in_log_space_is_the_method_on_logarithms(rows):
+    in_log_space = mtl.chain(scalarization.scale_invariant(), aggregation.mgda())
+    plain = aggregation.mgda()
+    grad_fn = mtl.value_and_grad(losses_fn, in_log_space, rows=rows, return_weights=True)
+    of_logs = mtl.value_and_grad(lambda params: jnp.log(losses_fn(params)), plain, return_weights=True)
+    (losses, _, weights), grads = grad_fn(PARAMS, in_log_space.init((3, PARAMS)))
+    (logs, _, of_logs_weights), expected = of_logs(PARAMS, plain.init((3, PARAMS)))
+    np.testing.assert_allclose(jnp.log(losses), logs, rtol=1e-5)
+    # MGDA's weights, and so its gradient, are known to some roundings of the products of gradients.
+    chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-5)
+    # Chain's are those of the losses' own gradients.
+    np.testing.assert_allclose(weights * losses, of_logs_weights, atol=1e-5)
+    combined = jax.tree.map(lambda j: jnp.tensordot(weights, j, 1), jax.jacobian(losses_fn)(PARAMS))
+    chex.assert_trees_all_close(grads, combined, rtol=1e-4, atol=1e-5)
+
+
+def test_chain_by_rows_weighs_unscaled_gradients_too():
+    """GradNorm in log space, by rows, as Gramian and as a whole: one set of weights, and one state."""
+    method = mtl.chain(scalarization.scale_invariant(), METHODS["gradnorm"])
+    jacobian = JACOBIANS[0]
+    state = after(method, 3)
+    gradient, expected_state = method.apply(state, jacobian, values=LOSSES)
+    weights, _ = method.weighting.apply(state, jacobian, values=LOSSES)
+    np.testing.assert_allclose(weights @ jacobian, gradient, rtol=1e-5)
+    of_gramian, _ = method.gramian_weighting.apply(state, jacobian @ jacobian.T, values=LOSSES)
+    np.testing.assert_allclose(of_gramian, weights, rtol=1e-5)
+    visited, statistics = state, []
+    for i, row in enumerate(jacobian):
+        visited, statistic = method.rowwise.visit(visited, i, row, values=LOSSES)
+        statistics.append(statistic)
+    of_rows, new_state = method.rowwise.weigh(visited, jnp.array(statistics), values=LOSSES)
+    np.testing.assert_allclose(of_rows, weights, rtol=1e-5)
+    chex.assert_trees_all_close(new_state, expected_state, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((scalarization.uw(), aggregation.mgda()), ValueError, "learn"),
+        ((aggregation.mgda(), scalarization.sum()), TypeError, "scalarizer: expected a Scalarizer, found Aggregator"),
+        (
+            (scalarization.sum(), scalarization.sum()),
+            TypeError,
+            "aggregator: expected an? Aggregator, found Scalarizer",
+        ),
+        ((aggregation.mgda, aggregation.mgda()), TypeError, "method"),
+    ],
+)
+def test_chain_names_what_is_wrong(arguments, error, message):
+    with pytest.raises(error, match=message):
+        mtl.chain(*arguments)
