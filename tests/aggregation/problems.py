@@ -43,6 +43,11 @@ METHODS = {
     "cr_mogm": lambda: aggregation.cr_mogm(aggregation.mgda()),
     "pcd": lambda: aggregation.pcd(tau=0.3),
     "db_mtl": aggregation.db_mtl,
+    "db_mtl averages": lambda: aggregation.db_mtl(beta=0.5, beta_sigma=0.5),
+    "gradnorm": aggregation.gradnorm,
+    "lr_annealing": lambda: aggregation.lr_annealing(alpha=0.5),
+    "grad_norm_weights": lambda: aggregation.grad_norm_weights(momentum=0.5),
+    "graddrop": lambda: aggregation.graddrop(leak=0.3),
 }
 # Derandomized, so that a run repeats the last one.
 examples = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
@@ -57,9 +62,12 @@ class Problem(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Weights of the tasks present, the gradient, and the length of what is added up: rounding is relative to that."""
+    """Weights of the tasks present, the gradient, and the length of what is added up: rounding is relative to that.
 
-    weights: np.ndarray
+    A method that makes no weights has none, and may add up the longest row of as many tasks.
+    """
+
+    weights: np.ndarray | None
     gradient: np.ndarray
     length: float
 
@@ -106,8 +114,14 @@ def problems(draw, kinds=KINDS, decades=0.0, independent=False):
 
 @functools.cache
 def built(name):
-    method = METHODS[name]().weighting
-    return method.apply, method.init((TASKS, PARAMS))
+    method = METHODS[name]()
+    return method, method.init((TASKS, PARAMS))
+
+
+def losses_of(rows):
+    """From 1 to 2, by the gradient's direction."""
+    lengths = np.linalg.norm(rows.astype(float), axis=1)
+    return jnp.asarray(1 + np.abs(rows[:, 0]) / np.where(lengths > 0, lengths, 1), jnp.float32)
 
 
 def solve(name, rows, mask, before=None):
@@ -115,9 +129,13 @@ def solve(name, rows, mask, before=None):
 
     The weights are added up in float64, so that only their own rounding shows.
     """
-    apply, state = built(name)
+    method, state = built(name)
+    apply = (method.weighting or method).apply
     if before is not None:
-        _, state = apply(state, jnp.asarray(before), mask=mask)
-    weights = np.asarray(apply(state, jnp.asarray(rows), mask=mask)[0], float)[mask]
+        _, state = apply(state, jnp.asarray(before), values=losses_of(before), mask=mask)
+    found, _ = apply(state, jnp.asarray(rows), values=losses_of(rows), mask=mask)
     rows = np.asarray(rows, float)[mask]
+    if method.weighting is None:
+        return Result(None, np.asarray(found, float), len(rows) * np.max(np.linalg.norm(rows, axis=1)))
+    weights = np.asarray(found, float)[mask]
     return Result(weights, weights @ rows, np.abs(weights) @ np.linalg.norm(rows, axis=1))

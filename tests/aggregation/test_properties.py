@@ -88,7 +88,7 @@ def test_secondary_tasks_progress_by_their_share(problem):
 @given(data=st.data())
 def test_the_order_of_the_tasks_does_not_matter(name, data):
     rows, mask, _ = drawn(data, name)
-    first = 1 if name == "pcd" else 0  # the primary task is primary
+    first = 1 if name in ("pcd", "lr_annealing") else 0  # the primary task is primary, the reference one
     order = [*range(first), *data.draw(st.permutations(range(first, TASKS)))]
     _, gradient, length = solve(name, rows, mask, before=rows * COLUMNS)
     _, permuted, _ = solve(name, rows[order], mask[order], before=rows[order] * COLUMNS)
@@ -96,7 +96,8 @@ def test_the_order_of_the_tasks_does_not_matter(name, data):
     np.testing.assert_allclose(permuted, gradient, atol=2e-5 * length)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "modo"])
+# GradNorm's optimizer adds 1e-8 to lengths of gradients.
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("modo", "gradnorm")])
 @examples
 @given(data=st.data(), exponent=st.integers(-10, 10))
 def test_the_scale_of_all_gradients_does_not_matter(name, data, exponent):
