@@ -10,7 +10,7 @@ https://arxiv.org/abs/2110.14048, with the scales and starts of Navon et al., "M
 Game", ICML 2022, https://arxiv.org/abs/2202.01017, in the setting of Liu et al., "FAMO: Fast Adaptive Multitask
 Optimization", NeurIPS 2023, https://arxiv.org/abs/2306.03792: 50,000 steps of Adam, each gradient clipped to norm 1.
 
-Run it with ``python examples/toy_pareto.py``: some three minutes on two CPU cores, a quarter of them for CAGrad; or add
+Run it with ``python examples/toy_pareto.py``: some two minutes on two CPU cores, a third of them for CAGrad; or add
 ``--methods sum FAMO Nash-MTL`` for a few seconds. It needs ``mtlbalance[examples]``.
 """
 
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+import rich.box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -93,9 +94,9 @@ METHODS = {
     "MGDA": Run(aggregation.mgda, published="5 of 5", seconds=60),
     "CAGrad": Run(lambda: aggregation.cagrad(c=0.4), published="5 of 5", seconds=89),
     "Nash-MTL": Run(aggregation.nash_mtl, published="5 of 5", seconds=995),
-    "FairGrad, alpha 1": Run(aggregation.fairgrad, published="arrives"),
-    "FairGrad, alpha 2": Run(lambda: aggregation.fairgrad(alpha=2.0), published="arrives"),
-    "FairGrad, alpha 5": Run(lambda: aggregation.fairgrad(alpha=5.0), published="arrives"),
+    "FairGrad, alpha 1": Run(aggregation.fairgrad, published="arrive"),
+    "FairGrad, alpha 2": Run(lambda: aggregation.fairgrad(alpha=2.0), published="arrive"),
+    "FairGrad, alpha 5": Run(lambda: aggregation.fairgrad(alpha=5.0), published="arrive"),
     "IMTL-G": Run(aggregation.imtl_g),
     "ConFIG": Run(aggregation.config, published="5 of 5"),
     # Its gradient is scaled as Adam's step is.
@@ -213,20 +214,24 @@ def trace_paths(run, n_steps):
 def print_table(paths, seconds):
     table = Table(
         title="Where each start ends",
-        caption="A to E: x1 at the end, where that is on the front; the front goes from -7 to 7. published: what the "
-        "papers' figures show, or the notebook of ConFIG's authors; MGDA, Nash-MTL and FairGrad after 35,000 steps. "
+        caption="A to E: x1 at the end, where that is on the front; the front goes from -7 to 7. papers: what their "
+        "figures show, or the notebook of ConFIG's authors; MGDA, Nash-MTL and FairGrad after 35,000 steps; from A the sum is on its way. "
         "seconds: all five starts, with compiling. theirs: what FAMO's authors report for 50,000 steps in PyTorch on "
         "their machine. *: run on the losses plus 21 times their scale, because the method is for losses that are "
         "positive, or of one sign. mean, sum, constant and random are the same in both families. Not run: Krum and the "
         "trimmed mean, which need three tasks, and DTP, which needs an indicator for each.",
         caption_justify="left",
+        box=rich.box.SIMPLE,
+        padding=0,
+        show_edge=False,
     )
     table.add_column("method", no_wrap=True)
-    for name in (*STARTS, "arrive", "published", "seconds", "theirs"):
-        table.add_column(name, justify="right")
+    for name in (*STARTS, "arrive", "papers", "seconds", "theirs"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, path in paths.items():
         run, there = METHODS[name], on_front(path[:, -1])
-        ends = [f"{x1:.2f}" if arrived else "-" for x1, arrived in zip(path[:, -1, 0], there, strict=True)]
+        x1 = np.round(path[:, -1, 0], 2) + 0.0  # not -0.00
+        ends = [f"{end:.2f}" if arrived else "-" for end, arrived in zip(x1, there, strict=True)]
         theirs = "" if run.seconds is None else f"{run.seconds}"
         counts = f"{there.sum()} of {len(STARTS)}", run.published
         table.add_row(name + "*" * run.shifted, *ends, *counts, f"{seconds[name]:.1f}", theirs)
@@ -237,7 +242,7 @@ def print_summary(paths):
     everywhere = [name for name, path in paths.items() if on_front(path[:, -1]).all()]
     from_losses = [name for name in everywhere if isinstance(METHODS[name].build(), mtl.Scalarizer)]
     print(f"Of {len(paths)} methods {len(everywhere)} arrive from all starts.")
-    print(f"Of them read the losses alone, in one backward pass a step: {', '.join(from_losses) or 'none'}.")
+    print(f"Those of them that read the losses alone, in one backward pass a step: {', '.join(from_losses) or 'none'}.")
 
 
 def draw_paths(paths, output):
