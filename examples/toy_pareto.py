@@ -215,12 +215,11 @@ def print_table(paths, seconds):
     table = Table(
         title="Where each start ends",
         caption="A to E: x1 at the end, where that is on the front; the front goes from -7 to 7. papers: what their "
-        "figures show, or the notebook of ConFIG's authors; MGDA, Nash-MTL and FairGrad after 35,000 steps; from A the sum is "
-        "on its way. "
-        "seconds: all five starts, with compiling. theirs: what FAMO's authors report for 50,000 steps in PyTorch on "
-        "their machine. *: run on the losses plus 21 times their scale, because the method is for losses that are "
-        "positive, or of one sign. mean, sum, constant and random are the same in both families. Not run: Krum and the "
-        "trimmed mean, which need three tasks, and DTP, which needs an indicator for each.",
+        "figures show, or the notebook of ConFIG's authors; MGDA, Nash-MTL and FairGrad after 35,000 steps; from A the "
+        "sum is on its way. seconds: all five starts, with compiling. theirs: what FAMO's authors report for 50,000 "
+        "steps in PyTorch on their machine. *: run on the losses plus 21 times their scale, because the method is for "
+        "losses that are positive, or of one sign. mean, sum, constant and random are the same in both families. Not "
+        "run: Krum and the trimmed mean, which need three tasks, and DTP, which needs an indicator for each.",
         caption_justify="left",
         box=rich.box.SIMPLE,
         padding=0,
