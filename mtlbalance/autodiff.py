@@ -402,7 +402,11 @@ def _visit_rows(rowwise, state, through, keep, mask, values):
     Rows come and go, and the state is changed in place.
     """
     values = jnp.ravel(values)
-    indices = jnp.arange(values.size) if rowwise.visits is None else rowwise.visits(state, mask=mask)
+    indices, n_visits = jnp.arange(values.size), values.size
+    if rowwise.visits is not None:
+        indices = rowwise.visits(state, mask=mask)
+        # A number that XLA does not know: it would unroll a loop of one visit, and then copy the state.
+        n_visits = jnp.sum(indices < values.size)
 
     def row(i):
         return through(lambda pull: keep(pull.row(i)))[1]
@@ -417,7 +421,7 @@ def _visit_rows(rowwise, state, through, keep, mask, values):
 
     _, statistic = jax.eval_shape(visit, 0, state)
     start = jax.tree.map(lambda x: jnp.zeros((values.size, *x.shape), x.dtype), statistic)
-    state, statistics = jax.lax.fori_loop(0, indices.size, step, (state, start))
+    state, statistics = jax.lax.fori_loop(0, n_visits, step, (state, start))
     return state, statistics, jax.eval_shape(row, 0)
 
 

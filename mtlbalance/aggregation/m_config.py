@@ -57,8 +57,8 @@ def m_config(
               \hat s = \frac{s}{1 - \beta_2^t}
 
     The gradient is zero until every task present had a turn. It is scaled as Adam's update is: follow it by
-    ``optax.sgd``. Of all gradients a call needs one: :func:`mtlbalance.value_and_grad` computes no other, and such a
-    step costs about one on the sum of the losses, whatever m.
+    ``optax.sgd``. Of all gradients a call needs one, and :func:`mtlbalance.value_and_grad` computes no other: a step
+    takes one backward pass and the Gramian of the averages.
 
     Note:
       In the official code the caller says whose turn it is.

@@ -75,3 +75,21 @@ def test_streamed_rows_keep_three_times_the_parameters_at_most(size, wrap):
     batches = jax.tree.map(lambda x: jnp.stack([x] * 3), batch)
     kept = temporaries(train, params, state, batches, donate=(0, 1))
     assert kept <= temporaries(train_plainly, params, batches, donate=0) + allowed
+
+
+OTHERS = {
+    "db_mtl": aggregation.db_mtl(beta=0.9),
+    "gradnorm": aggregation.gradnorm(),
+    "m_config": aggregation.m_config(),
+    "moco": aggregation.moco(),
+}
+
+
+@pytest.mark.parametrize("method", OTHERS.values(), ids=OTHERS)
+def test_others_that_stream_rows_keep_as_little(method):
+    """As above, at one size: what is remembered is changed in place, also by a single visit."""
+    params, batch = problem(8, 512, 256)
+    step = mtl.value_and_grad(LOSSES, method, rows="stream")
+    kept = temporaries(step, params, method.init((8, params)), batch, donate=1)
+    allowed = 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert kept <= temporaries(plain_step, params, batch) + allowed
