@@ -37,7 +37,7 @@ from mtlbalance import aggregation, scalarization
 SCALES = np.array([0.1, 1.0])
 LOWEST = -21 * SCALES  # below both losses everywhere: the least are -19.99 times the scales
 STARTS = {"A": (-8.5, 7.5), "B": (0.0, 0.0), "C": (9.0, 9.0), "D": (-7.5, -0.5), "E": (9.0, -1.0)}
-EVERY = 100  # of so many steps of a path the last is kept
+EVERY = 100  # steps between the points of a path that are kept
 
 
 class Run(NamedTuple):
@@ -215,11 +215,12 @@ def print_table(paths, seconds):
     table = Table(
         title="Where each start ends",
         caption="A to E: x1 at the end, where that is on the front; the front goes from -7 to 7. papers: what their "
-        "figures show, or the notebook of ConFIG's authors; MGDA, Nash-MTL and FairGrad after 35,000 steps; from A the "
-        "sum is on its way. seconds: all five starts, with compiling. theirs: what FAMO's authors report for 50,000 "
-        "steps in PyTorch on their machine. *: run on the losses plus 21 times their scale, because the method is for "
-        "losses that are positive, or of one sign. mean, sum, constant and random are the same in both families. Not "
-        "run: Krum and the trimmed mean, which need three tasks, and DTP, which needs an indicator for each.",
+        "figures show, or the notebook of ConFIG's authors; MGDA, Nash-MTL and FairGrad after 35,000 steps. From A the "
+        "sum has not arrived after 50,000 clipped steps; unclipped it does after some 40,000. seconds: all five "
+        "starts, with compiling. theirs: what FAMO's authors report for 50,000 steps in PyTorch on their machine. *: "
+        "run on the losses plus 21 times their scale, because the method is for losses that are positive, or of one "
+        "sign. mean, sum, constant and random are the same in both families. Not run: Krum and the trimmed mean, which "
+        "need three tasks, and DTP, which needs an indicator for each.",
         caption_justify="left",
         box=rich.box.SIMPLE,
         padding=0,
@@ -241,7 +242,7 @@ def print_table(paths, seconds):
 def print_summary(paths):
     everywhere = [name for name, path in paths.items() if on_front(path[:, -1]).all()]
     from_losses = [name for name in everywhere if isinstance(METHODS[name].build(), mtl.Scalarizer)]
-    print(f"Of {len(paths)} methods {len(everywhere)} arrive from all starts.")
+    print(f"Arrived from all starts: {len(everywhere)} of {len(paths)} methods.")
     print(f"Those of them that read the losses alone, in one backward pass a step: {', '.join(from_losses) or 'none'}.")
 
 
@@ -272,7 +273,8 @@ def draw_paths(paths, output):
             ax.plot(*path.T, color=COLOURS[start], linewidth=1.6)
             ax.plot(*place, "o", color=COLOURS[start], markersize=5)
             mark = {"marker": "*", "markersize": 10} if arrived else {"marker": "X", "markersize": 8}
-            ax.plot(*path[-1], color=COLOURS[start], markeredgecolor="black", markeredgewidth=0.7, zorder=3, **mark)
+            end = np.clip(path[-1], -10.5, 10.5)  # at the frame for a path that leaves it
+            ax.plot(*end, color=COLOURS[start], markeredgecolor="black", markeredgewidth=0.7, zorder=3, **mark)
         ax.set_title(f"{name}: {there.sum()} of {len(STARTS)}", fontsize="medium")
         ax.set(aspect="equal", xlim=(-11, 11), ylim=(-11, 11), xticks=[-7, 0, 7], yticks=[-8, 0, 8])
     for ax in list(axes.flat)[len(names) :]:
@@ -287,6 +289,7 @@ def draw_paths(paths, output):
     for ax in axes[:, 0]:
         ax.set_ylabel("x2", labelpad=0)
     marks = {"start": "o", "end, on the front": "*", "end, elsewhere": "X"}
+    fig.suptitle("Shading: the mean of the two losses, each over its scale; dark is small", fontsize="medium")
     handles = [plt.Line2D([], [], color="0.5", marker=mark, linestyle="", label=name) for name, mark in marks.items()]
     lines, _ = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles=[*handles, *lines], loc="outside lower center", ncols=5, frameon=False)

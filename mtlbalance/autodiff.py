@@ -405,8 +405,9 @@ def _visit_rows(rowwise, state, through, keep, mask, values):
     indices, n_visits = jnp.arange(values.size), values.size
     if rowwise.visits is not None:
         indices = rowwise.visits(state, mask=mask)
-        # A number that XLA does not know: it would unroll a loop of one visit, and then copy the state.
-        n_visits = jnp.sum(indices < values.size)
+        # Hidden from XLA, which would unroll a loop of one visit and then copy the state. Not read from the state:
+        # under vmap the loop would select between whole states.
+        n_visits = jax.lax.optimization_barrier(jnp.asarray(indices.size))
 
     def row(i):
         return through(lambda pull: keep(pull.row(i)))[1]

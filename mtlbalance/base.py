@@ -64,9 +64,10 @@ class Rowwise(NamedTuple):
       weigh: ``(state, statistics, *, values=None, mask=None) -> (weights, new_state)`` after the last visit;
         ``statistics`` are the visits' statistics stacked along a leading task axis. ``None`` where there is ``finish``.
       finish: ``(state, statistics, *, values=None, mask=None) -> (gradient, new_state)`` in place of ``weigh``, for
-        methods that combine what they remember of the rows, and not the rows of this call.
-      visits: ``(state, *, mask=None) -> indices``, for methods that take in some rows only at a call: visiting these,
-        a fixed number, is enough. Zeros stand for the statistics of the others. ``None``: all rows.
+        methods that combine what they remember of the rows, and not the rows of this call. As the state is, their
+        gradient is a constant of an outer differentiation, also from ``apply``.
+      visits: ``(state, *, values=None, mask=None) -> indices``, for methods that take in some rows only at a call:
+        visiting these, a fixed number, is enough. Zeros stand for the statistics of the others. ``None``: all rows.
     """
 
     visit: Callable[..., Any]
@@ -222,8 +223,8 @@ def aggregator(
         gradient = jax.lax.stop_gradient(_zero_if_none(call, gradient))
         return gradient, _settle(call, new_state, state, jacobian_shaped)
 
-    def public_visits(state, *, mask=None):
-        return rowwise.visits(state, inputs.read_call(state, None, mask).mask)
+    def public_visits(state, *, values=None, mask=None):
+        return rowwise.visits(state, inputs.read_call(state, values, mask).mask)
 
     by_rows = rowwise and Rowwise(
         jax.jit(public_visit),
@@ -260,7 +261,8 @@ def rowwise_aggregator(
       init: ``(m, params, dtype) -> state``, with a field ``seen``.
       visit: ``(memory, row, task) -> (memory, statistic)`` for one :class:`Task`: ``row`` and that task's part of the
         Jacobian-shaped field are trees shaped like the parameters, in the state's dtype; without such a field there is
-        no memory. Where the task is not present its row is zero, and its memory must stay as it is.
+        no memory. Where the task is not present its memory must stay as it is; its row is zero, or may be anything
+        where ``visits`` leaves it out.
       weigh: ``(state, statistics, values, mask) -> (weights, new_state)``, the Jacobian-shaped field as it is.
       finish: ``(state, statistics, values, mask) -> (gradient, new_state)`` in place of ``weigh``, for methods that
         combine what is in the Jacobian-shaped field.
@@ -286,23 +288,24 @@ def rowwise_aggregator(
 
     def visit_all(state, jacobian, values, mask):
         memory, jacobian = read_memory(state, "jacobian", jacobian, skip=0)
-        all_tasks = tasks(state, values, mask)
-        jacobian = jacobian if visits is None else inputs.present_rows(jacobian, all_tasks.present)
-        memory, statistics = jax.vmap(visit)(memory, jacobian, all_tasks)
+        memory, statistics = jax.vmap(visit)(memory, jacobian, tasks(state, values, mask))
         return with_memory(state, memory), statistics
 
     def visit_row(state, i, row, values, mask):
         memory, row = read_memory(state, "row", row, skip=1)
         old_row = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), memory)
         new_row, statistic = visit(old_row, row, jax.tree.map(lambda x: x[i], tasks(state, values, mask)))
-        memory = jax.tree.map(lambda x, r: jax.lax.dynamic_update_index_in_dim(x, r, i, 0), memory, new_row)
+        put = lambda x, r: jax.lax.dynamic_update_index_in_dim(x, r.astype(x.dtype), i, 0)
+        memory = jax.tree.map(put, memory, new_row)
         return with_memory(state, memory), statistic
 
     def weighting(state, jacobian, values, mask):
         return weigh(*visit_all(state, jacobian, values, mask), values, mask)
 
     def apply(state, jacobian, values, mask):
-        gradient, state = finish(*visit_all(state, jacobian, values, mask), values, mask)
+        # As the new state, and what else is made of it, a constant of differentiation.
+        state, statistics = visit_all(state, jax.lax.stop_gradient(jacobian), values, mask)
+        gradient, state = finish(state, statistics, values, mask)
         return jax.tree.map(lambda g, j: g.astype(j.dtype), gradient, jacobian), state
 
     return aggregator(

@@ -56,25 +56,25 @@ def random_orders(state, impl, m: int):
     return orders, state
 
 
-def optimizer_step(optimizer, gradient, opt_state, fields, mask: chex.Array, **extra):
-    """The fields after one step of an optimizer, and its state; entries of absent tasks stay in both.
+def optimizer_step(optimizer, value_fn, opt_state, fields, mask: chex.Array):
+    """The fields after one step of an optimizer down a function, and its state; entries of absent tasks stay in both.
 
     Those of the optimizer's state are in the leaves that mirror a field, by its name and by having one entry per task.
 
     Args:
       optimizer: an :class:`optax.GradientTransformationExtraArgs`.
-      gradient: of the fields.
+      value_fn: from fields to a scalar; it, its value and its gradient are passed to optimizers that want them.
       opt_state: the state of the optimizer.
       fields: a dict of names to arrays with one entry per task.
       mask: which tasks are present.
-      **extra: further arguments of the optimizer's ``update``.
     """
 
     def keep_absent(path, new, old):
         mirrors = any(getattr(key, "key", None) in fields for key in path) and jnp.shape(new) == mask.shape
         return jnp.where(mask if mirrors else True, new, old)
 
-    updates, new_state = optimizer.update(gradient, opt_state, fields, **extra)
+    value, grad = jax.value_and_grad(value_fn)(fields)
+    updates, new_state = optimizer.update(grad, opt_state, fields, value=value, grad=grad, value_fn=value_fn)
     new_fields = optax.apply_updates(fields, updates)
     new_fields = jax.tree.map(lambda new, old: jnp.where(mask, new, old), new_fields, fields)
     return new_fields, jax.tree_util.tree_map_with_path(keep_absent, new_state, opt_state)

@@ -1,4 +1,4 @@
-"""What to log: how the tasks' gradients lie to each other and to an update, and the weights that losses really have.
+"""What to log: how the tasks' gradients relate to each other and to an update, and the weights losses really have.
 
 Pure functions of what a training step has at hand, for inside its ``jit`` or after it. Given ``losses``, they answer in
 the losses' structure: per task a tree like it, per pair of tasks a tree of such trees, as :func:`jax.hessian` does. An
@@ -49,7 +49,7 @@ def cosine_similarities(
     """
     present, gramian = _read_gramian(gramian, losses, mask)
     _, norms, cosines = numerics.cosines(gramian, present)
-    return _by_pair(_settle(cosines, jnp.isinf(norms[:, None]) | jnp.isinf(norms)), losses)
+    return _by_pair(_clip_cosines(cosines, jnp.isinf(norms[:, None]) | jnp.isinf(norms)), losses)
 
 
 def conflicts(
@@ -171,7 +171,7 @@ def directional_derivatives(
       [-0.5  0.5]
     """
     _, jacobian, updates = _read_rows(jacobian, updates, losses, mask)
-    return _by_task(_products(jacobian, updates, axis_name), losses)
+    return _by_task(_changes(jacobian, updates, axis_name), losses)
 
 
 def update_cosines(
@@ -212,12 +212,12 @@ def update_cosines(
       {'drag': '1.00', 'lift': '-0.60'}
     """
     present, jacobian, updates = _read_rows(jacobian, updates, losses, mask)
-    norms = jnp.sqrt(jax.vmap(lambda row: _product(row, row, axis_name))(jacobian))
-    norm = jnp.sqrt(_product(updates, updates, axis_name))
+    norms = jnp.sqrt(jax.vmap(lambda row: _inner_product(row, row, axis_name))(jacobian))
+    norm = jnp.sqrt(_inner_product(updates, updates, axis_name))
     moving = present & (norms != 0) & (norm != 0)
-    products = _products(jacobian, updates, axis_name)
+    products = _changes(jacobian, updates, axis_name)
     cosines = products / jnp.where(moving, norms, 1) / jnp.where(norm == 0, 1, norm)
-    return _by_task(_settle(jnp.where(moving, cosines, 0), jnp.isinf(norms) | jnp.isinf(norm)), losses)
+    return _by_task(_clip_cosines(jnp.where(moving, cosines, 0), jnp.isinf(norms) | jnp.isinf(norm)), losses)
 
 
 def effective_weights(
@@ -304,18 +304,18 @@ def _read_call(m, losses, mask):
     return inputs.Call(None, present, mask is None and labelled is None)
 
 
-def _product(x, y, axis_name):
+def _inner_product(x, y, axis_name):
     """The inner product of two trees shaped like the parameters."""
     one_row = lambda tree: jax.tree.map(lambda leaf: leaf[None], tree)
     return inner_products(one_row(x), one_row(y), axis_name=axis_name)[0, 0]
 
 
-def _products(jacobian, updates, axis_name):
+def _changes(jacobian, updates, axis_name):
     # Under vmap one contraction: the update is not copied for every row.
-    return jax.vmap(lambda row: _product(row, updates, axis_name))(jacobian)
+    return jax.vmap(lambda row: _inner_product(row, updates, axis_name))(jacobian)
 
 
-def _settle(cosines, overflown):
+def _clip_cosines(cosines, overflown):
     # Over an infinite norm finite products would be 0, and look orthogonal; rounding leads beyond 1.
     return jnp.clip(jnp.where(overflown, jnp.nan, cosines), -1, 1)
 

@@ -115,9 +115,7 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
         def value_fn(fields):
             return method.apply(optax.tree.set(state.inner, **fields), fixed_values, mask=mask)[0]
 
-        value, grad = jax.value_and_grad(value_fn)(fields)
-        extra = {"value": value, "grad": grad, "value_fn": value_fn}
-        new_fields, opt_state = optimizer_step(optimizer, grad, state.opt_state, fields, mask, **extra)
+        new_fields, opt_state = optimizer_step(optimizer, value_fn, state.opt_state, fields, mask)
         # Once more, so that the scalar can be differentiated with respect to the values.
         scalar, inner = method.apply(state.inner, values, mask=mask)
         return scalar, LearnState(optax.tree.set(inner, **new_fields), opt_state)
@@ -133,8 +131,10 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
     so that a million squares add up in float32. A call that would turn a finite number of the state into one that is
     not is skipped as well.
 
-    Rows of Jacobian-shaped fields are kept one by one: where one task's gradient is not finite, the other tasks'
-    rows still take theirs in, as they must when rows are visited one at a time and never seen together.
+    Rows of Jacobian-shaped fields are kept one by one: where one task's loss or gradient is not finite, the other
+    tasks' rows still take theirs in, as they must when rows are visited one at a time and never seen together. What
+    becomes too large only inside the method, as a gradient times a scalarizer's weight in :func:`chain`, gets into
+    them: there guard both parts, ``chain(skip_nonfinite(scalarizer), skip_nonfinite(aggregator))``.
 
     Args:
       method: a method of either family.
@@ -200,7 +200,7 @@ def amortize(method: Method) -> Method:
 
 
 def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggregator:
-    r"""An aggregator of the gradients as a scalarizer weighs them.
+    r"""Multiplies each gradient by the weight that a scalarizer gives its loss, and aggregates the products.
 
     .. math:: g = \mathrm{aggregator}(w_1 g_1, \ldots, w_m g_m), \qquad
               w = \frac{\partial\, \mathrm{scalarizer}(L)}{\partial L}
@@ -213,7 +213,8 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
     * ``chain(scale_invariant(), db_mtl(beta=0.9))`` the whole of DB-MTL (Lin et al. 2023),
     * ``chain(scale_invariant(), mgda())`` the log-space MGDA of the code of FAMO (Liu et al. 2023).
 
-    The method reads the losses: give them as ``values=``. Its weights are those of the gradients themselves.
+    The method reads the losses: give them as ``values=``. The weights that it returns multiply the gradients as they
+    are, before the scalarizer's.
 
     Args:
       scalarizer: a method without learned fields (:func:`learn` trains those).
@@ -245,7 +246,9 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         inputs.reject("scalarizer", "a Scalarizer", type(scalarizer).__name__, TypeError)
     if not isinstance(aggregator, base.Aggregator):
         inputs.reject("aggregator", "an Aggregator", type(aggregator).__name__, TypeError)
-    _check_method(scalarizer, "chain")
+    if scalarizer.learned:
+        expected = "a method with nothing left to learn, as in chain(learn(scalarizer, optimizer), aggregator)"
+        inputs.reject("scalarizer", expected, f"learned={scalarizer.learned}")
     return _chain(scalarizer, aggregator)
 
 
@@ -414,31 +417,40 @@ def _skip_aggregator(method, axis_name):
     def finite_diagonal(gramian, mask):
         return _leaves_room(jnp.diagonal(gramian)) | ~mask
 
-    def advance(state, inner, output, finite, values, mask):
-        if values is not None:
-            finite &= jnp.isfinite(values) | ~mask
+    def finite_losses(values, mask):
+        return jnp.ones_like(mask) if values is None else jnp.isfinite(values) | ~mask
+
+    def taken_in(state, mask):
+        if method.rowwise is None or method.rowwise.visits is None:
+            return mask
+        return jnp.zeros_like(mask).at[method.rowwise.visits(state.inner, mask=mask)].set(True)
+
+    def advance(state, inner, output, finite):
         state, ok = _advance(state, inner, finite, method.jacobian_shaped, axis_name)
         return jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), output), state
 
     def guarded(apply, finite_tasks):
         def guarded_apply(state, statistic, values, mask):
-            finite = finite_tasks(statistic, mask)
+            # What is not finite is absent for the method: in its rows it would stay.
+            finite = finite_tasks(statistic, mask) | ~taken_in(state, mask)
+            finite &= finite_losses(values, mask)
             output, inner = apply(state.inner, statistic, values=values, mask=mask & finite)
-            return advance(state, inner, output, finite, values, mask)
+            return advance(state, inner, output, finite)
 
         return guarded_apply
 
     def visit(state, i, row, values, mask):
         finite = finite_row(row)
-        mask = mask.at[i].set(mask[i] & finite)
+        mask = mask.at[i].set(mask[i] & finite) & finite_losses(values, mask)
         inner, statistic = method.rowwise.visit(state.inner, i, row, values=values, mask=mask)
         return state._replace(inner=inner), (statistic, ~finite)
 
     def after_visits(last):
         def guarded_last(state, statistics, values, mask):
             statistics, nonfinite = statistics
-            output, inner = last(state.inner, statistics, values=values, mask=mask & ~nonfinite)
-            return advance(state, inner, output, ~nonfinite | ~mask, values, mask)
+            finite = (~nonfinite | ~mask) & finite_losses(values, mask)
+            output, inner = last(state.inner, statistics, values=values, mask=mask & finite)
+            return advance(state, inner, output, finite)
 
         return last and guarded_last
 

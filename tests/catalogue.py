@@ -228,7 +228,13 @@ AGGREGATORS = [
     Case(
         "moco",
         aggregation.moco,
-        {"beta": (0.5, 1.0), "beta_sigma": (0.0, 0.5), "gamma": (1e-3, 0.1), "gamma_sigma": (0.0, 0.5), "rho": (0.0,)},
+        {
+            "beta": (0.5, 1.0),
+            "beta_sigma": (0.0, 0.5),
+            "gamma": (1e-3, 0.1),
+            "gamma_sigma": (0.0, 0.5),
+            "rho": (0.0, 0.3),
+        },
         sharded=True,
     ),
     Case("moco-libmtl", partial(aggregation.moco, normalize=True, softmax=True), sharded=True, reads_losses=True),

@@ -13,7 +13,7 @@ TINY = {
     "quickstart": (["--epochs", "1"], "On the test images"),
     "sweep": (["--steps", "10"], "On the test images"),
     "pareto_front": (["--steps", "10"], "lie between them"),
-    "toy_pareto": (["--steps", "100", "--methods", "sum", "UW", "ConFIG"], "arrive from all starts"),
+    "toy_pareto": (["--steps", "100", "--methods", "sum", "UW", "ConFIG"], "Arrived from all starts"),
 }
 
 

@@ -98,7 +98,6 @@ def db_mtl(
 
     def finish(state, squares, values, mask):
         del values
-        weights = jax.lax.stop_gradient(stretch(squares, mask))
-        return combine(weights, state.averages), count_seen(state, mask)
+        return combine(stretch(squares, mask), state.averages), count_seen(state, mask)
 
     return base.rowwise_aggregator(init_averages, visit, finish=finish, jacobian_shaped="averages")

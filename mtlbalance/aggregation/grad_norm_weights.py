@@ -31,9 +31,10 @@ def grad_norm_weights(momentum: chex.Numeric = 0.9, *, axis_name: Hashable | Non
     .. math:: w_i \leftarrow \mu w_i + (1 - \mu) \frac{\frac{1}{m} \sum_j \lVert g_j \rVert}{\lVert g_i \rVert}, \qquad
               g = \sum_i w_i g_i
 
-    The weights start at 1 and have no fixed total. A task without gradient keeps its weight. Where the weights need not
-    be new at every step, :func:`mtlbalance.amortize` saves the gradients of the single tasks in between: those who
-    train physics-informed networks take new ones every 1000 steps.
+    Not :func:`~mtlbalance.aggregation.gradnorm`, which learns its weights. These start at 1 and have no fixed total. A
+    task without gradient keeps its weight. Where the weights need not be new at every step, :func:`mtlbalance.amortize`
+    saves the gradients of the single tasks in between: those who train physics-informed networks take new ones every
+    1000 steps.
 
     Note:
       The paper has the sum of the lengths in place of the mean, m times as much; jaxpi, its official code, the mean.

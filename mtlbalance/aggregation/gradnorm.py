@@ -48,7 +48,8 @@ def gradnorm(
 
     by one step of an optimizer at every call, after the call's gradient; what :math:`w_i \lVert g_i \rVert` is
     compared with is a constant there. After the step negative weights become zero, and all are scaled to the total m.
-    Losses must be of one sign each. The method reads them: give them as ``values=``.
+    Losses must be of one sign each: one of the other sign counts as zero. The method reads them: give them as
+    ``values=``.
 
     Note:
       The paper has the norms of the last shared layer only, ``decide_on=`` of :func:`mtlbalance.value_and_grad`. It
@@ -110,9 +111,11 @@ def gradnorm(
             raw, to_weights = state.raw_weights, lambda raw: n_present * numerics.softmax(raw, mask)
         else:
             raw, to_weights = numerics.normalize(state.raw_weights, mask, n_present), lambda raw: raw
-        step_down = lambda raw: imbalance(to_weights(raw), jnp.sqrt(squares), values, state, mask)
-        fields, gradient = {"raw_weights": raw}, {"raw_weights": jax.grad(step_down)(raw)}
-        fields, opt_state = optimizer_step(optimizer, gradient, state.opt_state, fields, mask)
+
+        def value_fn(fields):
+            return imbalance(to_weights(fields["raw_weights"]), jnp.sqrt(squares), values, state, mask)
+
+        fields, opt_state = optimizer_step(optimizer, value_fn, state.opt_state, {"raw_weights": raw}, mask)
         new = fields["raw_weights"]
         if not softmax:
             before = jnp.sum(state.raw_weights, where=mask)

@@ -91,7 +91,7 @@ def lr_annealing(
         del task
         sizes = jax.tree.map(jnp.abs, gradient)
         largest = jnp.max(jnp.stack([jnp.max(x, initial=0) for x in jax.tree.leaves(sizes)] or [jnp.zeros(())]))
-        added, count = jnp.asarray(total(sizes)), jnp.asarray(sum(x.size for x in jax.tree.leaves(sizes)))
+        added, count = jnp.asarray(total(sizes)), jnp.asarray(float(sum(x.size for x in jax.tree.leaves(sizes))))
         if axis_name is not None:
             largest = jax.lax.pmax(largest, axis_name)
             added, count = jax.lax.psum((added, count), axis_name)
@@ -101,7 +101,7 @@ def lr_annealing(
         del values
         largest, means = statistics
         size = (largest if statistic == "max" else means)[reference]
-        moving = mask & mask[reference] & (means != 0) & (size != 0)
+        moving = mask & (means != 0) & (size != 0)  # of an absent reference the size is zero
         target = numerics.ratio(size, state.weights * means)
         weights = jnp.where(moving, (1 - alpha) * state.weights + alpha * target, state.weights)
         weights = weights.at[reference].set(1)

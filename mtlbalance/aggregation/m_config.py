@@ -50,10 +50,10 @@ def m_config(
               \qquad g = \frac{d}{\sqrt{\hat s} + 10^{-8}}
 
     where i is the task whose turn it is, :math:`t_j` counts task j's turns, and :math:`\hat s` is Adam's second moment
-    of the gradients whose first moment :math:`d` would be:
+    of the gradients whose first moment :math:`d` would be, at the t-th call that gives a gradient:
 
     .. math:: d' = (1 - \beta_1^t) d, \qquad
-              s \leftarrow \beta_2 s + (1 - \beta_2) \Big( \frac{d' - \beta_1 d'_{last}}{1 - \beta_1} \Big)^2, \qquad
+              s \leftarrow \beta_2 s + (1 - \beta_2) \Big( \frac{d' - \beta_1 d'_{t-1}}{1 - \beta_1} \Big)^2, \qquad
               \hat s = \frac{s}{1 - \beta_2^t}
 
     The gradient is zero until every task present had a turn. It is scaled as Adam's update is: follow it by
@@ -122,12 +122,12 @@ def m_config(
         ready = jnp.all((turns > 0) | ~mask)
 
         corrections = jnp.where(mask & ready, 1 / numerics.bias_correction(decay_1, jnp.maximum(turns, 1)), 0)
-        products = base.products(jax.lax.stop_gradient(state.momentum), len(mask), axis_name)
+        products = base.products(state.momentum, len(mask), axis_name)
         weights = numerics.conflict_free(corrections[:, None] * products * corrections, jnp.ones_like(corrections))
         gradient = combine(corrections * weights, state.momentum)
 
         old = {"count": state.count, "direction": state.direction, "squares": state.squares}
-        new = second_moment(jax.lax.stop_gradient(gradient), decay_1, decay_2, **old)
+        new = second_moment(gradient, decay_1, decay_2, **old)
         state = state._replace(**base.select(ready, new, old))
         correction = numerics.bias_correction(decay_2, jnp.maximum(state.count, 1))
         divide = lambda d, s: jnp.where(ready, d / (jnp.sqrt(s / correction) + 1e-8), 0)

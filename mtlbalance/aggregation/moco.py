@@ -99,16 +99,15 @@ def moco(
 
     def visit(tracked, gradient, task):
         rate = jnp.where(task.present, beta / (task.seen + 1.0) ** beta_sigma, 0)
-        factor = 1.0
         if normalize:
             norm = jnp.sqrt(base.squared_norm(gradient, axis_name))
-            factor = jax.lax.stop_gradient(task.loss / jnp.where(norm == 0, 1, norm))
-        return jax.tree.map(lambda y, g: y - rate * (y - factor * g), tracked, gradient), ()
+            gradient = jax.tree.map(lambda g: task.loss * (g / jnp.where(norm == 0, 1, norm)), gradient)
+        return jax.tree.map(lambda y, g: y - rate * (y - g), tracked, gradient), ()
 
     def finish(state, statistics, values, mask):
         del statistics, values
         weights = numerics.normalize(state.weights, mask)
-        products = base.products(jax.lax.stop_gradient(state.tracked), len(mask), axis_name)
+        products = base.products(state.tracked, len(mask), axis_name)
         step = jnp.dot(products, weights, precision="highest") + rho * weights
         weights = weights - gamma / (state.seen + 1.0) ** gamma_sigma * step
         weights = numerics.softmax(weights, mask) if softmax else numerics.project_simplex(weights, mask)

@@ -44,6 +44,7 @@ METHODS = {
     "pcd": lambda: aggregation.pcd(tau=0.3),
     "db_mtl": aggregation.db_mtl,
     "db_mtl averages": lambda: aggregation.db_mtl(beta=0.5, beta_sigma=0.5),
+    "moco": aggregation.moco,
     "gradnorm": aggregation.gradnorm,
     "lr_annealing": lambda: aggregation.lr_annealing(alpha=0.5),
     "grad_norm_weights": lambda: aggregation.grad_norm_weights(momentum=0.5),

@@ -284,16 +284,123 @@ def test_chain_by_rows_weighs_unscaled_gradients_too():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((scalarization.uw(), aggregation.mgda()), ValueError, "learn"),
+        ((scalarization.uw(), aggregation.mgda()), ValueError, r"scalarizer: .*learn\(scalarizer, optimizer\)"),
         ((aggregation.mgda(), scalarization.sum()), TypeError, "scalarizer: expected a Scalarizer, found Aggregator"),
-        (
-            (scalarization.sum(), scalarization.sum()),
-            TypeError,
-            "aggregator: expected an? Aggregator, found Scalarizer",
-        ),
-        ((aggregation.mgda, aggregation.mgda()), TypeError, "method"),
+        ((scalarization.sum(), scalarization.sum()), TypeError, "aggregator: expected an Aggregator, found Scalarizer"),
+        ((aggregation.mgda, aggregation.mgda()), TypeError, "scalarizer: expected a Scalarizer, found function"),
     ],
 )
 def test_chain_names_what_is_wrong(arguments, error, message):
     with pytest.raises(error, match=message):
         mtl.chain(*arguments)
+
+
+def test_hooks_of_a_chain_act_on_both():
+    """As the parts' own. No aggregator has hooks of itself: here it is one around a chain."""
+    mask = jnp.arange(M) != 1
+    famo, dwa = scalarization.famo(), scalarization.dwa()
+    with_hooks = aggregation.cr_mogm(mtl.chain(dwa, aggregation.mgda()))
+    differs = lambda x, y: any(jnp.any(a != b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
+    for scalarizer, aggregator in (famo, aggregation.mgda()), (dwa, with_hooks), (famo, with_hooks):
+        method = mtl.chain(scalarizer, aggregator)
+        state = after(method, 2)
+        observed, ended = method.observe(state, LOSSES / 2, mask=mask), method.end_epoch(state)
+        chex.assert_trees_all_equal(observed.scalarizer, scalarizer.observe(state.scalarizer, LOSSES / 2, mask=mask))
+        chex.assert_trees_all_equal(ended.scalarizer, scalarizer.end_epoch(state.scalarizer))
+        chex.assert_trees_all_equal(ended.aggregator, aggregator.end_epoch(state.aggregator))
+        assert differs(observed.scalarizer, state.scalarizer) == (scalarizer is famo)
+        assert differs(ended.scalarizer, state.scalarizer) == (scalarizer is dwa)
+        assert differs(ended.aggregator, state.aggregator) == (aggregator is with_hooks)
+
+
+def test_gradnorm_takes_a_loss_of_the_other_sign_for_zero():
+    method = aggregation.gradnorm()
+    rows, state = JACOBIANS[0], method.init(JACOBIANS[0].shape)
+    _, state = method.apply(state, rows, values=jnp.ones(4))
+    negative, zero = (method.apply(state, rows, values=jnp.array([first, 1.0, 2.0, 0.5])) for first in (-1.0, 0.0))
+    chex.assert_tree_all_finite(negative)
+    chex.assert_trees_all_equal(negative, zero)
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.01),
+    "lbfgs": optax.lbfgs(0.01),
+    "momo": optax.contrib.momo(0.01),
+    "polyak_sgd": optax.polyak_sgd(0.01),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_gradnorm_gives_its_optimizer_what_it_wants(optimizer):
+    method = aggregation.gradnorm(optimizer=optimizer)
+    state = after(method, 3)
+    np.testing.assert_allclose(jnp.sum(state.raw_weights), 4, rtol=1e-5)
+    assert jnp.any(state.raw_weights != 1)
+
+
+REMEMBERING = {
+    "chain-db_mtl": lambda: mtl.chain(scalarization.scale_invariant(), aggregation.db_mtl(beta=0.9)),
+    "chain-m_config": lambda: mtl.chain(scalarization.scale_invariant(), aggregation.m_config()),
+    "chain-excess_mtl": lambda: mtl.chain(scalarization.geometric_mean(), aggregation.excess_mtl()),
+    "moco": lambda: aggregation.moco(normalize=True),
+}
+
+
+@pytest.mark.parametrize("loss", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("make", REMEMBERING.values(), ids=REMEMBERING)
+def test_a_loss_that_is_not_finite_does_not_stay_in_what_is_remembered(make, loss):
+    """Where rows are scaled by losses; by both paths."""
+    method = mtl.skip_nonfinite(make())
+    rows, state = JACOBIANS[0], after(method, 3)
+    bad = LOSSES.at[1].set(loss)
+    gradient, by_jacobian = method.apply(state, rows, values=bad)
+    assert jnp.all(jnp.isnan(gradient))
+    visited, statistics = state, []
+    for i, row in enumerate(rows):
+        visited, statistic = method.rowwise.visit(visited, i, row, values=bad)
+        statistics.append(statistic)
+    statistics = jax.tree.map(lambda *x: jnp.stack(x), *statistics)
+    _, by_rows = (method.rowwise.weigh or method.rowwise.finish)(visited, statistics, values=bad)
+    for new in by_jacobian, by_rows:
+        chex.assert_tree_all_finite(new)
+        assert new.skipped == 1
+        np.testing.assert_array_equal(new.nonfinite, [0, 1, 0, 0])
+    chex.assert_trees_all_close(by_rows, by_jacobian, rtol=1e-5)
+
+
+def test_in_a_chain_both_parts_are_guarded_against_what_grows_too_large_between_them():
+    parts = mtl.skip_nonfinite(scalarization.scale_invariant()), mtl.skip_nonfinite(aggregation.db_mtl(beta=0.9))
+    method = mtl.chain(*parts)
+    state = after(method, 2)
+    _, state = method.apply(state, 1e10 * JACOBIANS[0], values=LOSSES.at[0].set(1e-30))
+    assert state.aggregator.skipped == 1
+    chex.assert_tree_all_finite(method.apply(state, JACOBIANS[0], values=LOSSES))
+
+
+@pytest.mark.parametrize("rows", ["vmap", 1, "stream"])
+@pytest.mark.parametrize("name", ["db_mtl", "moco", "m_config"])
+def test_a_gradient_of_what_is_remembered_is_a_constant_of_differentiation(name, rows):
+    """On every way alike, whichever the size of the model makes the default."""
+    method = {"db_mtl": aggregation.db_mtl(0.9), "moco": aggregation.moco(), "m_config": aggregation.m_config()}[name]
+    losses_fn = lambda params, x: jnp.stack([jnp.sum((params - x) ** 2), jnp.sum((params + x) ** 4)])
+    grad_fn = mtl.value_and_grad(losses_fn, method, rows=rows)
+
+    def length(x):
+        _, gradient = grad_fn(jnp.ones(3), method.init((2, 3)), x)
+        return jnp.sum(gradient**2)
+
+    assert jax.grad(length)(0.5) == 0
+
+
+@pytest.mark.parametrize("name", ["db_mtl", "moco", "m_config"])
+def test_hyperparameters_of_a_wider_dtype_leave_the_memory_its_own(name):
+    with jax.enable_x64(True):
+        wide = jnp.asarray(0.9, jnp.float64)
+        method = getattr(aggregation, name)(wide)
+        params = jnp.ones(3, jnp.float32)
+        losses_fn = lambda params: jnp.stack([jnp.sum(params**2), jnp.sum((params + 1) ** 4)])
+        for rows in "vmap", "stream":
+            grad_fn = jax.jit(mtl.value_and_grad(losses_fn, method, rows=rows))
+            (_, state), gradient = grad_fn(params, method.init((2, params)))
+            chex.assert_trees_all_equal_shapes_and_dtypes(state, method.init((2, params)))
+            assert gradient.dtype == jnp.float32

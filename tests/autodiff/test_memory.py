@@ -93,3 +93,15 @@ def test_others_that_stream_rows_keep_as_little(method):
     kept = temporaries(step, params, method.init((8, params)), batch, donate=1)
     allowed = 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert kept <= temporaries(plain_step, params, batch) + allowed
+
+
+def test_a_single_visit_keeps_as_little_under_vmap():
+    """Three seeds: the loop's condition is the same for all, or each would select between whole states."""
+    params, batch = problem(8, 512, 256)
+    repeated = lambda tree: jax.tree.map(lambda x: jnp.stack([x] * 3), tree)
+    method = aggregation.m_config()
+    params, state = repeated(params), repeated(method.init((8, params)))
+    step = jax.vmap(mtl.value_and_grad(LOSSES, method), in_axes=(0, 0, None))
+    kept = temporaries(step, params, state, batch, donate=1)
+    allowed = 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert kept <= temporaries(jax.vmap(plain_step, (0, None)), params, batch) + allowed

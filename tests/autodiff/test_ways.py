@@ -54,7 +54,7 @@ def test_a_method_that_needs_one_row_takes_one_backward_pass(keywords):
         return x
 
     def backward(_, cotangent):
-        jax.debug.callback(lambda: passes.append(1))
+        jax.debug.callback(lambda _: passes.append(1), jnp.sum(cotangent))  # of rows at once each is a call
         return (cotangent,)
 
     counted.defvjp(lambda x: (x, None), backward)
