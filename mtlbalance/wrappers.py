@@ -213,8 +213,8 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
     * ``chain(scale_invariant(), db_mtl(beta=0.9))`` the whole of DB-MTL (Lin et al. 2023),
     * ``chain(scale_invariant(), mgda())`` the log-space MGDA of the code of FAMO (Liu et al. 2023).
 
-    The method reads the losses: give them as ``values=``. The weights that it returns multiply the gradients as they
-    are, before the scalarizer's.
+    The method reads the losses: give them as ``values=``. The weights that it returns are for the gradients as they
+    are: both methods' weights, multiplied.
 
     Args:
       scalarizer: a method without learned fields (:func:`learn` trains those).
@@ -306,9 +306,9 @@ def _chain(scalarizer, aggregator):
         weigh = jax.grad(lambda values: scalarizer.apply(state.scalarizer, values, mask=mask), has_aux=True)
         return weigh(jax.lax.stop_gradient(values))
 
-    def scale_rows(factors, rows):
+    def scale_rows(weights, rows):
         wide = lambda x: x.astype(jnp.result_type(jnp.float32, x))
-        return jax.tree.map(lambda x: inputs.rows(factors, x) * wide(x), rows)
+        return jax.tree.map(lambda x: inputs.rows(weights, x) * wide(x), rows)
 
     def apply(state, jacobian, values, mask):
         weights, first = factors(state, values, mask)
