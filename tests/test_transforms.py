@@ -136,3 +136,73 @@ def test_a_jacobian_of_other_parameters_raises():
 def test_a_scalarizer_is_refused():
     with pytest.raises(TypeError, match=r"aggregator: expected an mtlbalance.Aggregator, found Scalarizer"):
         mtl.aggregate(scalarization.mean(), n_tasks=3)
+
+
+# What may surround an aggregator, and what may not.
+
+
+def test_per_task_clipping_goes_before_the_aggregator():
+    clip_each = optax.stateless(
+        lambda updates, params: jax.vmap(lambda row: optax.projections.projection_l2_ball(row, 1.0))(updates)
+    )
+    optimizer = optax.chain(clip_each, mtl.aggregate(aggregation.sum(), n_tasks=3), optax.sgd(1.0))
+    x = jacobian(0)
+    updates, _ = optimizer.update(x, optimizer.init(PARAMS), PARAMS)
+    norms = jnp.sqrt(sum(jnp.sum(leaf**2, axis=range(1, leaf.ndim)) for leaf in jax.tree.leaves(x)))
+    assert jnp.all(norms > 1)
+    expected = jax.tree.map(lambda leaf: -jnp.tensordot(1 / norms, leaf, 1), x)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_global_norm_clip_before_the_aggregator_is_of_all_tasks_together():
+    """It runs, but clips the norm of the stacked gradients: after the aggregator is where it belongs."""
+    before = optax.chain(optax.clip_by_global_norm(1.0), mtl.aggregate(aggregation.sum(), n_tasks=3))
+    after = optax.chain(mtl.aggregate(aggregation.sum(), n_tasks=3), optax.clip_by_global_norm(1.0))
+    x = jacobian(0)
+    total = jax.tree.map(lambda leaf: leaf.sum(0), x)
+    updates, _ = before.update(x, before.init(PARAMS), PARAMS)
+    stacked = optax.tree.norm(x)
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda leaf: leaf / stacked, total), rtol=1e-5, atol=1e-6)
+    updates, _ = after.update(x, after.init(PARAMS), PARAMS)
+    norm = optax.tree.norm(total)
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda leaf: leaf / norm, total), rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimizer_before_the_aggregator_changes_the_shape_of_its_state():
+    """Its moments are made for the params, and grow a task axis: nothing here can see that."""
+    optimizer = optax.chain(optax.scale_by_adam(), mtl.aggregate(aggregation.sum(), n_tasks=3))
+    state = optimizer.init(PARAMS)
+    _, new_state = optimizer.update(jacobian(0), state, PARAMS)
+    assert optax.tree.get(state, "mu")["head"].shape == (4,)
+    assert optax.tree.get(new_state, "mu")["head"].shape == (3, 4)
+
+
+def test_steps_are_accumulated_after_the_aggregator():
+    """Each micro-batch is aggregated, and the gradients are averaged."""
+    aggregator = mtl.aggregate(aggregation.mgda(), n_tasks=3)
+    optimizer = optax.chain(aggregator, optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation())
+    (first, second), _ = run(optimizer, n_steps=2)
+    chex.assert_trees_all_equal(first, jax.tree.map(jnp.zeros_like, PARAMS))
+    gradients = [aggregator.update(jacobian(i), aggregator.init(PARAMS), PARAMS)[0] for i in range(2)]
+    expected = jax.tree.map(lambda a, b: -(a + b) / 2, *gradients)
+    chex.assert_trees_all_close(second, expected, rtol=1e-5, atol=1e-6)
+
+
+AROUND = {
+    "MultiSteps": lambda inner: optax.MultiSteps(inner, 2).gradient_transformation(),
+    "apply_if_finite": lambda inner: optax.apply_if_finite(inner, 3),
+    "conditionally_transform": lambda inner: optax.conditionally_transform(inner, lambda step: step > 1),
+    "flatten": optax.flatten,
+}
+
+
+@pytest.mark.parametrize("wrap", AROUND.values(), ids=AROUND)
+def test_what_expects_updates_shaped_like_the_params_must_not_surround_an_aggregator(wrap):
+    optimizer = wrap(optax.chain(mtl.aggregate(aggregation.mean(), n_tasks=3), optax.sgd(1.0)))
+    with pytest.raises((TypeError, ValueError)):
+        run(optimizer, n_steps=1)
+    if wrap is AROUND["conditionally_transform"]:
+        return
+    inside = optax.chain(mtl.aggregate(aggregation.mean(), n_tasks=3), wrap(optax.sgd(1.0)))
+    (*_, last), _ = run(inside, n_steps=2)
+    chex.assert_tree_all_finite(last)

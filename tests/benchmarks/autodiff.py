@@ -71,6 +71,19 @@ def balanced(losses_fn, method, params, *args, state=None, m=None, **keywords):
     return compiled(mtl.value_and_grad(losses_fn, method, **keywords), params, state, *args)
 
 
+def donated(losses_fn, method, params, *args, m):
+    """As in a training: every call takes the last one's state, and may change it in place."""
+    carry = [method.init((m, params))]
+    step = jax.jit(mtl.value_and_grad(losses_fn, method), donate_argnums=1)
+    program = step.lower(params, carry[0], *args).compile()
+
+    def call():
+        (_, carry[0]), gradient = program(params, carry[0], *args)
+        jax.block_until_ready(gradient)
+
+    return call, program.memory_analysis().temp_size_in_bytes / 1e6
+
+
 def torch_steps(params, batch):
     x, y = (torch.tensor(np.array(part)) for part in batch)
     model, watched_model = torch_model(params), torch_model(params)
@@ -143,6 +156,23 @@ def own_data(rounds):
     table("Own data: 10 tasks of (128, 39), MLP 400 x 3", steps, lambda name: "plain", m, rounds)
 
 
+def remembering(rounds):
+    """Methods whose state is as large as the Jacobian, and ConFIG for comparison."""
+    m, width, batch_size = 8, 512, 256
+    params = init_layers(0, [64, width, width, width, m])
+    batch = normal_batch(batch_size, n_in=64, n_out=m)
+    methods = {
+        "ConFIG": aggregation.config(),
+        "M-ConFIG": aggregation.m_config(),
+        "DB-MTL": aggregation.db_mtl(beta=0.9),
+        "MoCo": aggregation.moco(),
+        "ExcessMTL": aggregation.excess_mtl(),
+    }
+    steps = {"plain": plain(task_losses, params, batch)}
+    steps |= {name: donated(task_losses, method, params, batch, m=m) for name, method in methods.items()}
+    table(f"State as large as the Jacobian: {m} losses, MLP {width} x 3", steps, lambda name: "plain", m, rounds)
+
+
 def refresh(rounds, n_steps=1000):
     m = 8
     params = init_layers(0, [64, 128, 128, 128, m])
@@ -205,7 +235,7 @@ def many_heads(rounds, head_width):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", choices=["torchjd", "own", "refresh", "heads"])
+    parser.add_argument("--only", choices=["torchjd", "own", "refresh", "heads", "remembering"])
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -214,6 +244,8 @@ if __name__ == "__main__":
     if arguments.only in (None, "heads"):
         many_heads(arguments.rounds, [512])
         many_heads(arguments.rounds, [])
+    if arguments.only in (None, "remembering"):
+        remembering(arguments.rounds)
     if arguments.only in (None, "refresh"):
         refresh(max(5, arguments.rounds // 3))
     if arguments.only in (None, "torchjd"):
