@@ -248,6 +248,13 @@ def test_cagrad_reaches_the_best_mean_from_every_start(toy):
     np.testing.assert_allclose(np.mean([toy.task_losses(end, EQUAL) for end in ends]), -15.0916, atol=1e-3)
 
 
+def test_a_smaller_ball_needs_longer(toy):
+    """With c = 0.4 two of Nash-MTL's starts are still above the bowls after 30,000 steps."""
+    ends = rest(toy, 0.4, 30_000, np.array(list(toy.STARTS.values())), EQUAL, np.inf)
+    np.testing.assert_array_equal(toy.on_front(ends, EQUAL), [False, True, False, True, True])
+    np.testing.assert_allclose(ends[[1, 3, 4]], [(0.0, -8.3551)] * 3, atol=0.01)
+
+
 def test_the_mean_gets_stuck_before_it(toy):
     """Liu et al. 2021, figure 1: from two starts of three."""
     ends = trace(toy, scalarization.mean(), 100_000, THREE, scales=EQUAL, max_norm=np.inf)[:, -1]
