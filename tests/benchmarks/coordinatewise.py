@@ -11,25 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torchjd.aggregation as peer
+from gramian_methods import ours
 from interleave import HEADER, interleave, median_of_ratios, row
 
 from mtlbalance import aggregation
 
 SHAPES = [(3, 10**5), (8, 10**6), (11, 10**5), (40, 10**5)]
 TRIMMED = {3: (1,), 8: (1,), 11: (1, 3), 40: (1, 10)}
-
-
-def ours(method, matrix):
-    """A function that makes the next call of a training, with the state donated."""
-    apply, state = jax.jit(method.apply, donate_argnums=0), method.init(matrix.shape)
-    jacobian = jnp.array(matrix)
-
-    def call():
-        nonlocal state
-        output, state = apply(state, jacobian)
-        jax.block_until_ready((output, state))
-
-    return call
 
 
 def floor(matrix):
@@ -45,7 +33,7 @@ def compare(m, n, rounds):
     print(f"\n{m} tasks, {n} parameters\n{HEADER} {'of the floor':>13}")
     for name, (method, aggregator) in methods.items():
         functions = {
-            "ours": ours(method, matrix),
+            "ours": ours(method, matrix[None]),
             "TorchJD": lambda aggregator=aggregator: aggregator(tensor),
             "floor": floor(matrix),
         }
