@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from mtlbalance import base, inputs
 from mtlbalance.baselines import SeenState, count_seen
 
-# Up to so many tasks the program sorts by comparisons written out one by one: each takes 1 to 2 ms to compile.
+# Up to so many tasks the program sorts by comparisons written out one by one: each takes 1 to 2 ms to compile, and for
+# 128 tasks XLA no longer makes one pass of them.
 _WRITTEN_OUT = 64
 
 
