@@ -1,27 +1,17 @@
 """What papers claim, on the small problems that they or their official codes come with."""
 
-import importlib.util
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pareto_front
 import pytest
+import toy_pareto
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
 pytestmark = pytest.mark.slow
-
-
-def load(name):
-    """An example as a module."""
-    path = pathlib.Path(__file__).parent.parent / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # UW: a regression with two outputs.
@@ -102,7 +92,7 @@ THREE = np.array([(-8.5, 7.5), (-8.5, -5.0), (9.0, 9.0)])  # the starts of CAGra
 
 @pytest.fixture(scope="module")
 def toy():
-    return load("toy_pareto")
+    return toy_pareto
 
 
 def trace(toy, method, n_steps, starts=None, **setting):
@@ -355,7 +345,7 @@ def test_db_mtl_reaches_the_front_from_every_start(toy):
 
 @pytest.fixture(scope="module")
 def example():
-    return load("pareto_front")
+    return pareto_front
 
 
 def share_found(example, points, front):

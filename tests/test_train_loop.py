@@ -1,0 +1,175 @@
+"""The training loop of the examples: every method, interrupted and resumed, and in other frameworks."""
+
+import argparse
+import re
+
+import chex
+import equinox as eqx
+import flax_nnx
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import train_loop
+from equinox_mlp import Reader as EquinoxReader
+from equinox_mlp import train as train_equinox
+from flax import nnx
+from quickstart import TASKS, init_params, predict
+
+pytestmark = pytest.mark.slow
+
+NAMES = [
+    f"{family}.{name}" for family, module in train_loop.FAMILIES.items() for name in module.__all__ if name.islower()
+]
+WITHOUT_WEIGHTS = {"graddrop", "trimmed_mean", "moco", "m_config"}
+
+
+def tiny(folder, *arguments, epochs=2):
+    return [*arguments, "--epochs", f"{epochs}", "--steps", "2", "--output", f"{folder / 'picture.png'}"]
+
+
+def test_there_are_all_methods():
+    assert len(NAMES) > 50
+    assert {"scalarization.mean", "aggregation.mean"} < set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method(name, tmp_path, capsys):
+    train_loop.main(tiny(tmp_path, name))
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^│ (\w+) +│(.*)│$", printed, re.MULTILINE)
+    assert [task for task, _ in rows] == list(TASKS)
+    has_weights = name.rpartition(".")[-1] not in WITHOUT_WEIGHTS
+    for _, row in rows:
+        cells = [float(cell.strip().rstrip("%")) for cell in row.split("│")]
+        assert len(cells) == (8 if has_weights else 6)
+        assert np.all(np.isfinite(cells))
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_table_says_what_changed(tmp_path, capsys):
+    train_loop.main(tiny(tmp_path, "famo", "--checkpoints", f"{tmp_path / 'run'}"))
+    _, pairs = train_loop.load_data()
+    start = init_params(jax.random.key(0))
+    (params, _, _), run = saved(tmp_path / "run", 2)
+    before, after = (train_loop.evaluate(predict(p, pairs["image"]), pairs) for p in (start, params))
+    printed = capsys.readouterr().out
+    for task in TASKS:
+        found = re.search(rf"^│ {task} +│(.*)│$", printed, re.MULTILINE)[1].split("│")
+        change = after["loss"][task] / before["loss"][task] - 1
+        expected = [f"{before['loss'][task]:.3g}", f"{after['loss'][task]:.3g}", f"{change:+.0%}"]
+        expected += [f"{before['accuracy'][task]:.1%}", f"{after['accuracy'][task]:.1%}"]
+        expected += [f"{means['weight'][task]:.2g}" for means in run["history"]]
+        expected += [f"{run['history'][-1]['raised'][task]:.0%}"]
+        assert [cell.strip() for cell in found] == expected
+    assert after["loss"]["sum"] < before["loss"]["sum"]
+
+
+def saved(folder, epoch):
+    """What a run has saved: parameters, the two states, the history and the settings."""
+    with ocp.CheckpointManager(folder) as checkpoints:
+        assert checkpoints.latest_step() == epoch
+        args = ocp.args.Composite(carry=ocp.args.StandardRestore(), run=ocp.args.JsonRestore())
+        found = checkpoints.restore(epoch, args=args)
+    return found.carry, found.run
+
+
+class Interrupted(train_loop.tqdm):
+    """Somebody presses Ctrl-C after the second epoch."""
+
+    def update(self, *args):
+        super().update(*args)
+        if self.n == 2:
+            raise KeyboardInterrupt
+
+
+# With a key, learned, with epochs, with a second look, Jacobian-shaped, with turns, on several batches, on accuracies.
+@pytest.mark.parametrize("name", ["pcgrad", "uw", "dwa", "famo", "excess_mtl", "m_config", "modo", "dtp"])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(name, tmp_path, monkeypatch, capsys):
+    straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
+    train_loop.main(tiny(tmp_path, name, "--checkpoints", f"{straight}", epochs=4))
+    expected = capsys.readouterr().out
+
+    command = tiny(tmp_path, name, "--checkpoints", f"{interrupted}", epochs=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_loop, "tqdm", Interrupted)
+        train_loop.main(command)
+    assert saved(interrupted, 2)
+    train_loop.main(command)
+    going_on, printed = capsys.readouterr().out.split("\n", 1)
+    assert going_on == "going on after epoch 2"
+    assert printed == expected
+    chex.assert_trees_all_equal(*(saved(folder, 4) for folder in (straight, interrupted)))
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path):
+    folder = f"{tmp_path / 'run'}"
+    train_loop.main(tiny(tmp_path, "mgda", "--checkpoints", folder, epochs=1))
+    with pytest.raises(SystemExit, match=r"has a run with .*'mgda'.*, not with .*'upgrad'"):
+        train_loop.main(tiny(tmp_path, "upgrad", "--checkpoints", folder))
+
+
+def test_hyperparameters(tmp_path):
+    folder = tmp_path / "run"
+    arguments = ["aligned_mtl", "--set", "scale_mode=median", "pref_vector=[1,2,3]", "--checkpoints", f"{folder}"]
+    train_loop.main(tiny(tmp_path, *arguments, epochs=1))
+    _, run = saved(folder, 1)
+    assert run["settings"]["set"] == [["scale_mode", "median"], ["pref_vector", [1, 2, 3]]]
+    with pytest.raises(ValueError, match="c: expected"):
+        train_loop.main(["cagrad", "--set", "c=-1"])
+
+
+@pytest.mark.parametrize("name", ["adam", "aggregation.uw", "UWState"])
+def test_an_unknown_method_is_refused(name):
+    with pytest.raises(SystemExit, match=rf"no method {name}; there are .*upgrad.*"):
+        train_loop.main([name])
+
+
+def test_a_hyperparameter_without_a_value_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        train_loop.main(["cagrad", "--set", "c"])
+    assert "invalid hyperparameter value: 'c'" in capsys.readouterr().err
+
+
+# Other frameworks.
+
+
+def flax_model(params):
+    model = flax_nnx.Reader(rngs=nnx.Rngs(0))
+    for name, layer in params.items():
+        linear = getattr(model, name)
+        linear.kernel[...], linear.bias[...] = layer["w"], layer["b"]
+    return model
+
+
+def equinox_model(params):
+    def arrays(model):
+        layers = [*model.trunk.layers, *(model.heads[task] for task in TASKS)]
+        return [array for layer in layers for array in (layer.weight, layer.bias)]
+
+    ordered = [params[name] for name in ("trunk_1", "trunk_2", *TASKS)]
+    values = [array for layer in ordered for array in (layer["w"].T, layer["b"])]
+    return eqx.tree_at(arrays, EquinoxReader(key=jax.random.key(0)), values)
+
+
+def in_flax(params, *others):
+    return flax_nnx.train(*others[:2], flax_model(params), *others[2:])
+
+
+def in_equinox(params, *others):
+    return train_equinox(*others[:2], equinox_model(params), *others[2:])[1]
+
+
+@pytest.mark.parametrize("name", ["upgrad", "famo", "excess_mtl", "dwa", "modo", "dtp"])
+@pytest.mark.parametrize("train", [in_flax, in_equinox])
+def test_another_framework_has_the_same_losses(train, name):
+    args = argparse.Namespace(epochs=2, steps=5, learning_rate=1e-3, seed=0, checkpoints=None)
+    _, method = train_loop.find_method(name, [])
+    digits, _ = train_loop.load_data()
+    params = init_params(jax.random.key(1))
+    _, expected = train_loop.train(name, method, params, digits, args)
+    found = train(params, name, method, digits, args)
+    assert len(found) == len(expected) == 2
+    for means, expected_means in zip(found, expected, strict=True):
+        losses, expected_losses = ([history["loss"][task] for task in TASKS] for history in (means, expected_means))
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
