@@ -5,7 +5,7 @@ parameters out for the method and the optimizer, and the losses put the model to
 
     python examples/equinox_mlp.py famo
 
-Twenty epochs take X seconds on two CPU cores. It needs ``mtlbalance[examples]``.
+Twenty epochs take about ten seconds on two CPU cores. It needs ``mtlbalance[examples]``.
 """
 
 import equinox as eqx

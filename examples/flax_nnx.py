@@ -6,7 +6,7 @@ batch statistics or dropout, see "In Flax and Equinox" in the README.
 
     python examples/flax_nnx.py famo
 
-Twenty epochs take X seconds on two CPU cores. It needs ``mtlbalance[examples]``.
+Twenty epochs take about ten seconds on two CPU cores. It needs ``mtlbalance[examples]``.
 """
 
 from functools import partial

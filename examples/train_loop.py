@@ -13,7 +13,7 @@ same numbers; with more ``--epochs`` a finished one is trained on.
 The loop knows three kinds of methods by name: MoDo and SDMGrad decide on two batches and train on a third, and DTP
 observes accuracies where the others observe losses. An epoch of 100 steps is one compiled program.
 
-Twenty epochs take ten seconds on two CPU cores. It needs ``mtlbalance[examples]``.
+Twenty epochs take about ten seconds on two CPU cores. It needs ``mtlbalance[examples]``.
 """
 
 import argparse

@@ -254,7 +254,10 @@ def read_jacobian(call: Call, jacobian: chex.ArrayTree) -> chex.ArrayTree:
         name = f"jacobian{jax.tree_util.keystr(path)}"
         _check_floating(name, x)
         if jnp.shape(x)[:1] != (m,):
-            hint = " (neither a gradient of the summed loss nor jacrev of a dict of losses has one)"
+            hint = (
+                " (the gradient of a sum of losses has none, jacrev of a dict of losses neither, nor what optax's "
+                "MultiSteps and flatten hand to an aggregator inside them)"
+            )
             reject(name, f"a leading axis of {m}, one row per task{hint}", f"shape {jnp.shape(x)}")
         return jnp.asarray(x)
 

@@ -1,4 +1,4 @@
-"""The examples run to the end at tiny size, print their table, and make their pictures."""
+"""The examples run to the end at tiny size, print their table, and make their picture if they have one."""
 
 import pathlib
 import subprocess
@@ -14,7 +14,15 @@ TINY = {
     "sweep": (["--steps", "10"], "On the test images"),
     "pareto_front": (["--steps", "10"], "lie between them"),
     "toy_pareto": (["--steps", "100", "--methods", "sum", "UW", "ConFIG"], "Arrived from all starts"),
+    "train_loop": (["--epochs", "1", "--steps", "2"], "what changed in 1 epochs"),
+    "flax_nnx": (["--epochs", "1", "--steps", "2"], "what changed in 1 epochs"),
+    "equinox_mlp": (["--epochs", "1", "--steps", "2"], "what changed in 1 epochs"),
+    "instance_wise": (["--epochs", "1"], "Losses of single examples and tasks"),
+    "grouping": (["--epochs", "1"], "On the test images"),
+    "recurrent": (["--epochs", "1"], "On the test images, by rows read"),
+    "mixed_precision": (["--epochs", "1"], "On the test images, and in the gradients"),
 }
+WITHOUT_PICTURE = ("flax_nnx", "equinox_mlp", "mixed_precision")
 
 
 def test_every_example_is_run():
@@ -26,8 +34,9 @@ def test_every_example_is_run():
 def test_example_runs(name, tmp_path):
     arguments, expected = TINY[name]
     picture = tmp_path / "picture.png"
-    command = [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *arguments, "--output", picture]
+    arguments = arguments if name in WITHOUT_PICTURE else [*arguments, "--output", picture]
+    command = [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
-    assert picture.stat().st_size > 10_000
+    assert name in WITHOUT_PICTURE or picture.stat().st_size > 10_000

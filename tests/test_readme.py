@@ -8,7 +8,9 @@ import pytest
 from mtlbalance import aggregation, scalarization
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+HEADINGS = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -19,6 +21,15 @@ def test_code_block_runs_on_its_own(block):
 
 def test_there_are_code_blocks():
     assert len(BLOCKS) >= 4
+
+
+def test_links_lead_somewhere():
+    headings = {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in HEADINGS}
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert {link[1:] for link in links if link.startswith("#")} <= headings
+    files = {link for link in links if not link.startswith(("#", "http"))}
+    assert {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")} <= files
+    assert all((ROOT / file).exists() for file in files)
 
 
 @pytest.mark.parametrize("family", [scalarization, aggregation], ids=["scalarization", "aggregation"])

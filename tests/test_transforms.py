@@ -188,21 +188,51 @@ def test_steps_are_accumulated_after_the_aggregator():
     chex.assert_trees_all_close(second, expected, rtol=1e-5, atol=1e-6)
 
 
+# Two of them hand on other updates than they are given, which the aggregator sees. The others raise by themselves.
+BRANCHES = TypeError, "cond branches must have equal output types"
 AROUND = {
-    "MultiSteps": lambda inner: optax.MultiSteps(inner, 2).gradient_transformation(),
-    "apply_if_finite": lambda inner: optax.apply_if_finite(inner, 3),
-    "conditionally_transform": lambda inner: optax.conditionally_transform(inner, lambda step: step > 1),
-    "flatten": optax.flatten,
+    "MultiSteps": (
+        lambda inner: optax.MultiSteps(inner, 2).gradient_transformation(),
+        (ValueError, r"jacobian\['head'\]: expected a leading axis of 3, one row per task .*MultiSteps"),
+    ),
+    "flatten": (optax.flatten, (ValueError, "jacobian: expected a leading axis of 3, one row per task .*flatten")),
+    "apply_if_finite": (lambda inner: optax.apply_if_finite(inner, 3), BRANCHES),
+    "conditionally_transform": (lambda inner: optax.conditionally_transform(inner, lambda step: step > 1), BRANCHES),
 }
 
 
-@pytest.mark.parametrize("wrap", AROUND.values(), ids=AROUND)
-def test_what_expects_updates_shaped_like_the_params_must_not_surround_an_aggregator(wrap):
+@pytest.mark.parametrize(("wrap", "expected"), AROUND.values(), ids=AROUND)
+def test_what_expects_updates_shaped_like_the_params_must_not_surround_an_aggregator(wrap, expected):
+    error, message = expected
     optimizer = wrap(optax.chain(mtl.aggregate(aggregation.mean(), n_tasks=3), optax.sgd(1.0)))
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises(error, match=message):
         run(optimizer, n_steps=1)
-    if wrap is AROUND["conditionally_transform"]:
-        return
+
+
+@pytest.mark.parametrize("wrap", [wrap for wrap, _ in AROUND.values()], ids=AROUND)
+def test_they_may_follow_it(wrap):
     inside = optax.chain(mtl.aggregate(aggregation.mean(), n_tasks=3), wrap(optax.sgd(1.0)))
     (*_, last), _ = run(inside, n_steps=2)
     chex.assert_tree_all_finite(last)
+
+
+def test_groups_with_a_state_of_their_own_and_plain_heads():
+    """One group is the whole model; with heads that get the plain sum, the trunk alone is as ``shared=`` has it."""
+
+    def losses_fn(params):
+        features = jnp.tanh(jnp.arange(3.0) @ params["trunk"]["w"] + params["trunk"]["b"])
+        return jnp.array([1.0, 5.0]) * (features @ params["head"].reshape(2, 2) - jnp.array([3.0, -4.0])) ** 2
+
+    method, losses = aggregation.upgrad(), 2
+    grouped = {
+        "balanced": mtl.aggregate(method, n_tasks=losses),
+        "plain": optax.stateless(lambda rows, params: jax.tree.map(lambda leaf: leaf.sum(0), rows)),
+    }
+    _, x = mtl.value_and_jac(losses_fn)(PARAMS)
+    for head in "balanced", "plain":
+        optimizer = optax.partition(grouped, {"trunk": "balanced", "head": head})
+        updates, _ = optimizer.update(x, optimizer.init(PARAMS), PARAMS)
+        shared = {"trunk": True, "head": head == "balanced"}
+        state = method.init((losses, mtl.subset(PARAMS, shared)))
+        _, expected = mtl.value_and_grad(losses_fn, method, shared=shared)(PARAMS, state)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-5)
