@@ -1,8 +1,8 @@
 """Reading what the caller gives: shapes, losses, masks, Jacobians, hyperparameters; and saying what is wrong.
 
 A method's file uses :func:`check`, its cases :func:`check_nonnegative`, :func:`check_positive` and
-:func:`check_fraction`, :func:`check_int`, :func:`per_task`, :func:`preference` and :func:`new_key`; the rest serves
-``base`` and the wrappers.
+:func:`check_fraction`, :func:`check_int`, :func:`per_task`, :func:`preference`, :func:`check_key`, :func:`new_key`
+and :func:`key_impl`; the rest serves ``base`` and the wrappers.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Counted(NamedTuple):
@@ -63,7 +64,7 @@ def reject(argument: str, expected: str, found: str, error: type[Exception] = Va
 # Hyperparameters.
 
 
-def check(name: str, value: Any, bound: str, holds: Callable[[chex.Array], chex.Array]) -> None:
+def check(name: str, value: Any, bound: str, holds: Callable[[np.ndarray], Any]) -> None:
     """Raises ``ValueError`` unless a hyperparameter is a scalar within its bound; a traced one's value is not known."""
     if not _is_number(value):
         reject(name, bound, type(value).__name__, TypeError)
@@ -73,19 +74,21 @@ def check(name: str, value: Any, bound: str, holds: Callable[[chex.Array], chex.
         reject(name, bound, f"dtype {jnp.result_type(value)}", TypeError)
     if isinstance(value, jax.core.Tracer):
         return
-    with jax.ensure_compile_time_eval():
-        if not holds(jnp.asarray(value)):
-            reject(name, bound, f"{value}")
+    # In NumPy, with what JAX would make of the number: a method may be built before a device is there.
+    with np.errstate(over="ignore"):
+        number = np.asarray(value, jnp.result_type(value))
+    if not holds(number):
+        reject(name, bound, f"{value}")
 
 
 def check_nonnegative(name: str, value: Any) -> None:
     """:func:`check` for a finite number of at least 0."""
-    check(name, value, "a finite number of at least 0", lambda x: (x >= 0) & jnp.isfinite(x))
+    check(name, value, "a finite number of at least 0", lambda x: (x >= 0) & np.isfinite(x))
 
 
 def check_positive(name: str, value: Any) -> None:
     """:func:`check` for a finite number above 0."""
-    check(name, value, "a finite number above 0", lambda x: (x > 0) & jnp.isfinite(x))
+    check(name, value, "a finite number above 0", lambda x: (x > 0) & np.isfinite(x))
 
 
 def check_fraction(name: str, value: Any) -> None:
@@ -148,13 +151,22 @@ def preference(value: chex.ArrayTree | None, mask: chex.Array, dtype: chex.Array
     return jnp.where(mask, per_task("pref_vector", value, mask.shape, dtype, scalar=False), 0)
 
 
-def new_key(key: int | chex.Array) -> chex.PRNGKey:
-    """The typed key that a factory's ``key: int | key`` stands for; the int may be traced."""
+def check_key(key: int | chex.Array) -> None:
+    """Raises unless a factory's ``key`` is an int, which may be traced, or a key."""
     if not _is_int(key) and not hasattr(key, "dtype"):
         reject("key", "an int or a key", type(key).__name__, TypeError)
-    if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+
+
+def new_key(key: int | chex.Array) -> chex.PRNGKey:
+    """The typed key that a factory's ``key`` stands for: for ``init``, as making one takes a device."""
+    if _is_typed(key):
         return key
     return jax.random.wrap_key_data(jnp.asarray(key)) if getattr(key, "ndim", 0) else jax.random.key(key)
+
+
+def key_impl(key: int | chex.Array) -> Any:
+    """How :func:`new_key` generates random numbers; ``None`` is JAX's default."""
+    return jax.random.key_impl(key) if _is_typed(key) else None
 
 
 # What `init` is given.
@@ -255,7 +267,7 @@ def read_jacobian(call: Call, jacobian: chex.ArrayTree) -> chex.ArrayTree:
         _check_floating(name, x)
         if jnp.shape(x)[:1] != (m,):
             hint = (
-                " (the gradient of a sum of losses has none, jacrev of a dict of losses neither, nor what optax's "
+                " (neither a gradient of the summed loss nor jacrev of a dict of losses has one, nor what optax's "
                 "MultiSteps and flatten hand to an aggregator inside them)"
             )
             reject(name, f"a leading axis of {m}, one row per task{hint}", f"shape {jnp.shape(x)}")
@@ -359,6 +371,10 @@ def is_there(leaf: Any) -> chex.Array:
 def is_counted(x: Any) -> bool:
     """Whether a loss is :class:`Counted`."""
     return isinstance(x, Counted)
+
+
+def _is_typed(key):
+    return hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def _is_int(x):

@@ -1,7 +1,10 @@
 """The training loop of the examples: every method, interrupted and resumed, and in other frameworks."""
 
 import argparse
+import pathlib
 import re
+import subprocess
+import sys
 
 import chex
 import equinox as eqx
@@ -18,6 +21,8 @@ from quickstart import TASKS, init_params, predict
 
 pytestmark = pytest.mark.slow
 
+EXAMPLES = pathlib.Path(train_loop.__file__).parent
+
 NAMES = [
     f"{family}.{name}" for family, module in train_loop.FAMILIES.items() for name in module.__all__ if name.islower()
 ]
@@ -31,6 +36,18 @@ def tiny(folder, *arguments, epochs=2):
 def test_there_are_all_methods():
     assert len(NAMES) > 50
     assert {"scalarization.mean", "aggregation.mean"} < set(NAMES)
+
+
+def test_methods_are_built_before_a_device_is_there():
+    """As optimizers are, so that a module may hold one and ``jax.distributed.initialize`` come later."""
+    script = f"""
+import jax, train_loop
+for name in {NAMES}:
+    train_loop.find_method(name, [])
+jax.config.update("jax_num_cpu_devices", 2)  # raises once there is a device
+assert len(jax.devices()) == 2
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=EXAMPLES, check=True)
 
 
 @pytest.mark.parametrize("name", NAMES)

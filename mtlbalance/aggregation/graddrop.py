@@ -68,7 +68,7 @@ def graddrop(
     References:
       Chen et al., `Just Pick a Sign <https://arxiv.org/abs/2010.06808>`_, NeurIPS 2020, algorithm 1, lines 10 to 15.
     """
-    key = inputs.new_key(key)
+    inputs.check_key(key)
     if f is not None and not callable(f):
         inputs.reject("f", "a function of the purity, or None", type(f).__name__, TypeError)
 
@@ -81,11 +81,11 @@ def graddrop(
         del params
         # Checked here, where an error comes before the training.
         read_leak(m, dtype)
-        return RandomState(jnp.zeros(m, jnp.int32), jax.random.key_data(key))
+        return RandomState(jnp.zeros(m, jnp.int32), jax.random.key_data(inputs.new_key(key)))
 
     def apply(state, jacobian, values, mask):
         del values
-        draw_key, state = split_key(state, jax.random.key_impl(key))
+        draw_key, state = split_key(state, inputs.key_impl(key))
         if axis_name is not None:
             draw_key = jax.random.fold_in(draw_key, jax.lax.axis_index(axis_name))
 

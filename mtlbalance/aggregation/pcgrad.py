@@ -49,11 +49,11 @@ def pcgrad(key: int | chex.PRNGKey = 0, *, axis_name: Hashable | None = None) ->
       Yu et al., `Gradient Surgery for Multi-Task Learning <https://arxiv.org/abs/2001.06782>`_, NeurIPS 2020,
       algorithm 1.
     """
-    key = inputs.new_key(key)
+    inputs.check_key(key)
 
     def init(m, params, dtype):
         del params, dtype
-        return RandomState(jnp.zeros(m, jnp.int32), jax.random.key_data(key))
+        return RandomState(jnp.zeros(m, jnp.int32), jax.random.key_data(inputs.new_key(key)))
 
     def weigh(state, gramian, values, mask):
         del values
@@ -70,7 +70,7 @@ def pcgrad(key: int | chex.PRNGKey = 0, *, axis_name: Hashable | None = None) ->
 
             return jax.lax.fori_loop(0, m, meet, jax.nn.one_hot(i, m, dtype=gramian.dtype))
 
-        orders, state = random_orders(state, jax.random.key_impl(key), m)
+        orders, state = random_orders(state, inputs.key_impl(key), m)
         coefficients = jax.vmap(project)(jnp.arange(m), orders)
         return jnp.sum(coefficients, axis=0, where=mask[:, None]), count_seen(state, mask)
 

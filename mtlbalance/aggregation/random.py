@@ -38,14 +38,14 @@ def random(key: int | chex.PRNGKey) -> base.Aggregator:
       Lin et al., `Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning
       <https://arxiv.org/abs/2111.10603>`_, TMLR 2022, section 3.
     """
-    key = inputs.new_key(key)
+    inputs.check_key(key)
 
     def init(m, params, dtype):
         del params, dtype
-        return RandomState(jnp.zeros(m, jnp.int32), jax.random.key_data(key))
+        return RandomState(jnp.zeros(m, jnp.int32), jax.random.key_data(inputs.new_key(key)))
 
     def weigh(state, gramian, values, mask):
         del gramian, values
-        return random_weights(state, jax.random.key_impl(key), mask)
+        return random_weights(state, inputs.key_impl(key), mask)
 
     return base.aggregator(init, gramian_weighting=weigh)

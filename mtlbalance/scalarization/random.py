@@ -38,14 +38,14 @@ def random(key: int | chex.PRNGKey) -> base.Scalarizer:
       Lin et al., `Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning
       <https://arxiv.org/abs/2111.10603>`_, TMLR 2022, section 3.
     """
-    key = inputs.new_key(key)
+    inputs.check_key(key)
 
     def init(shape, dtype):
         del dtype
-        return RandomState(jnp.zeros(shape, jnp.int32), jax.random.key_data(key))
+        return RandomState(jnp.zeros(shape, jnp.int32), jax.random.key_data(inputs.new_key(key)))
 
     def apply(state, values, mask):
-        weights, state = random_weights(state, jax.random.key_impl(key), mask)
+        weights, state = random_weights(state, inputs.key_impl(key), mask)
         return jnp.sum(weights.astype(values.dtype) * values, where=mask), state
 
     return base.scalarizer(init, apply)

@@ -88,16 +88,16 @@ def relobralo(
     inputs.check("temperature", temperature, "a number above 0", lambda t: t > 0)
     inputs.check_fraction("alpha", alpha)
     inputs.check_fraction("rho", rho)
-    key = inputs.new_key(key)
+    inputs.check_key(key)
 
     def init(shape, dtype):
         zeros = jnp.zeros(shape, dtype)
         return ReLoBRaLoState(
-            jnp.ones(shape, dtype), zeros, zeros, jnp.zeros(shape, jnp.int32), jax.random.key_data(key)
+            jnp.ones(shape, dtype), zeros, zeros, jnp.zeros(shape, jnp.int32), jax.random.key_data(inputs.new_key(key))
         )
 
     def apply(state, values, mask):
-        draw_key, state = split_key(state, jax.random.key_impl(key))
+        draw_key, state = split_key(state, inputs.key_impl(key))
         keeps = jax.random.uniform(draw_key, (), jnp.float32) < rho
         n_present = jnp.sum(mask)
         first, second = state.seen == 0, state.seen == 1

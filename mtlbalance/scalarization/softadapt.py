@@ -82,7 +82,7 @@ def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "origina
       Heydari et al., `SoftAdapt <https://arxiv.org/abs/1912.12355>`_, 2019, section 3.1;
       https://github.com/dr-aheydari/SoftAdapt.
     """
-    inputs.check("beta", beta, "a finite number", jnp.isfinite)
+    inputs.check("beta", beta, "a finite number", math.isfinite)
     inputs.check_int("window", window, 2)
     if window > _LARGEST_WINDOW:
         inputs.reject("window", f"an int of at most {_LARGEST_WINDOW}", f"{window}")
