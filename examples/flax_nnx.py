@@ -1,8 +1,8 @@
 """The loop of ``train_loop.py`` for a network written with Flax NNX.
 
-A model's parameters are a tree, so any method takes them: the step splits the model, and puts it together again inside
-the losses. ``nnx.Optimizer`` takes the balanced gradient as any other. For a model that changes when it is called, by
-batch statistics or dropout, see "In Flax and Equinox" in the README.
+``nnx.split`` takes the parameters out of a model, and the loop, the method and the optimizer see them as any other
+tree. For a training step with ``nnx.jit``, ``nnx.Optimizer``, batch statistics and dropout see "In Flax and Equinox" in
+the README. The arguments are those of ``train_loop.py``::
 
     python examples/flax_nnx.py famo
 
@@ -11,25 +11,8 @@ Twenty epochs take about ten seconds on two CPU cores. It needs ``mtlbalance[exa
 
 from functools import partial
 
-import jax
-import numpy as np
-import optax
+import train_loop
 from flax import nnx
-from quickstart import compare
-from tqdm import tqdm
-from train_loop import (
-    balanced_gradient,
-    draw_batches,
-    evaluate,
-    find_method,
-    init_state,
-    keys_of_epoch,
-    load_data,
-    make_parser,
-    observe,
-    print_table,
-    record,
-)
 
 
 class Reader(nnx.Module):
@@ -47,48 +30,18 @@ class Reader(nnx.Module):
         return {"left": self.left(x), "right": self.right(x), "sum": self.sum(x)[:, 0]}
 
 
-def make_step(name, method):
-    """One step: it changes the model and the optimizer in place, and returns the method's state and a record."""
+def to_function(model):
+    """The model as a function of its parameters, and the parameters."""
+    definition, params = nnx.split(model)
 
-    @nnx.jit
-    def step(model, optimizer, state, digits, key):
-        *_, batch = batches = draw_batches(name, key, digits)
-        definition, params = nnx.split(model)
+    def predict(params, images):
+        return nnx.merge(definition, params)(images)
 
-        def losses_fn(params, batch):
-            return compare(nnx.merge(definition, params)(batch["image"]), batch)
-
-        (losses, state, *weights), gradient = balanced_gradient(losses_fn, name, method)(params, state, *batches)
-        optimizer.update(model, gradient)
-        outputs = model(batch["image"])
-        state = observe(name, method, state, outputs, batch)
-        return state, record(losses, compare(outputs, batch), weights)
-
-    return step
-
-
-def train(name, method, model, digits, args):
-    """Trains the model in place; returns the mean record of every epoch."""
-    optimizer = nnx.Optimizer(model, optax.adam(args.learning_rate), wrt=nnx.Param)
-    step, state, history = make_step(name, method), init_state(method, nnx.state(model)), []
-    for i in tqdm(range(args.epochs), unit="epoch"):
-        records = []
-        for key in keys_of_epoch(args.seed, i, args.steps):
-            state, found = step(model, optimizer, state, digits, key)
-            records.append(found)
-        state = method.end_epoch(state)
-        history.append(jax.tree.map(lambda *steps: float(np.mean(steps)), *records))
-    return history
+    return predict, params
 
 
 def main(argv=None):
-    args = make_parser(__doc__.splitlines()[0]).parse_args(argv)
-    name, method = find_method(args.method, args.set)
-    digits, test_pairs = load_data()
-    model = Reader(rngs=nnx.Rngs(args.seed))
-    before = evaluate(model(test_pairs["image"]), test_pairs)
-    history = train(name, method, model, digits, args)
-    print_table(args.method, before, evaluate(model(test_pairs["image"]), test_pairs), history)
+    train_loop.run(lambda key: to_function(Reader(rngs=nnx.Rngs(key))), argv, __file__)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from quickstart import BATCH_SIZE, STEPS_PER_EPOCH, TASKS, draw_pairs, evaluate, init_params, load_images, task_losses
+from quickstart import BATCH_SIZE, STEPS_PER_EPOCH, TASKS, draw_pairs, evaluate, init_params, load_data, task_losses
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -196,8 +196,7 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
     args = parser.parse_args(argv)
 
-    train_digits, test_digits = load_images()
-    test_pairs = draw_pairs(jax.random.key(0), test_digits, 4000)
+    train_digits, test_pairs = load_data()
     init_key, data_key = jax.random.split(jax.random.key(args.seed))
     start = init_params(init_key)
     models = make_models(start, args.epochs * STEPS_PER_EPOCH)

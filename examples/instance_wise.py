@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from quickstart import draw_pairs, init_params, load_images, predict
+from quickstart import draw_pairs, init_params, load_data, predict
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -195,8 +195,7 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
     args = parser.parse_args(argv)
 
-    train_digits, test_digits = load_images()
-    test_pairs = draw_pairs(jax.random.key(0), test_digits, 4000)
+    train_digits, test_pairs = load_data()
     init_key, data_key = jax.random.split(jax.random.key(args.seed))
     start = init_params(init_key, width=64)
 

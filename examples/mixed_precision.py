@@ -22,7 +22,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from quickstart import TASKS, draw_pairs, evaluate, init_params, load_images, predict
+from quickstart import TASKS, draw_pairs, evaluate, init_params, load_data, predict
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -175,8 +175,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
-    train_digits, test_digits = load_images()
-    test_pairs = draw_pairs(jax.random.key(0), test_digits, 4000)
+    train_digits, test_pairs = load_data()
     init_key, data_key, batch_key = jax.random.split(jax.random.key(args.seed), 3)
     start = init_params(init_key, width=64)
     batch = draw_pairs(batch_key, train_digits, BATCH_SIZE)

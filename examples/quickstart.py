@@ -62,6 +62,12 @@ def draw_pairs(key, digits, n_pairs):
     }
 
 
+def load_data():
+    """The digits to train on, and pairs of others to test on."""
+    train_digits, test_digits = load_images()
+    return train_digits, draw_pairs(jax.random.key(0), test_digits, 4000)
+
+
 # The model: two shared layers, and one linear head per task.
 
 
@@ -86,7 +92,7 @@ def predict(params, images):
     return {"left": layer("left", x), "right": layer("right", x), "sum": layer("sum", x)[:, 0]}
 
 
-def compare(outputs, batch):
+def losses_of(outputs, batch):
     """The losses by name: in mtlbalance a dict works wherever an array of losses does."""
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     return {
@@ -97,7 +103,7 @@ def compare(outputs, batch):
 
 
 def task_losses(params, batch):
-    return compare(predict(params, batch["image"]), batch)
+    return losses_of(predict(params, batch["image"]), batch)
 
 
 def evaluate(params, pairs):
@@ -218,8 +224,7 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
     args = parser.parse_args(argv)
 
-    train_digits, test_digits = load_images()
-    test_pairs = draw_pairs(jax.random.key(0), test_digits, 4000)
+    train_digits, test_pairs = load_data()
     init_key, data_key = jax.random.split(jax.random.key(args.seed))
     start = init_params(init_key)
     losses = task_losses(start, test_pairs)

@@ -10,8 +10,9 @@ Both families have ``mean``, ``sum``, ``constant`` and ``random``: ``aggregation
 ``--checkpoints`` a run that was interrupted goes on where it stopped when the same command is given again, to the
 same numbers; with more ``--epochs`` a finished one is trained on.
 
-The loop knows three kinds of methods by name: MoDo and SDMGrad decide on two batches and train on a third, and DTP
-observes accuracies where the others observe losses. An epoch of 100 steps is one compiled program.
+The loop knows three methods by name: MoDo and SDMGrad decide on two batches and train on a third, and DTP observes
+accuracies where the others observe losses. It knows nothing of the network but its parameters and ``predict``. An
+epoch of 100 steps is one compiled program.
 
 Twenty epochs take about ten seconds on two CPU cores. It needs ``mtlbalance[examples]``.
 """
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
 import orbax.checkpoint as ocp
-from quickstart import TASKS, compare, draw_pairs, init_params, load_images, predict
+from quickstart import TASKS, draw_pairs, init_params, load_data, losses_of, predict
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -37,11 +38,12 @@ from mtlbalance import aggregation, scalarization
 
 BATCH_SIZE = 128
 FAMILIES = {"scalarization": scalarization, "aggregation": aggregation}
-DOUBLE_SAMPLED = ("modo", "sdmgrad")
+DOUBLE_SAMPLED = ("aggregation.modo", "aggregation.sdmgrad")
+OBSERVES_ACCURACIES = ("scalarization.dtp",)
 
-# What the methods that cannot do without are given here. The sum's loss starts some forty times as large.
+# The sum's loss starts some forty times as large as the others.
 PREFERENCE = {"left": 1.0, "right": 1.0, "sum": 0.1}
-ARGUMENTS = {
+ARGUMENTS = {  # that have no default
     "constant": {"weights": PREFERENCE},
     "cosmos": {"lambda_": 1.0, "weights": PREFERENCE},
     "cr_mogm": {"method": aggregation.upgrad()},
@@ -53,7 +55,7 @@ ARGUMENTS = {
 }
 
 CAPTION = (
-    "loss, accuracy: on the test images, before and after. weight: mean of the first and of the last epoch. "
+    "loss, correct: on the test images, before and after. weight: mean of the first and of the last epoch. "
     "raised: how often, in the last epoch, a step raised the loss of its own batch."
 )
 
@@ -61,17 +63,24 @@ CAPTION = (
 # The method.
 
 
-def find_method(full_name, hyperparameters):
-    """The method's name without its family, and the method."""
-    *family, name = full_name.split(".")
-    modules = [module for key, module in FAMILIES.items() if family in ([], [key]) and name in module.__all__]
-    if not modules or not name.islower():
-        known = sorted({name for module in FAMILIES.values() for name in module.__all__ if name.islower()})
-        raise SystemExit(f"no method {full_name}; there are {', '.join(known)}")
-    method = getattr(modules[0], name)(**ARGUMENTS.get(name, {}) | dict(hyperparameters))
+def method_names():
+    """All of them, with their family. A family's other public names are classes."""
+    return [f"{family}.{name}" for family, module in FAMILIES.items() for name in module.__all__ if name.islower()]
+
+
+def find_method(name, hyperparameters):
+    """The name with the family, and the method."""
+    found = [full_name for full_name in method_names() if name in (full_name, full_name.partition(".")[-1])]
+    if not found:
+        raise SystemExit(f"no method {name}; there are {', '.join(method_names())}")
+    family, name = found[0].split(".")
+    try:
+        method = getattr(FAMILIES[family], name)(**ARGUMENTS.get(name, {}) | dict(hyperparameters))
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"{name}: {error}") from error
     if getattr(method, "learned", ()):
         method = mtl.learn(method, optax.adam(1e-2))
-    return name, method
+    return found[0], method
 
 
 def init_state(method, params):
@@ -112,7 +121,8 @@ def draw_batches(name, key, digits):
 
 def observe(name, method, state, outputs, batch):
     """Shows the method what the step has done to its batch; for most this is the identity."""
-    return method.observe(state, accuracies(outputs, batch) if name == "dtp" else compare(outputs, batch))
+    measure = accuracies if name in OBSERVES_ACCURACIES else losses_of
+    return method.observe(state, measure(outputs, batch))
 
 
 def keys_of_epoch(seed, i, steps):
@@ -129,11 +139,11 @@ def record(losses, losses_after, weights):
 # The loop.
 
 
-def make_epoch(name, method, optimizer):
+def make_epoch(name, method, optimizer, predict):
     """A function from (params, optimizer's state, method's state) to the next ones, and a record of every step."""
 
     def losses_fn(params, batch):
-        return compare(predict(params, batch["image"]), batch)
+        return losses_of(predict(params, batch["image"]), batch)
 
     grad_fn = balanced_gradient(losses_fn, name, method)
 
@@ -145,7 +155,7 @@ def make_epoch(name, method, optimizer):
         params = optax.apply_updates(params, updates)
         outputs = predict(params, batch["image"])
         state = observe(name, method, state, outputs, batch)
-        return (params, opt_state, state), record(losses, compare(outputs, batch), weights)
+        return (params, opt_state, state), record(losses, losses_of(outputs, batch), weights)
 
     @jax.jit
     def epoch(carry, digits, keys):
@@ -156,10 +166,10 @@ def make_epoch(name, method, optimizer):
     return epoch
 
 
-def train(name, method, params, digits, args):
+def train(method, predict, params, digits, args):
     """The trained parameters, and the mean record of every epoch."""
     optimizer = optax.adam(args.learning_rate)
-    epoch = make_epoch(name, method, optimizer)
+    epoch = make_epoch(args.method, method, optimizer, predict)
     carry, history = (params, optimizer.init(params), init_state(method, params)), []
     settings = {key: value for key, value in vars(args).items() if key not in ("epochs", "checkpoints", "output")}
     with open_checkpoints(args.checkpoints) as checkpoints:
@@ -194,6 +204,7 @@ def save(checkpoints, carry, history, settings):
 
 def restore(checkpoints, carry, settings):
     last = checkpoints.latest_step()
+    # First alone: the states of another method would not fit, and the message would not say why.
     run = checkpoints.restore(last, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
     if run["settings"] != settings:
         raise SystemExit(f"{checkpoints.directory} has a run with {run['settings']}, not with {settings}")
@@ -204,28 +215,23 @@ def restore(checkpoints, carry, settings):
 # The results.
 
 
-def load_data():
-    """The digits to train on, and pairs of others to test on."""
-    train_digits, test_digits = load_images()
-    return train_digits, draw_pairs(jax.random.key(0), test_digits, 4000)
-
-
 def evaluate(outputs, pairs):
-    return {"loss": compare(outputs, pairs), "accuracy": accuracies(outputs, pairs)}
+    return {"loss": losses_of(outputs, pairs), "accuracy": accuracies(outputs, pairs)}
 
 
-def print_table(title, before, after, history):
+def print_table(name, before, after, history):
     """What the training changed, task by task."""
     first, last = history[0], history[-1]
     has_weights = "weight" in last
-    table = Table(title=f"{title}: what changed in {len(history)} epochs", caption=CAPTION, caption_justify="left")
-    columns = ["task", "loss", "after", "change", "accuracy", "after", *["weight", "last"] * has_weights, "raised"]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "task" else "right")
+    title = f"{name}: what changed in epochs 1 to {len(history)}"
+    table = Table(title=title, caption=CAPTION, caption_justify="left")
+    table.add_column("\ntask")
+    columns = ["loss\nbefore", "loss\nafter", "correct\nbefore", "correct\nafter"]
+    for column in [*columns, *["weight\nfirst", "weight\nlast"] * has_weights, "\nraised"]:
+        table.add_column(column, justify="right")
     for task in TASKS:
         losses, accuracy = ([float(x[key][task]) for x in (before, after)] for key in ("loss", "accuracy"))
-        row = [f"{losses[0]:.3g}", f"{losses[1]:.3g}", f"{losses[1] / losses[0] - 1:+.0%}"]
-        row += [f"{share:.1%}" for share in accuracy]
+        row = [f"{loss:.3g}" for loss in losses] + [f"{share:.1%}" for share in accuracy]
         row += [f"{means['weight'][task]:.2g}" for means in (first, last) if has_weights]
         table.add_row(task, *row, f"{last['raised'][task]:.0%}")
     Console().print(table)
@@ -259,34 +265,42 @@ def hyperparameter(text):
         return [name, value]
 
 
-def make_parser(description):
-    """The options of the loop, whatever the network is written in."""
-    parser = argparse.ArgumentParser(description=description)
+def at_least_one(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def read_arguments(argv, script):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("method", nargs="?", default="upgrad", help="of either family; upgrad by default")
-    given = {"nargs": "+", "type": hyperparameter, "default": [], "metavar": "NAME=VALUE"}
-    parser.add_argument("--set", **given, help="hyperparameters of the method")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=100, help="steps of an epoch")
+    given = {"action": "append", "type": hyperparameter, "default": [], "metavar": "NAME=VALUE"}
+    parser.add_argument("--set", **given, help="a hyperparameter of the method; may be repeated")
+    parser.add_argument("--epochs", type=at_least_one, default=20)
+    parser.add_argument("--steps", type=at_least_one, default=100, help="steps of an epoch")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    return parser
-
-
-def main(argv=None):
-    parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--checkpoints", type=Path, help="a folder: save there, and go on from what is there")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
-    args = parser.parse_args(argv)
+    parser.add_argument("--output", type=Path, default=Path(script).with_suffix(".png"), help="the picture")
+    return parser.parse_args(argv)
 
-    name, method = find_method(args.method, args.set)
+
+def run(init_network, argv, script):
+    """Trains a network of any framework; ``init_network`` makes ``predict`` and its parameters of a key."""
+    args = read_arguments(argv, script)
+    args.method, method = find_method(args.method, args.set)
     digits, test_pairs = load_data()
-    start = init_params(jax.random.key(args.seed))
-    params, history = train(name, method, start, digits, args)
+    predict, start = init_network(jax.random.key(args.seed))
+    params, history = train(method, predict, start, digits, args)
 
     before, after = (evaluate(predict(params, test_pairs["image"]), test_pairs) for params in (start, params))
     print_table(args.method, before, after, history)
     draw_history(args.method, history, args.output)
     print(f"The training: {args.output}")
+
+
+def main(argv=None):
+    run(lambda key: (predict, init_params(key)), argv, __file__)
 
 
 if __name__ == "__main__":

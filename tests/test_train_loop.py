@@ -8,14 +8,13 @@ import sys
 
 import chex
 import equinox as eqx
+import equinox_mlp
 import flax_nnx
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import train_loop
-from equinox_mlp import Reader as EquinoxReader
-from equinox_mlp import train as train_equinox
 from flax import nnx
 from quickstart import TASKS, init_params, predict
 
@@ -23,9 +22,7 @@ pytestmark = pytest.mark.slow
 
 EXAMPLES = pathlib.Path(train_loop.__file__).parent
 
-NAMES = [
-    f"{family}.{name}" for family, module in train_loop.FAMILIES.items() for name in module.__all__ if name.islower()
-]
+NAMES = train_loop.method_names()
 WITHOUT_WEIGHTS = {"graddrop", "trimmed_mean", "moco", "m_config"}
 
 
@@ -59,7 +56,7 @@ def test_every_method(name, tmp_path, capsys):
     has_weights = name.rpartition(".")[-1] not in WITHOUT_WEIGHTS
     for _, row in rows:
         cells = [float(cell.strip().rstrip("%")) for cell in row.split("│")]
-        assert len(cells) == (8 if has_weights else 6)
+        assert len(cells) == (7 if has_weights else 5)
         assert np.all(np.isfinite(cells))
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
@@ -73,8 +70,7 @@ def test_the_table_says_what_changed(tmp_path, capsys):
     printed = capsys.readouterr().out
     for task in TASKS:
         found = re.search(rf"^│ {task} +│(.*)│$", printed, re.MULTILINE)[1].split("│")
-        change = after["loss"][task] / before["loss"][task] - 1
-        expected = [f"{before['loss'][task]:.3g}", f"{after['loss'][task]:.3g}", f"{change:+.0%}"]
+        expected = [f"{before['loss'][task]:.3g}", f"{after['loss'][task]:.3g}"]
         expected += [f"{before['accuracy'][task]:.1%}", f"{after['accuracy'][task]:.1%}"]
         expected += [f"{means['weight'][task]:.2g}" for means in run["history"]]
         expected += [f"{run['history'][-1]['raised'][task]:.0%}"]
@@ -100,8 +96,8 @@ class Interrupted(train_loop.tqdm):
             raise KeyboardInterrupt
 
 
-# With a key, learned, with epochs, with a second look, Jacobian-shaped, with turns, on several batches, on accuracies.
-@pytest.mark.parametrize("name", ["pcgrad", "uw", "dwa", "famo", "excess_mtl", "m_config", "modo", "dtp"])
+# With a key, learned, with epochs, with a second look, with turns and a state shaped like the Jacobian.
+@pytest.mark.parametrize("name", ["pcgrad", "uw", "dwa", "famo", "m_config"])
 def test_an_interrupted_run_goes_on_to_the_same_numbers(name, tmp_path, monkeypatch, capsys):
     straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
     train_loop.main(tiny(tmp_path, name, "--checkpoints", f"{straight}", epochs=4))
@@ -122,30 +118,48 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(name, tmp_path, monkeypa
 def test_checkpoints_of_another_run_are_refused(tmp_path):
     folder = f"{tmp_path / 'run'}"
     train_loop.main(tiny(tmp_path, "mgda", "--checkpoints", folder, epochs=1))
-    with pytest.raises(SystemExit, match=r"has a run with .*'mgda'.*, not with .*'upgrad'"):
+    with pytest.raises(SystemExit, match=r"has a run with .*aggregation.mgda.*, not with .*aggregation.upgrad"):
         train_loop.main(tiny(tmp_path, "upgrad", "--checkpoints", folder))
 
 
 def test_hyperparameters(tmp_path):
     folder = tmp_path / "run"
-    arguments = ["aligned_mtl", "--set", "scale_mode=median", "pref_vector=[1,2,3]", "--checkpoints", f"{folder}"]
+    arguments = [
+        "aligned_mtl",
+        "--set",
+        "scale_mode=median",
+        "--set",
+        "pref_vector=[1,2,3]",
+        "--checkpoints",
+        f"{folder}",
+    ]
     train_loop.main(tiny(tmp_path, *arguments, epochs=1))
     _, run = saved(folder, 1)
     assert run["settings"]["set"] == [["scale_mode", "median"], ["pref_vector", [1, 2, 3]]]
-    with pytest.raises(ValueError, match="c: expected"):
+
+
+def test_wrong_hyperparameters_are_refused(capsys):
+    with pytest.raises(SystemExit, match="cagrad: c: expected a finite number of at least 0, found -1"):
         train_loop.main(["cagrad", "--set", "c=-1"])
-
-
-@pytest.mark.parametrize("name", ["adam", "aggregation.uw", "UWState"])
-def test_an_unknown_method_is_refused(name):
-    with pytest.raises(SystemExit, match=rf"no method {name}; there are .*upgrad.*"):
-        train_loop.main([name])
-
-
-def test_a_hyperparameter_without_a_value_is_refused(capsys):
+    with pytest.raises(SystemExit, match=r"cagrad: .* unexpected keyword argument 'd'"):
+        train_loop.main(["cagrad", "--set", "d=1"])
     with pytest.raises(SystemExit):
         train_loop.main(["cagrad", "--set", "c"])
     assert "invalid hyperparameter value: 'c'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_loop.main(["cagrad", "--epochs", "0"])
+    assert "invalid at_least_one value: '0'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["adam", "aggregation.uw", "UWState", "aggregation.upgrad.", ""])
+def test_an_unknown_method_is_refused(name):
+    with pytest.raises(SystemExit, match=rf"no method {re.escape(name)}; there are .*aggregation.upgrad.*"):
+        train_loop.main([name])
+
+
+def test_a_name_in_both_families():
+    assert train_loop.find_method("mean", [])[0] == "scalarization.mean"
+    assert train_loop.find_method("aggregation.mean", [])[0] == "aggregation.mean"
 
 
 # Other frameworks.
@@ -166,27 +180,25 @@ def equinox_model(params):
 
     ordered = [params[name] for name in ("trunk_1", "trunk_2", *TASKS)]
     values = [array for layer in ordered for array in (layer["w"].T, layer["b"])]
-    return eqx.tree_at(arrays, EquinoxReader(key=jax.random.key(0)), values)
+    return eqx.tree_at(arrays, equinox_mlp.Reader(key=jax.random.key(0)), values)
 
 
-def in_flax(params, *others):
-    return flax_nnx.train(*others[:2], flax_model(params), *others[2:])
-
-
-def in_equinox(params, *others):
-    return train_equinox(*others[:2], equinox_model(params), *others[2:])[1]
-
-
-@pytest.mark.parametrize("name", ["upgrad", "famo", "excess_mtl", "dwa", "modo", "dtp"])
-@pytest.mark.parametrize("train", [in_flax, in_equinox])
-def test_another_framework_has_the_same_losses(train, name):
-    args = argparse.Namespace(epochs=2, steps=5, learning_rate=1e-3, seed=0, checkpoints=None)
-    _, method = train_loop.find_method(name, [])
+@pytest.mark.parametrize("name", ["upgrad", "famo", "modo"])
+def test_another_framework_has_the_same_losses(name):
+    """To 1e-5: the same sums, which XLA may order in another way, over ten steps."""
+    full_name, method = train_loop.find_method(name, [])
+    args = argparse.Namespace(method=full_name, epochs=2, steps=5, learning_rate=1e-3, seed=0, checkpoints=None)
     digits, _ = train_loop.load_data()
     params = init_params(jax.random.key(1))
-    _, expected = train_loop.train(name, method, params, digits, args)
-    found = train(params, name, method, digits, args)
-    assert len(found) == len(expected) == 2
-    for means, expected_means in zip(found, expected, strict=True):
-        losses, expected_losses = ([history["loss"][task] for task in TASKS] for history in (means, expected_means))
-        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    models = {
+        "plain": (predict, params),
+        "flax": flax_nnx.to_function(flax_model(params)),
+        "equinox": equinox_mlp.to_function(equinox_model(params)),
+    }
+    losses = {}
+    for framework, (function, start) in models.items():
+        _, history = train_loop.train(method, function, start, digits, args)
+        losses[framework] = [[means["loss"][task] for task in TASKS] for means in history]
+    assert np.shape(losses["plain"]) == (2, 3)
+    np.testing.assert_allclose(losses["flax"], losses["plain"], rtol=1e-5)
+    np.testing.assert_allclose(losses["equinox"], losses["plain"], rtol=1e-5)
