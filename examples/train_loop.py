@@ -8,7 +8,8 @@ The tasks and the network are those of ``quickstart.py``. The method is an argum
 
 Both families have ``mean``, ``sum``, ``constant`` and ``random``: ``aggregation.mean`` is the second one. With
 ``--checkpoints`` a run that was interrupted goes on where it stopped when the same command is given again, to the
-same numbers; with more ``--epochs`` a finished one is trained on.
+same numbers; with more ``--epochs`` a finished one is trained on. ``--seed`` is the network's and its batches'; a
+method that draws has its own: ``--set key=1``.
 
 The loop knows three methods by name: MoDo and SDMGrad decide on two batches and train on a third, and DTP observes
 accuracies where the others observe losses. It knows nothing of the network but its parameters and ``predict``. An
@@ -47,7 +48,7 @@ ARGUMENTS = {  # that have no default
     "constant": {"weights": PREFERENCE},
     "cosmos": {"lambda_": 1.0, "weights": PREFERENCE},
     "cr_mogm": {"method": aggregation.upgrad()},
-    "krum": {"n_byzantine": 0},
+    "krum": {"n_byzantine": 0, "n_selected": 2},
     "pbi": {"theta": 1.0, "weights": PREFERENCE},
     "random": {"key": 0},
     "stch": {"mu": 0.1, "weights": PREFERENCE},
@@ -289,6 +290,7 @@ def run(init_network, argv, script):
     """Trains a network of any framework; ``init_network`` makes ``predict`` and its parameters of a key."""
     args = read_arguments(argv, script)
     args.method, method = find_method(args.method, args.set)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     digits, test_pairs = load_data()
     predict, start = init_network(jax.random.key(args.seed))
     params, history = train(method, predict, start, digits, args)

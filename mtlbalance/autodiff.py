@@ -94,8 +94,8 @@ def value_and_gramian(
     ``custom_vjp``. Where two passes would be the default, rows are then computed and one warning says so. A backward
     pass that is not linear in a way that JAX does not see, as one that adds a constant, needs rows too. Losses or
     parameters narrower than float32 are given rows, whose products are summed in float32; a model of float32
-    parameters that computes in bfloat16 inside may have two passes. One that computes in float16, with a loss scale in
-    its backward pass, should have rows: transposed, that pass divides by the scale first, and loses what it is to save.
+    parameters that computes in bfloat16 inside may have two passes. One that computes in float16 with a loss scale in
+    its backward pass needs rows: two passes divide by the scale first, and small gradients underflow.
 
     Args:
       losses_fn: as in :func:`value_and_jac`.

@@ -267,8 +267,8 @@ def read_jacobian(call: Call, jacobian: chex.ArrayTree) -> chex.ArrayTree:
         _check_floating(name, x)
         if jnp.shape(x)[:1] != (m,):
             hint = (
-                " (neither a gradient of the summed loss nor jacrev of a dict of losses has one, nor what optax's "
-                "MultiSteps and flatten hand to an aggregator inside them)"
+                " (a gradient of the summed loss has no such axis, nor has jacrev of a dict of losses; optax's "
+                "MultiSteps and flatten take it away: they go after the aggregator)"
             )
             reject(name, f"a leading axis of {m}, one row per task{hint}", f"shape {jnp.shape(x)}")
         return jnp.asarray(x)

@@ -5,10 +5,12 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
+import mixed_precision
 import numpy as np
 import pytest
 from mixed_precision import LossScale, lost_entries, task_losses, update_scale
 from quickstart import draw_pairs, init_params, load_images, predict
+from tqdm import tqdm
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
@@ -45,6 +47,32 @@ def test_a_scalarizer_too(problem):
     chex.assert_trees_all_close(scaled, plain, rtol=1e-5, atol=1e-7)
 
 
+def test_counted_losses(problem):
+    """Their counts are integers, which have no gradient to scale."""
+    params, batch = problem
+    method = aggregation.mgda()
+
+    def losses_fn(params, batch, *, scale):
+        outputs = predict(mixed_precision.scale_gradient(params, 1 / scale), batch["image"])
+        errors = (outputs["sum"] - batch["sum"]) ** 2
+        first = mtl.Counted(jnp.sum(errors, where=batch["left"] < 5), jnp.sum(batch["left"] < 5))
+        return mixed_precision.scale_gradient({"all": jnp.mean(errors), "first": first}, scale)
+
+    grad_fn = jax.jit(mtl.value_and_grad(losses_fn, method, microbatches=2))
+    scaled, plain = (grad_fn(params, method.init((2, params)), batch, scale=scale) for scale in (SCALE, jnp.array(1.0)))
+    chex.assert_trees_all_close(scaled, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_that_overflows_halves_the_scale_and_changes_nothing(problem):
+    """In one epoch the scale cannot grow, so that it counts the steps that were skipped."""
+    params = jax.tree.map(lambda p: 4 * p, problem[0])  # far too large, and so are its first gradients
+    digits, _ = load_images()
+    params, factor, skipped = mixed_precision.train(jnp.float16, True, params, digits, 1, jax.random.key(0), tqdm())
+    chex.assert_tree_all_finite(params)
+    assert skipped > 0
+    assert factor == 2.0 ** (16 - skipped)
+
+
 def test_it_saves_in_float16_what_would_become_zero(problem):
     params, batch = problem
     assert lost_entries(params, batch, jnp.array(1.0), jnp.float16)["sum"] > 0.2
@@ -52,7 +80,7 @@ def test_it_saves_in_float16_what_would_become_zero(problem):
 
     losses_fn = lambda scale, dtype: partial(task_losses, scale=scale, dtype=dtype)
     sum_of = lambda tree: jnp.concatenate([leaf[2].ravel() for leaf in jax.tree.leaves(tree)])
-    row = lambda scale, dtype: np.asarray(sum_of(mtl.value_and_jac(losses_fn(scale, dtype))(params, batch)[1]))
+    row = lambda scale, dtype: sum_of(jax.jit(mtl.value_and_jac(losses_fn(scale, dtype)))(params, batch)[1])
     expected = row(jnp.array(1.0), jnp.float32)
     distance = lambda found: np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert distance(row(SCALE, jnp.float16)) < 0.01
@@ -60,7 +88,7 @@ def test_it_saves_in_float16_what_would_become_zero(problem):
 
 
 def test_the_scale_falls_at_once_and_rises_after_many_good_steps():
-    state = LossScale(jnp.array(8.0), jnp.array(0))
-    for finite, expected in [(False, (4, 0)), (True, (4, 1)), (True, (4, 2)), (True, (8, 0)), (False, (4, 0))]:
-        state = update_scale(state, finite, patience=3)
+    state = LossScale(jnp.float32(8), jnp.int32(198))
+    for finite, expected in [(True, (8, 199)), (True, (16, 0)), (True, (16, 1)), (False, (8, 0)), (True, (8, 1))]:
+        state = update_scale(state, finite)
         assert (state.factor, state.good_steps) == expected
