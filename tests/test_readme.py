@@ -32,6 +32,26 @@ def test_links_lead_somewhere():
     assert all((ROOT / file).exists() for file in files)
 
 
+TORCHJD_PAGES = [
+    "Basic usage",
+    "IWRM",
+    "IWMTL",
+    "Partial Jacobian",
+    "Multi-task",
+    "Recurrent",
+    "Monitoring",
+    "Lightning",
+]
+TORCHJD_PAGES += ["mixed precision", "Grouping"]
+
+
+@pytest.mark.parametrize("page", TORCHJD_PAGES)
+def test_every_example_page_of_torchjd_has_its_counterpart(page):
+    table = README.partition("| TorchJD's page | here |")[2].partition("\n\n")[0]
+    (row,) = [line for line in table.splitlines() if page in line]
+    assert re.search(r"\]\((#|examples/)", row.split("|")[2])
+
+
 @pytest.mark.parametrize("family", [scalarization, aggregation], ids=["scalarization", "aggregation"])
 def test_method_table_names_every_method(family):
     name = family.__name__.rpartition(".")[-1]

@@ -118,18 +118,19 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(name, tmp_path, monkeypa
     chex.assert_trees_all_equal(*(saved(folder, 4) for folder in (straight, interrupted)))
 
 
-OTHERS = ["--seed=1", "--steps=3", "--learning-rate=0.1", "--set=norm_eps=1", "upgrad"]
+@pytest.fixture(scope="module")
+def run_of_dual_proj(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train_loop.main(tiny(folder, "dual_proj", "--checkpoints", f"{folder}", epochs=1))
+    return folder
 
 
-@pytest.mark.parametrize("other", OTHERS)
-def test_checkpoints_of_another_run_are_refused(other, tmp_path):
-    """By the settings alone: what else was saved is not read."""
-    with train_loop.open_checkpoints(tmp_path) as checkpoints:
-        settings = {"method": "aggregation.dual_proj", "set": [], "steps": 2, "learning_rate": 1e-3, "seed": 0}
-        train_loop.save(checkpoints, np.zeros(3), [], settings)
-    method = [] if other == "upgrad" else ["dual_proj"]
+@pytest.mark.parametrize("other", ["--seed=1", "--steps=3", "--learning-rate=0.1", "--set=norm_eps=1", "--method"])
+def test_checkpoints_of_another_run_are_refused(other, run_of_dual_proj):
+    changed = ["upgrad"] if other == "--method" else ["dual_proj", other]
+    command = tiny(run_of_dual_proj, "--checkpoints", f"{run_of_dual_proj}", epochs=1)
     with pytest.raises(SystemExit, match=r"has a run with .*aggregation.dual_proj.*, not with "):
-        train_loop.main([*method, *tiny(tmp_path, "--checkpoints", f"{tmp_path}"), other])
+        train_loop.main([*command, *changed])
 
 
 def test_hyperparameters(tmp_path):
