@@ -240,7 +240,7 @@ def print_table(name, before, after, history):
 
 def draw_history(title, history, output):
     """Each task's loss, weight if there is one, and how often a step raised its loss, over the epochs."""
-    panels = {"loss": "training loss", "weight": "weight", "raised": "raised by a step"}
+    panels = {"loss": "training loss", "weight": "weight", "raised": "loss raised by a step"}
     panels = {key: label for key, label in panels.items() if key in history[0]}
     fig, axes = plt.subplots(1, len(panels), figsize=(2.9 * len(panels) + 0.9, 3), layout="constrained")
     for ax, (key, label) in zip(axes, panels.items(), strict=True):
