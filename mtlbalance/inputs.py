@@ -70,7 +70,7 @@ def check(name: str, value: Any, bound: str, holds: Callable[[np.ndarray], Any])
         reject(name, bound, type(value).__name__, TypeError)
     if jnp.ndim(value):
         reject(name, "a scalar", f"shape {jnp.shape(value)}")
-    if jnp.iscomplexobj(value):
+    if np.iscomplexobj(value):
         reject(name, bound, f"dtype {jnp.result_type(value)}", TypeError)
     if isinstance(value, jax.core.Tracer):
         return
