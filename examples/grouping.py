@@ -11,17 +11,25 @@ model. But it does not help here: no grouping beats equal weights in any column 
 Run it with ``python examples/grouping.py``: about 40 seconds on two CPU cores. It needs ``mtlbalance[examples]``.
 """
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from quickstart import BATCH_SIZE, STEPS_PER_EPOCH, TASKS, draw_pairs, evaluate, init_params, load_data, task_losses
+from quickstart import (
+    BATCH_SIZE,
+    STEPS_PER_EPOCH,
+    TASKS,
+    draw_pairs,
+    evaluate,
+    init_params,
+    load_data,
+    read_arguments,
+    task_losses,
+)
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -200,11 +208,7 @@ def draw_conflicts(conflicts, output):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
-    args = parser.parse_args(argv)
+    args = read_arguments(argv, __doc__, __file__, epochs=20)
 
     train_digits, test_pairs = load_data()
     init_key, data_key = jax.random.split(jax.random.key(args.seed))

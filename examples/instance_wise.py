@@ -16,16 +16,14 @@ Run it with ``python examples/instance_wise.py``: about half a minute on two CPU
 ``mtlbalance[examples]``.
 """
 
-import argparse
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from quickstart import draw_pairs, init_params, load_data, predict
+from quickstart import draw_pairs, init_params, load_data, predict, read_arguments
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -188,11 +186,7 @@ def draw(records, output):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
-    args = parser.parse_args(argv)
+    args = read_arguments(argv, __doc__, __file__, epochs=20)
 
     train_digits, test_pairs = load_data()
     init_key, data_key = jax.random.split(jax.random.key(args.seed))

@@ -217,12 +217,17 @@ def draw_weights(history, output):
     plt.close(fig)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=40)
+def read_arguments(argv, doc, script, epochs):
+    """The options that most examples have."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
-    args = parser.parse_args(argv)
+    parser.add_argument("--output", type=Path, default=Path(script).with_suffix(".png"), help="the picture")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = read_arguments(argv, __doc__, __file__, epochs=40)
 
     train_digits, test_pairs = load_data()
     init_key, data_key = jax.random.split(jax.random.key(args.seed))

@@ -10,16 +10,14 @@ three percent on average; those after five rows and more end up to two percent h
 Run it with ``python examples/recurrent.py``: about forty seconds on two CPU cores. It needs ``mtlbalance[examples]``.
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from quickstart import load_images
+from quickstart import load_images, read_arguments
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -164,11 +162,7 @@ def draw(metrics, weights, output):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
-    args = parser.parse_args(argv)
+    args = read_arguments(argv, __doc__, __file__, epochs=20)
 
     train_digits, test_digits = load_images()
     keys = jax.random.split(jax.random.key(args.seed), N_SEEDS)
