@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from quickstart import TASKS, draw_pairs, evaluate, init_params, load_data, predict
+from quickstart import TASKS, draw_pairs, evaluate, init_params, load_data, losses_of, predict
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -89,13 +89,8 @@ def task_losses(params, batch, *, scale, dtype):
     params = scale_gradient(params, 1 / scale)  # before the cast: backward, gradients are in float32 again there
     outputs = predict(cast(params, dtype), batch["image"].astype(dtype))
     outputs = cast(outputs, jnp.float32)  # the losses and their means need float32
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-    losses = {
-        "left": jnp.mean(cross_entropy(outputs["left"], batch["left"])),
-        "right": jnp.mean(cross_entropy(outputs["right"], batch["right"])),
-        "sum": jnp.mean(((outputs["sum"] - batch["sum"]) / UNIT_OF_SUM) ** 2),
-    }
-    return scale_gradient(losses, scale)
+    losses = losses_of(outputs, batch)
+    return scale_gradient(losses | {"sum": losses["sum"] / UNIT_OF_SUM**2}, scale)
 
 
 # The training, the same for every precision.

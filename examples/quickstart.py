@@ -71,15 +71,19 @@ def load_data():
 # The model: two shared layers, and one linear head per task.
 
 
+def init_layers(key, shapes, initializer):
+    """A linear layer of each shape, by name."""
+    keys = jax.random.split(key, len(shapes))
+    return {
+        name: {"w": initializer(layer_key, shape), "b": jnp.zeros(shape[1])}
+        for layer_key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
 def init_params(key, width=128):
     shapes = {"trunk_1": (144, width), "trunk_2": (width, width)}
     shapes |= {"left": (width, 10), "right": (width, 10), "sum": (width, 1)}
-    he_normal = jax.nn.initializers.he_normal()
-    keys = jax.random.split(key, len(shapes))
-    return {
-        name: {"w": he_normal(layer_key, shape), "b": jnp.zeros(shape[1])}
-        for layer_key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+    return init_layers(key, shapes, jax.nn.initializers.he_normal())
 
 
 def predict(params, images):

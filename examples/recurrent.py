@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from quickstart import load_images, read_arguments
+from quickstart import init_layers, load_images, read_arguments
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -36,12 +36,7 @@ STEPS_PER_EPOCH = 50
 
 def init_params(key, width=32):
     shapes = {"gates": (8 + width, 2 * width), "candidate": (8 + width, width), "head": (width, 10)}
-    init = jax.nn.initializers.glorot_normal()
-    keys = jax.random.split(key, len(shapes))
-    return {
-        name: {"w": init(layer_key, shape), "b": jnp.zeros(shape[1])}
-        for layer_key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+    return init_layers(key, shapes, jax.nn.initializers.glorot_normal())
 
 
 def predict(params, images):
@@ -146,7 +141,7 @@ def draw(metrics, weights, output):
     (mean,) = left.plot(rows, change.mean(axis=0), color="C1", linewidth=2)
     left.axhline(0, color="black", linewidth=0.8)
     left.set(title="test loss: UPGrad against equal weights", xlabel="rows read", ylabel="change (%)", xticks=rows)
-    left.legend([points[0], mean], ["one seed", "mean of the seeds"], loc="lower right")
+    left.legend([points[0], mean], ["one seed", "mean of the seeds"])
 
     by_epoch = N_ROWS * weights.mean(axis=(0, 2))
     for row, curve, color in zip(rows, by_epoch.T, plt.cm.viridis(np.linspace(0, 0.95, N_ROWS)), strict=True):

@@ -41,8 +41,9 @@ TORCHJD_PAGES = [
     "Recurrent",
     "Monitoring",
     "Lightning",
+    "mixed precision",
+    "Grouping",
 ]
-TORCHJD_PAGES += ["mixed precision", "Grouping"]
 
 
 @pytest.mark.parametrize("page", TORCHJD_PAGES)
