@@ -1,9 +1,9 @@
 """Balance several losses while training one model, in JAX."""
 
-from mtlbalance import aggregation, diagnostics, gramian, scalarization
+from mtlbalance import aggregation, base, diagnostics, gramian, hyperparameters, numerics, scalarization, states
 from mtlbalance.autodiff import subset, value_and_grad, value_and_gramian, value_and_jac
-from mtlbalance.base import Aggregator, Rowwise, Scalarizer, Weighting
-from mtlbalance.inputs import Counted
+from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Weighting
+from mtlbalance.losses import Counted
 from mtlbalance.transforms import aggregate
 from mtlbalance.wrappers import (
     AmortizeState,
@@ -31,12 +31,16 @@ __all__ = [
     "aggregate",
     "aggregation",
     "amortize",
+    "base",
     "chain",
     "diagnostics",
     "gramian",
+    "hyperparameters",
     "learn",
+    "numerics",
     "scalarization",
     "skip_nonfinite",
+    "states",
     "subset",
     "value_and_grad",
     "value_and_gramian",

@@ -12,8 +12,20 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
+from mtlbalance import base, numerics
 from mtlbalance.gramian import gramian as inner_products
+from mtlbalance.hyperparameters import reject
+from mtlbalance.losses import (
+    Call,
+    check_params_like,
+    like_losses,
+    read_gramian,
+    read_jacobian,
+    read_labelled,
+    read_losses,
+    read_mask,
+    sums,
+)
 
 
 def cosine_similarities(
@@ -122,8 +134,8 @@ def magnitude_ratios(
       <https://arxiv.org/abs/1711.02257>`_, ICML 2018.
     """
     present, gramian = _read_gramian(gramian, losses, mask)
-    moving, norms, _ = numerics.cosines(gramian, present)
-    norms = jnp.where(moving, norms, 0)
+    nonzero, norms, _ = numerics.cosines(gramian, present)
+    norms = jnp.where(nonzero, norms, 0)
     mean = jnp.sum(norms) / jnp.maximum(jnp.sum(present), 1)
     mean = jnp.where(jnp.isinf(mean), jnp.nan, mean)
     return _by_task(norms / jnp.where(mean == 0, 1, mean), losses)
@@ -214,10 +226,10 @@ def update_cosines(
     present, jacobian, updates = _read_rows(jacobian, updates, losses, mask)
     norms = jnp.sqrt(jax.vmap(lambda row: _inner_product(row, row, axis_name))(jacobian))
     norm = jnp.sqrt(_inner_product(updates, updates, axis_name))
-    moving = present & (norms != 0) & (norm != 0)
+    nonzero = present & (norms != 0) & (norm != 0)
     products = _changes(jacobian, updates, axis_name)
-    cosines = products / jnp.where(moving, norms, 1) / jnp.where(norm == 0, 1, norm)
-    return _by_task(_clip_cosines(jnp.where(moving, cosines, 0), jnp.isinf(norms) | jnp.isinf(norm)), losses)
+    cosines = products / jnp.where(nonzero, norms, 1) / jnp.where(norm == 0, 1, norm)
+    return _by_task(_clip_cosines(jnp.where(nonzero, cosines, 0), jnp.isinf(norms) | jnp.isinf(norm)), losses)
 
 
 def effective_weights(
@@ -255,34 +267,32 @@ def effective_weights(
     """
     if not isinstance(scalarizer, base.Scalarizer):
         expected = "a Scalarizer (an aggregator's weights: method.weighting.apply)"
-        inputs.reject("scalarizer", expected, type(scalarizer).__name__, TypeError)
-    array, present = inputs.read_losses("values", values), inputs.read_labelled(values)
+        reject("scalarizer", expected, type(scalarizer).__name__, TypeError)
+    array, present = read_losses("values", values), read_labelled(values)
     if mask is not None:
-        mask = inputs.read_mask(mask, values, array.shape)
+        mask = read_mask(mask, values, array.shape)
         present = mask if present is None else mask & present
-    weights = jax.grad(lambda array: scalarizer.apply(state, array, mask=present)[0])(array)
-    return inputs.like_losses(weights, values)
+    weights, _ = base.weights_of(scalarizer, state, array, present)
+    return like_losses(weights, values)
 
 
 def _read_gramian(gramian, losses, mask):
     if not hasattr(gramian, "shape"):
-        inputs.reject("gramian", "an array", type(gramian).__name__, TypeError)
+        reject("gramian", "an array", type(gramian).__name__, TypeError)
     if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1]:
         hint = " (of a Jacobian: mtl.gramian.gramian(jacobian))"
-        inputs.reject("gramian", f"a square matrix, a row and a column per task{hint}", f"shape {gramian.shape}")
+        reject("gramian", f"a square matrix, a row and a column per task{hint}", f"shape {gramian.shape}")
     call = _read_call(len(gramian), losses, mask)
-    return call.mask, inputs.read_gramian(call, gramian)
+    return call.mask, read_gramian(call, gramian)
 
 
 def _read_rows(jacobian, updates, losses, mask):
     leaves = jax.tree.leaves(jacobian)
     if not leaves or not jnp.shape(leaves[0]):
-        inputs.reject(
-            "jacobian", "leaves with a leading axis, one row per task", f"{jax.tree.map(jnp.shape, jacobian)}"
-        )
+        reject("jacobian", "leaves with a leading axis, one row per task", f"{jax.tree.map(jnp.shape, jacobian)}")
     call = _read_call(len(leaves[0]), losses, mask)
-    jacobian = inputs.read_jacobian(call, jacobian)
-    inputs.check_params_like("updates", updates, jacobian, skip=1)
+    jacobian = read_jacobian(call, jacobian)
+    check_params_like("updates", updates, jacobian, skip=1)
     # Products of one dtype: an update rounded to the Jacobian's bfloat16 or float16 could underflow.
     dtypes = jax.tree.map(jnp.result_type, jacobian, updates)
     cast = lambda tree: jax.tree.map(lambda x, dtype: jnp.asarray(x, dtype), tree, dtypes)
@@ -291,17 +301,17 @@ def _read_rows(jacobian, updates, losses, mask):
 
 def _read_call(m, losses, mask):
     """Which of the m tasks are present, as one vector."""
-    labelled = None if losses is None else inputs.read_labelled(losses)
+    labelled = None if losses is None else read_labelled(losses)
     present, shape = jnp.ones(m, bool) if labelled is None else jnp.ravel(labelled), (m,)
     if losses is not None:
-        leaves, treedef = jax.tree.flatten(inputs.sums(losses))
+        leaves, treedef = jax.tree.flatten(sums(losses))
         n = sum(map(jnp.size, leaves))
         if n != m:
-            inputs.reject("losses", f"{m} numbers, one per task of the gradients", f"{n}")
+            reject("losses", f"{m} numbers, one per task of the gradients", f"{n}")
         shape = jnp.shape(leaves[0]) if jax.tree_util.treedef_is_leaf(treedef) else shape
     if mask is not None:
-        present &= jnp.ravel(inputs.read_mask(mask, losses, shape))
-    return inputs.Call(None, present, mask is None and labelled is None)
+        present &= jnp.ravel(read_mask(mask, losses, shape))
+    return Call(None, present, mask is None and labelled is None)
 
 
 def _inner_product(x, y, axis_name):
@@ -321,12 +331,12 @@ def _clip_cosines(cosines, overflown):
 
 
 def _by_task(vector, losses):
-    return vector if losses is None else inputs.like_losses(vector, losses)
+    return vector if losses is None else like_losses(vector, losses)
 
 
 def _by_pair(matrix, losses):
     if losses is None:
         return matrix
-    by_column = jax.vmap(lambda row: inputs.like_losses(row, losses))(matrix)
-    rows = inputs.like_losses(jnp.arange(len(matrix)), losses)
+    by_column = jax.vmap(lambda row: like_losses(row, losses))(matrix)
+    rows = like_losses(jnp.arange(len(matrix)), losses)
     return jax.tree.map(lambda i: jax.tree.map(lambda leaf: leaf[i], by_column), rows)

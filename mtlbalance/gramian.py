@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mtlbalance import inputs
+from mtlbalance.losses import check_params_like
 
 # Columns of a Jacobian that a CPU multiplies at a time: few enough for its cache, many enough to be worth a dot.
 _CHUNK = 4096
@@ -51,9 +51,14 @@ def gramian(
     if other is None:
         other = jacobian
     else:
-        inputs.check_params_like("other", other, jacobian)
-    products = sum(map(_products, leaves, map(jnp.asarray, jax.tree.leaves(other))))
-    return products if axis_name is None else jax.lax.psum(products, axis_name)
+        check_params_like("other", other, jacobian)
+    inner_products = sum(map(_of_leaf, leaves, map(jnp.asarray, jax.tree.leaves(other))))
+    return inner_products if axis_name is None else jax.lax.psum(inner_products, axis_name)
+
+
+def gramian_of_tasks(jacobian: chex.ArrayTree, m: int, axis_name: Hashable | None = None) -> chex.Array:
+    """:func:`gramian` of m tasks' gradients; zeros where there are no parameters."""
+    return gramian(jacobian, axis_name=axis_name) if jax.tree.leaves(jacobian) else jnp.zeros((m, m))
 
 
 def combine(weights: chex.Array, jacobian: chex.ArrayTree) -> chex.ArrayTree:
@@ -112,24 +117,30 @@ def total(tree: chex.ArrayTree) -> chex.Array | float:
     return sum((_contract(leaf, jnp.ones_like(leaf), free=0) for leaf in jax.tree.leaves(tree)), 0.0)
 
 
-def _products(x, y):
+def squared_norm(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array:
+    """The squared norm of one task's gradient, summed over the axis by which its parameters are split, if any."""
+    square = jnp.asarray(total(jax.tree.map(jnp.square, tree)))
+    return square if axis_name is None else jax.lax.psum(square, axis_name)
+
+
+def _of_leaf(x, y):
     """The part of one leaf, or of a leaf of either tree, in the Gramian."""
-    # Of a leaf that lies on several devices a chunk would have to be gathered; under shard_map each has its own. A mesh
-    # that only `in_shardings` knows of is not seen here: then, on CPUs, it is gathered.
+    # Chunking a leaf split over devices would gather it, so only whole leaves are chunked. A mesh given by
+    # `in_shardings` alone is not visible here.
     may_be_split = any(kind != AxisType.Manual for kind in jax.typeof(x).sharding.mesh.axis_types)
     if may_be_split or x.size < 2 * len(x) * _CHUNK:
         return _contract(x, y, free=1)
-    return jax.lax.platform_dependent(x, y, cpu=_products_by_chunks, default=lambda x, y: _contract(x, y, free=1))
+    return jax.lax.platform_dependent(x, y, cpu=_of_leaf_by_chunks, default=lambda x, y: _contract(x, y, free=1))
 
 
-def _products_by_chunks(x, y):
+def _of_leaf_by_chunks(x, y):
     # For wide matrices XLA's CPU backend first copies both factors into another order: up to four times slower.
     x, y = (jnp.reshape(leaf, (len(leaf), -1)) for leaf in (x, y))
     n_chunks = x.shape[1] // _CHUNK
 
-    def add(i, products):
+    def add(i, added):
         chunks = (jax.lax.dynamic_slice_in_dim(leaf, i * _CHUNK, _CHUNK, axis=1) for leaf in (x, y))
-        return products + _contract(*chunks, free=1)
+        return added + _contract(*chunks, free=1)
 
     rest = (leaf[:, n_chunks * _CHUNK :] for leaf in (x, y))
     # Unrolled, because the dots of one iteration overlap in time: a quarter faster with 40 tasks.

@@ -76,23 +76,23 @@ def regularized(gramian: chex.Array, reg_eps: chex.Numeric, norm_eps: chex.Numer
 
 
 def cosines(gramian: chex.Array, mask: chex.Array | None = None) -> tuple[chex.Array, chex.Array, chex.Array]:
-    """Which gradients are present and not zero; their norms, 1 elsewhere; and their cosines, 0 elsewhere."""
+    """``(nonzero, norms, cosines)``: which gradients are present and not zero; 1 and 0 stand elsewhere."""
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
-    moving = (norms != 0) if mask is None else (norms != 0) & mask
-    norms = jnp.where(moving, norms, 1)
-    return moving, norms, jnp.where(moving[:, None] & moving, gramian / norms[:, None] / norms, 0)
+    nonzero = (norms != 0) if mask is None else (norms != 0) & mask
+    norms = jnp.where(nonzero, norms, 1)
+    return nonzero, norms, jnp.where(nonzero[:, None] & nonzero, gramian / norms[:, None] / norms, 0)
 
 
 def conflict_free(gramian: chex.Array, preferred: chex.Array) -> chex.Array:
     """ConFIG's weights: the direction whose cosines are as preferred, as long as the gradients' projections on it."""
     preferred = preferred / scale(preferred)
-    moving, norms, products = cosines(gramian)
-    v = solve_psd(eigh_psd(products), preferred)
-    projections = jnp.dot(products, v, precision="highest")  # of the gradients' directions on the one that is sought
+    nonzero, norms, angles = cosines(gramian)
+    v = solve_psd(eigh_psd(angles), preferred)
+    projections = jnp.dot(angles, v, precision="highest")  # of the gradients' directions on the one that is sought
     rounding = 10 * len(v) * jnp.finfo(v.dtype).eps
     square = jnp.where(jnp.max(jnp.abs(projections)) > rounding, jnp.sum(v * projections), 0)
-    length = jnp.sum(norms * projections, where=moving) / jnp.where(square > 0, square, 1)
-    return jnp.where(moving & (square > 0), length * (v / norms), 0)
+    length = jnp.sum(norms * projections, where=nonzero) / jnp.where(square > 0, square, 1)
+    return jnp.where(nonzero & (square > 0), length * (v / norms), 0)
 
 
 def squared_length(gramian: chex.Array, weights: chex.Array) -> chex.Array:

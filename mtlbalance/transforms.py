@@ -2,7 +2,9 @@
 
 import optax
 
-from mtlbalance import base, inputs
+from mtlbalance import base
+from mtlbalance.hyperparameters import check_int, reject
+from mtlbalance.losses import check_params_like
 
 
 def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransformationExtraArgs:
@@ -39,9 +41,9 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
       [-0.15 -0.25]
     """
     if not isinstance(aggregator, base.Aggregator):
-        raise TypeError(f"aggregator: expected an mtlbalance.Aggregator, found {type(aggregator).__name__}")
+        reject("aggregator", "an mtlbalance.Aggregator", type(aggregator).__name__, TypeError)
 
-    inputs.check_int("n_tasks", n_tasks, 1)
+    check_int("n_tasks", n_tasks, 1)
 
     def init(params):
         return aggregator.init((n_tasks, params))
@@ -50,7 +52,7 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
         del extra_args
         gradient, state = aggregator.apply(state, updates, values=values, mask=mask)
         if params is not None:
-            inputs.check_params_like("jacobian", gradient, params)
+            check_params_like("jacobian", gradient, params)
         return gradient, state
 
     return optax.GradientTransformationExtraArgs(init, update)

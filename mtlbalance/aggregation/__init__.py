@@ -4,7 +4,6 @@ from mtlbalance.aggregation.aligned_mtl import aligned_mtl
 from mtlbalance.aggregation.cagrad import cagrad
 from mtlbalance.aggregation.config import config
 from mtlbalance.aggregation.constant import constant
-from mtlbalance.aggregation.cr_mogm import CRMOGMState, cr_mogm
 from mtlbalance.aggregation.db_mtl import DBMTLState, db_mtl
 from mtlbalance.aggregation.dual_proj import dual_proj
 from mtlbalance.aggregation.excess_mtl import ExcessMTLState, excess_mtl
@@ -29,7 +28,8 @@ from mtlbalance.aggregation.sdmgrad import SDMGradState, sdmgrad
 from mtlbalance.aggregation.sum import sum
 from mtlbalance.aggregation.trimmed_mean import trimmed_mean
 from mtlbalance.aggregation.upgrad import upgrad
-from mtlbalance.baselines import RandomState, SeenState
+from mtlbalance.states import RandomState, SeenState
+from mtlbalance.wrappers.cr_mogm import CRMOGMState, cr_mogm
 
 __all__ = [
     "CRMOGMState",

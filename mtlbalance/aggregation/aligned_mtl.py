@@ -9,8 +9,9 @@ from collections.abc import Hashable
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import preference, reject
+from mtlbalance.states import count_seen, init_seen_reading
 
 _SCALE_MODES = ("min", "median", "rmse")
 
@@ -57,18 +58,15 @@ def aligned_mtl(
       CVPR 2023, algorithm 1; https://github.com/SamsungLabs/MTL.
     """
     if scale_mode not in _SCALE_MODES:
-        inputs.reject("scale_mode", f"one of {_SCALE_MODES}", f"{scale_mode!r}")
+        reject("scale_mode", f"one of {_SCALE_MODES}", f"{scale_mode!r}")
 
-    def init(m, params, dtype):
-        del params
-        # Checked here, where an error comes before the training.
-        inputs.preference(pref_vector, jnp.ones(m, bool), dtype)
-        return SeenState(jnp.zeros(m, jnp.int32))
+    def preferences(mask, dtype):
+        return preference(pref_vector, mask, dtype)
 
     def weigh(state, gramian, values, mask):
         del values
         m = mask.shape[0]
-        preferred = inputs.preference(pref_vector, mask, gramian.dtype)
+        preferred = preferences(mask, gramian.dtype)
         eigenvalues, vectors, kept = numerics.eigh_psd(gramian / numerics.scale(gramian))
         n_kept = jnp.sum(kept)
         if scale_mode == "min":
@@ -82,4 +80,4 @@ def aligned_mtl(
         aligned = jnp.dot(vectors, stretch * components, precision="highest")
         return jnp.where(n_kept > 0, aligned, preferred), count_seen(state, mask)
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen_reading(preferences), gramian_weighting=weigh, axis_name=axis_name)

@@ -8,9 +8,10 @@ from collections.abc import Hashable
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import NONNEGATIVE, check, check_int, preference, reject
 from mtlbalance.solvers import cagrad_dual
+from mtlbalance.states import count_seen, init_seen
 
 
 def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | None = None) -> base.Aggregator:
@@ -53,23 +54,19 @@ def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | Non
       Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning <https://arxiv.org/abs/2110.14048>`_,
       NeurIPS 2021, algorithm 1; https://github.com/Cranial-XIX/CAGrad.
     """
-    inputs.check_nonnegative("c", c)
-    inputs.check_int("rescale", rescale, 0)
+    check("c", c, NONNEGATIVE)
+    check_int("rescale", rescale, 0)
     if rescale > 2:
-        inputs.reject("rescale", "0, 1 or 2", f"{rescale}")
-
-    def init(m, params, dtype):
-        del params, dtype
-        return SeenState(jnp.zeros(m, jnp.int32))
+        reject("rescale", "0, 1 or 2", f"{rescale}")
 
     def weigh(state, gramian, values, mask):
         del values
         gramian = gramian / numerics.scale(gramian)
-        mean = inputs.preference(None, mask, gramian.dtype)
+        mean = preference(None, mask, gramian.dtype)
         w = cagrad_dual(gramian, c, mask)
         norm, mean_norm = (jnp.sqrt(numerics.squared_length(gramian, x)) for x in (w, mean))
         weights = jnp.where(norm > 0, mean + c * mean_norm / jnp.where(norm > 0, norm, 1) * w, 0)
         weights = jnp.where(c == 0, mean, weights)
         return weights / (1, 1 + c**2, 1 + c)[rescale], count_seen(state, mask)
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen, gramian_weighting=weigh, axis_name=axis_name)

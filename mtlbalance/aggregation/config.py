@@ -7,10 +7,10 @@ https://arxiv.org/abs/2408.11104
 from collections.abc import Hashable
 
 import chex
-import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import preference
+from mtlbalance.states import count_seen, init_seen_reading
 
 
 def config(pref_vector: chex.ArrayTree | None = None, *, axis_name: Hashable | None = None) -> base.Aggregator:
@@ -50,15 +50,12 @@ def config(pref_vector: chex.ArrayTree | None = None, *, axis_name: Hashable | N
       Liu et al., `ConFIG <https://arxiv.org/abs/2408.11104>`_, ICLR 2025, eq. 2; https://github.com/tum-pbs/ConFIG.
     """
 
-    def init(m, params, dtype):
-        del params
-        # Checked here, where an error comes before the training.
-        inputs.preference(pref_vector, jnp.ones(m, bool), dtype)
-        return SeenState(jnp.zeros(m, jnp.int32))
+    def preferences(mask, dtype):
+        return preference(pref_vector, mask, dtype)
 
     def weigh(state, gramian, values, mask):
         del values
-        preferred = inputs.preference(pref_vector, mask, gramian.dtype)
+        preferred = preferences(mask, gramian.dtype)
         return numerics.conflict_free(gramian, preferred), count_seen(state, mask)
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen_reading(preferences), gramian_weighting=weigh, axis_name=axis_name)

@@ -1,10 +1,10 @@
 """Constant: fixed weights chosen by the user."""
 
 import chex
-import jax.numpy as jnp
 
-from mtlbalance import base, inputs
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base
+from mtlbalance.hyperparameters import per_task
+from mtlbalance.states import count_seen, init_seen_reading
 
 
 def constant(weights: chex.ArrayTree) -> base.Aggregator:
@@ -32,15 +32,11 @@ def constant(weights: chex.ArrayTree) -> base.Aggregator:
       [10.   2.5  2.5]
     """
 
-    def init(m, params, dtype):
-        del params
-        # Checked here, where an error comes before the training.
-        inputs.per_task("weights", weights, (m,), dtype, scalar=False)
-        return SeenState(jnp.zeros(m, jnp.int32))
+    def fixed_weights(mask, dtype):
+        return per_task("weights", weights, mask.shape, dtype, scalar=False)
 
     def weigh(state, gramian, values, mask):
         del values
-        fixed = inputs.per_task("weights", weights, mask.shape, gramian.dtype, scalar=False)
-        return fixed, count_seen(state, mask)
+        return fixed_weights(mask, gramian.dtype), count_seen(state, mask)
 
-    return base.aggregator(init, gramian_weighting=weigh)
+    return base.aggregator(init_seen_reading(fixed_weights), gramian_weighting=weigh)

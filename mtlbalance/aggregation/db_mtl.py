@@ -10,9 +10,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
-from mtlbalance.baselines import SeenState, count_seen
-from mtlbalance.gramian import combine
+from mtlbalance import base
+from mtlbalance.gramian import combine, squared_norm
+from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, check
+from mtlbalance.states import count_seen, init_seen, zero_counts, zeros_jacobian
 
 
 class DBMTLState(NamedTuple):
@@ -70,34 +71,33 @@ def db_mtl(
       Lin et al., `Dual-Balancing for Multi-Task Learning <https://arxiv.org/abs/2308.12029>`_, 2023, section 3;
       averages: algorithm 1.
     """
-    inputs.check_nonnegative("beta_sigma", beta_sigma)
+    check("beta_sigma", beta_sigma, NONNEGATIVE)
 
     def stretch(squares, mask):
         norms = jnp.sqrt(squares)
-        moving = mask & (norms != 0)
-        longest = jnp.max(norms, where=moving, initial=0)
-        return jnp.where(moving, longest / jnp.where(moving, norms, 1), 0)
+        nonzero = mask & (norms != 0)
+        longest = jnp.max(norms, where=nonzero, initial=0)
+        return jnp.where(nonzero, longest / jnp.where(nonzero, norms, 1), 0)
 
     def weigh(state, squares, values, mask):
         del values
         return stretch(squares, mask), count_seen(state, mask)
 
     if beta is None:
-        init = lambda m, params, dtype: SeenState(jnp.zeros(m, jnp.int32))
-        return base.norms_aggregator(init, weigh, axis_name=axis_name)
-    inputs.check_fraction("beta", beta)
+        return base.norms_aggregator(init_seen, weigh, axis_name=axis_name)
+    check("beta", beta, FRACTION)
 
     def init_averages(m, params, dtype):
-        return DBMTLState(jnp.zeros(m, jnp.int32), base.zeros_jacobian(m, params, dtype))
+        return DBMTLState(zero_counts(m), zeros_jacobian(m, params, dtype))
 
     def visit(average, gradient, task):
         decay = beta / (task.seen + 1.0) ** beta_sigma
         follow = lambda old, new: jnp.where(task.present, decay * old + (1 - decay) * new, old)
         average = jax.tree.map(follow, average, gradient)
-        return average, base.squared_norm(average, axis_name)
+        return average, squared_norm(average, axis_name)
 
     def finish(state, squares, values, mask):
         del values
         return combine(stretch(squares, mask), state.averages), count_seen(state, mask)
 
-    return base.rowwise_aggregator(init_averages, visit, finish=finish, jacobian_shaped="averages")
+    return base.rowwise_aggregator(init_averages, visit, finish=finish, memory="averages")

@@ -7,11 +7,11 @@ https://arxiv.org/abs/1706.08840
 from collections.abc import Hashable
 
 import chex
-import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import NONNEGATIVE, check, preference
 from mtlbalance.solvers import dual_cone
+from mtlbalance.states import count_seen, init_seen_reading
 
 
 def dual_proj(
@@ -59,19 +59,16 @@ def dual_proj(
       Lopez-Paz and Ranzato, `Gradient Episodic Memory for Continual Learning <https://arxiv.org/abs/1706.08840>`_,
       NeurIPS 2017, eq. 11.
     """
-    inputs.check_nonnegative("reg_eps", reg_eps)
-    inputs.check_nonnegative("norm_eps", norm_eps)
+    check("reg_eps", reg_eps, NONNEGATIVE)
+    check("norm_eps", norm_eps, NONNEGATIVE)
 
-    def init(m, params, dtype):
-        del params
-        # Checked here, where an error comes before the training.
-        inputs.preference(pref_vector, jnp.ones(m, bool), dtype)
-        return SeenState(jnp.zeros(m, jnp.int32))
+    def preferences(mask, dtype):
+        return preference(pref_vector, mask, dtype)
 
     def weigh(state, gramian, values, mask):
         del values
-        preferred = inputs.preference(pref_vector, mask, gramian.dtype)
+        preferred = preferences(mask, gramian.dtype)
         regularized = numerics.regularized(gramian, reg_eps, norm_eps)
         return dual_cone(regularized, preferred, mask), count_seen(state, mask)
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen_reading(preferences), gramian_weighting=weigh, axis_name=axis_name)

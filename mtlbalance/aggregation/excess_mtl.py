@@ -10,9 +10,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import count_seen
+from mtlbalance import base, numerics
 from mtlbalance.gramian import total
+from mtlbalance.hyperparameters import POSITIVE, check, check_int
+from mtlbalance.states import count_seen, zero_counts, zeros_jacobian
 
 
 class ExcessMTLState(NamedTuple):
@@ -94,15 +95,15 @@ def excess_mtl(
       eqs. 6, 7 and 9, and "scale processing" in section 3.2; warm-up: appendix C.1;
       https://github.com/yifei-he/ExcessMTL.
     """
-    inputs.check_positive("robust_step_size", robust_step_size)
-    inputs.check_int("n_warmup_steps", n_warmup_steps, 0)
+    check("robust_step_size", robust_step_size, POSITIVE)
+    check_int("n_warmup_steps", n_warmup_steps, 0)
 
     def init(m, params, dtype):
         return ExcessMTLState(
             log_weights=jnp.full(m, -jnp.log(m), dtype),
             baseline=jnp.zeros(m, dtype),
-            seen=jnp.zeros(m, jnp.int32),
-            squared_gradients=base.zeros_jacobian(m, params, dtype),
+            seen=zero_counts(m),
+            squared_gradients=zeros_jacobian(m, params, dtype),
         )
 
     def visit(squared_gradients, gradient, task):
@@ -128,4 +129,4 @@ def excess_mtl(
         state = state._replace(log_weights=log_weights, baseline=jnp.where(mask, baseline, state.baseline))
         return jax.nn.softmax(log_weights, where=mask), count_seen(state, mask)
 
-    return base.rowwise_aggregator(init, visit, weigh, jacobian_shaped="squared_gradients")
+    return base.rowwise_aggregator(init, visit, weigh, memory="squared_gradients")

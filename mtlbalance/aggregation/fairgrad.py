@@ -6,11 +6,11 @@ Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024, https:
 from collections.abc import Hashable
 
 import chex
-import jax.numpy as jnp
 
-from mtlbalance import base, inputs
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base
+from mtlbalance.hyperparameters import POSITIVE, check
 from mtlbalance.solvers import alpha_fair
+from mtlbalance.states import count_seen, init_seen
 
 
 def fairgrad(alpha: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) -> base.Aggregator:
@@ -51,14 +51,10 @@ def fairgrad(alpha: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) ->
       Ban and Ji, `Fair Resource Allocation in Multi-Task Learning <https://arxiv.org/abs/2402.15638>`_, ICML 2024,
       eq. 8; https://github.com/OptMN-Lab/fairgrad.
     """
-    inputs.check_positive("alpha", alpha)
-
-    def init(m, params, dtype):
-        del params, dtype
-        return SeenState(jnp.zeros(m, jnp.int32))
+    check("alpha", alpha, POSITIVE)
 
     def weigh(state, gramian, values, mask):
         del values
         return alpha_fair(gramian, alpha, mask), count_seen(state, mask)
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen, gramian_weighting=weigh, axis_name=axis_name)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import count_seen
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import FRACTION, check
+from mtlbalance.states import count_seen, zero_counts
 
 
 class GradNormWeightsState(NamedTuple):
@@ -63,19 +64,19 @@ def grad_norm_weights(momentum: chex.Numeric = 0.9, *, axis_name: Hashable | Non
       Wang et al., `An Expert's Guide to Training Physics-informed Neural Networks
       <https://arxiv.org/abs/2308.08468>`_, 2023, algorithm 1; https://github.com/PredictiveIntelligenceLab/jaxpi.
     """
-    inputs.check_fraction("momentum", momentum)
+    check("momentum", momentum, FRACTION)
 
     def init(m, params, dtype):
         del params
-        return GradNormWeightsState(jnp.ones(m, dtype), jnp.zeros(m, jnp.int32))
+        return GradNormWeightsState(jnp.ones(m, dtype), zero_counts(m))
 
     def weigh(state, squares, values, mask):
         del values
         norms = jnp.sqrt(squares)
-        moving = mask & (norms != 0)
+        nonzero = mask & (norms != 0)
         mean = jnp.sum(norms, where=mask) / jnp.maximum(jnp.sum(mask), 1)
         weights = momentum * state.weights + (1 - momentum) * numerics.ratio(mean, norms)
-        weights = jnp.where(moving, weights, state.weights)
+        weights = jnp.where(nonzero, weights, state.weights)
         return weights, count_seen(state._replace(weights=weights), mask)
 
     return base.norms_aggregator(init, weigh, axis_name=axis_name)

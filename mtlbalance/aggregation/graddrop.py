@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from mtlbalance import base, inputs
-from mtlbalance.baselines import RandomState, count_seen, split_key
+from mtlbalance import base
+from mtlbalance.hyperparameters import FRACTION, check_key, key_impl, per_task, reject
+from mtlbalance.states import count_seen, init_random, split_key
 
 
 def graddrop(
@@ -68,24 +69,21 @@ def graddrop(
     References:
       Chen et al., `Just Pick a Sign <https://arxiv.org/abs/2010.06808>`_, NeurIPS 2020, algorithm 1, lines 10 to 15.
     """
-    inputs.check_key(key)
+    check_key(key)
     if f is not None and not callable(f):
-        inputs.reject("f", "a function of the purity, or None", type(f).__name__, TypeError)
+        reject("f", "a function of the purity, or None", type(f).__name__, TypeError)
 
     def read_leak(m, dtype):
-        return inputs.per_task(
-            "leak", leak, (m,), dtype, bound="numbers from 0 to 1", holds=lambda x: jnp.all((x >= 0) & (x <= 1))
-        )
+        return per_task("leak", leak, (m,), dtype, bound=FRACTION)
 
     def init(m, params, dtype):
         del params
-        # Checked here, where an error comes before the training.
         read_leak(m, dtype)
-        return RandomState(jnp.zeros(m, jnp.int32), jax.random.key_data(inputs.new_key(key)))
+        return init_random(key)(m)
 
     def apply(state, jacobian, values, mask):
         del values
-        draw_key, state = split_key(state, inputs.key_impl(key))
+        draw_key, state = split_key(state, key_impl(key))
         if axis_name is not None:
             draw_key = jax.random.fold_in(draw_key, jax.lax.axis_index(axis_name))
 
@@ -114,7 +112,7 @@ def _keeps_positive(rows, f, key):
     purity = jnp.where(up > 0, 1 / (1 + down / jnp.where(up > 0, up, 1)), 0)
     chance = purity if f is None else f(purity)
     if jnp.shape(chance) != purity.shape:
-        inputs.reject("f", f"a function that keeps the shape {purity.shape}", f"shape {jnp.shape(chance)}")
+        reject("f", f"a function that keeps the shape {purity.shape}", f"shape {jnp.shape(chance)}")
     # float32 in any case, so that a seed gives the same masks in either precision; lying as the parameters lie.
     sharding = jax.typeof(rows[0]).sharding
     explicit = AxisType.Explicit in sharding.mesh.axis_types

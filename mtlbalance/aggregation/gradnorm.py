@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import count_seen, optimizer_step
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import NONNEGATIVE, check, per_task
+from mtlbalance.states import count_seen, optimizer_step, zero_counts
 
 
 class GradNormState(NamedTuple):
@@ -85,14 +86,14 @@ def gradnorm(
     References:
       Chen et al., `GradNorm <https://arxiv.org/abs/1711.02257>`_, ICML 2018, eqs. 1 and 2, algorithm 1.
     """
-    inputs.check_nonnegative("alpha", alpha)
+    check("alpha", alpha, NONNEGATIVE)
     optimizer = optax.with_extra_args_support(optax.adam(0.025) if optimizer is None else optimizer)
 
     def init(m, params, dtype):
         del params
         raw, start = jnp.ones(m, dtype), 1.0 if initial_losses is None else initial_losses
-        start = inputs.per_task("initial_losses", start, (m,), dtype)
-        return GradNormState(raw, start, jnp.zeros(m, jnp.int32), optimizer.init({"raw_weights": raw}))
+        start = per_task("initial_losses", start, (m,), dtype)
+        return GradNormState(raw, start, zero_counts(m), optimizer.init({"raw_weights": raw}))
 
     def imbalance(weights, norms, values, state, mask):
         n_present = jnp.sum(mask).astype(weights.dtype)

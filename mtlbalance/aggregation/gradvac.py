@@ -11,8 +11,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import count_seen, random_orders
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, check, check_key, key_impl, new_key
+from mtlbalance.states import count_seen, random_orders, zero_counts
 
 
 class GradVacState(NamedTuple):
@@ -77,13 +78,13 @@ def gradvac(
     References:
       Wang et al., `Gradient Vaccine <https://arxiv.org/abs/2010.05874>`_, ICLR 2021, algorithm 1 and eq. 4.
     """
-    inputs.check_key(key)
-    inputs.check_fraction("beta", beta)
-    inputs.check_nonnegative("eps", eps)
+    check_key(key)
+    check("beta", beta, FRACTION)
+    check("eps", eps, NONNEGATIVE)
 
     def init(m, params, dtype):
         del params
-        return GradVacState(jnp.zeros(m, jnp.int32), jnp.zeros((m, m), dtype), jax.random.key_data(inputs.new_key(key)))
+        return GradVacState(zero_counts(m), jnp.zeros((m, m), dtype), jax.random.key_data(new_key(key)))
 
     def weigh(state, gramian, values, mask):
         del values
@@ -107,7 +108,7 @@ def gradvac(
 
             return jax.lax.fori_loop(0, m, meet, (jax.nn.one_hot(i, m, dtype=gramian.dtype), targets))
 
-        orders, state = random_orders(state, inputs.key_impl(key), m)
+        orders, state = random_orders(state, key_impl(key), m)
         coefficients, targets = jax.vmap(turn)(jnp.arange(m), orders, state.targets)
         weights = jnp.sum(coefficients, axis=0, where=mask[:, None])
         return weights, count_seen(state._replace(targets=targets), mask)

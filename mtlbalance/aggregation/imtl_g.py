@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance.states import count_seen, init_seen
 
 
 def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
@@ -48,33 +48,28 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
       section 3.1.
     """
 
-    def init(m, params, dtype):
-        del params, dtype
-        return SeenState(jnp.zeros(m, jnp.int32))
-
     def weigh(state, gramian, values, mask):
         del values
         gramian = gramian / numerics.scale(gramian)
-        moving, norms, cosines = numerics.cosines(gramian)
-        cosines = cosines + jnp.diag(1 - moving.astype(gramian.dtype))  # zero gradients depend on none
+        nonzero, norms, cosines = numerics.cosines(gramian)
+        cosines = cosines + jnp.diag(1 - nonzero.astype(gramian.dtype))  # zero gradients depend on none
         decomposition = numerics.eigh_psd(cosines)
         _, vectors, independent = decomposition
         # Independent gradients by the cosines, which keep their digits where the norms differ much; dependent ones by
         # G itself, because its pseudoinverse is not that of the cosines, rescaled.
         v = jax.lax.cond(
             jnp.all(independent),
-            lambda: numerics.solve_psd(decomposition, moving.astype(gramian.dtype)) / norms,
-            lambda: numerics.solve_psd(numerics.eigh_psd(gramian), jnp.where(moving, norms, 0)),
+            lambda: numerics.solve_psd(decomposition, nonzero.astype(gramian.dtype)) / norms,
+            lambda: numerics.solve_psd(numerics.eigh_psd(gramian), jnp.where(nonzero, norms, 0)),
         )
         total, rounding = jnp.sum(v), 10 * len(v) * jnp.finfo(v.dtype).eps
         # Between opposite gradients v itself is rounding, and so are the projections.
         projections = jnp.dot(gramian, v, precision="highest")
-        vanishes = jnp.max(jnp.abs(projections)) <= rounding * jnp.max(norms, where=moving, initial=0)
+        vanishes = jnp.max(jnp.abs(projections)) <= rounding * jnp.max(norms, where=nonzero, initial=0)
         vanishes |= jnp.abs(total) <= rounding * jnp.sum(jnp.abs(v))
-        # One vector says how the directions depend on each other. Unless its entries add up to zero, so do equal
-        # projections.
-        unequal = jnp.abs(jnp.sum(vectors[:, 0], where=moving)) > jnp.sqrt(jnp.finfo(v.dtype).eps)
+        # One null vector n: unless sum(n) = 0, only a zero gradient has equal projections.
+        unequal = jnp.abs(jnp.sum(vectors[:, 0], where=nonzero)) > jnp.sqrt(jnp.finfo(v.dtype).eps)
         vanishes |= (jnp.sum(~independent) == 1) & unequal
         return jnp.where(vanishes, 0, v / jnp.where(vanishes, 1, total)), count_seen(state, mask)
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen, gramian_weighting=weigh, axis_name=axis_name)

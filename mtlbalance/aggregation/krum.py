@@ -9,8 +9,9 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base
+from mtlbalance.hyperparameters import check_int, reject
+from mtlbalance.states import count_seen, init_seen_reading
 
 
 def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = None) -> base.Aggregator:
@@ -52,15 +53,15 @@ def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = 
       Blanchard et al., `Machine Learning with Adversaries <https://arxiv.org/abs/1703.02757>`_, NeurIPS 2017, section
       4.
     """
-    inputs.check_int("n_byzantine", n_byzantine, 0)
-    inputs.check_int("n_selected", n_selected, 1)
+    check_int("n_byzantine", n_byzantine, 0)
+    check_int("n_selected", n_selected, 1)
 
-    def init(m, params, dtype):
-        del params, dtype
+    def check_number(mask, dtype):
+        del dtype
+        m = len(mask)
         for name, least in ("n_byzantine", n_byzantine + 3), ("n_selected", n_selected):
             if m < least:
-                inputs.reject("number of tasks", f"at least {least} with this {name}", f"{m}")
-        return SeenState(jnp.zeros(m, jnp.int32))
+                reject("number of tasks", f"at least {least} with this {name}", f"{m}")
 
     def weigh(state, gramian, values, mask):
         del values
@@ -76,4 +77,4 @@ def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = 
         selected = (jnp.arange(n_selected) < n_best) / n_best.astype(gramian.dtype)
         return jnp.zeros(m, gramian.dtype).at[best].set(selected), count_seen(state, mask)
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen_reading(check_number), gramian_weighting=weigh, axis_name=axis_name)

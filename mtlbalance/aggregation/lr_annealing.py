@@ -11,9 +11,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import count_seen
+from mtlbalance import base, numerics
 from mtlbalance.gramian import total
+from mtlbalance.hyperparameters import FRACTION, check, check_int, reject
+from mtlbalance.states import count_seen, zero_counts
 
 
 class LRAnnealingState(NamedTuple):
@@ -76,16 +77,16 @@ def lr_annealing(
       Networks <https://arxiv.org/abs/2001.04536>`_, SIAM Journal on Scientific Computing 2021, algorithm 1;
       https://github.com/PredictiveIntelligenceLab/GradientPathologiesPINNs.
     """
-    inputs.check_int("reference", reference, 0)
-    inputs.check_fraction("alpha", alpha)
+    check_int("reference", reference, 0)
+    check("alpha", alpha, FRACTION)
     if statistic not in ("max", "mean"):
-        inputs.reject("statistic", "'max' or 'mean'", f"{statistic!r}")
+        reject("statistic", "'max' or 'mean'", f"{statistic!r}")
 
     def init(m, params, dtype):
         del params
         if reference >= m:
-            inputs.reject("reference", f"an int below the number of tasks {m}", f"{reference}")
-        return LRAnnealingState(jnp.ones(m, dtype), jnp.zeros(m, jnp.int32))
+            reject("reference", f"an int below the number of tasks {m}", f"{reference}")
+        return LRAnnealingState(jnp.ones(m, dtype), zero_counts(m))
 
     def visit(memory, gradient, task):
         del task
@@ -101,9 +102,9 @@ def lr_annealing(
         del values
         largest, means = statistics
         size = (largest if statistic == "max" else means)[reference]
-        moving = mask & (means != 0) & (size != 0)  # of an absent reference the size is zero
+        nonzero = mask & (means != 0) & (size != 0)  # of an absent reference the size is zero
         target = numerics.ratio(size, state.weights * means)
-        weights = jnp.where(moving, (1 - alpha) * state.weights + alpha * target, state.weights)
+        weights = jnp.where(nonzero, (1 - alpha) * state.weights + alpha * target, state.weights)
         weights = weights.at[reference].set(1)
         return weights, count_seen(state._replace(weights=weights), mask)
 

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import count_seen
-from mtlbalance.gramian import combine
+from mtlbalance import base, numerics
+from mtlbalance.gramian import combine, gramian_of_tasks
+from mtlbalance.hyperparameters import DECAY, check
+from mtlbalance.losses import state_dtype
+from mtlbalance.states import among, count_seen, select, zero_counts, zeros_jacobian, zeros_params
 
 
 class MConFIGState(NamedTuple):
@@ -90,17 +92,17 @@ def m_config(
       https://github.com/tum-pbs/ConFIG.
     """
     for name, beta in {"beta_1": beta_1, "beta_2": beta_2}.items():
-        inputs.check(name, beta, "a number of at least 0 and below 1", lambda x: (x >= 0) & (x < 1))
+        check(name, beta, DECAY)
 
     def init(m, params, dtype):
         return MConFIGState(
-            seen=jnp.zeros(m, jnp.int32),
-            turns=jnp.zeros(m, jnp.int32),
-            last_turn=jnp.zeros(m, jnp.int32),
-            momentum=base.zeros_jacobian(m, params, dtype),
+            seen=zero_counts(m),
+            turns=zero_counts(m),
+            last_turn=zero_counts(m),
+            momentum=zeros_jacobian(m, params, dtype),
             count=jnp.zeros((), jnp.int32),
-            direction=base.zeros_params(params, dtype),
-            squares=base.zeros_params(params, dtype),
+            direction=zeros_params(params, dtype),
+            squares=zeros_params(params, dtype),
         )
 
     def visits(state, mask):
@@ -114,21 +116,21 @@ def m_config(
     def finish(state, statistics, values, mask):
         del statistics, values
         # In the state's dtype, so that they are the same number whether traced or not.
-        decay_1, decay_2 = (jnp.asarray(beta, inputs.state_dtype(state, ())) for beta in (beta_1, beta_2))
-        turn = mask & jnp.zeros_like(mask).at[visits(state, mask)].set(True)
+        decay_1, decay_2 = (jnp.asarray(beta, state_dtype(state, ())) for beta in (beta_1, beta_2))
+        turn = among(visits(state, mask), mask)
         number = optax.safe_increment(jnp.max(state.last_turn))
         turns = jnp.where(turn, optax.safe_increment(state.turns), state.turns)
         state = state._replace(turns=turns, last_turn=jnp.where(turn, number, state.last_turn))
         ready = jnp.all((turns > 0) | ~mask)
 
         corrections = jnp.where(mask & ready, 1 / numerics.bias_correction(decay_1, jnp.maximum(turns, 1)), 0)
-        products = base.products(state.momentum, len(mask), axis_name)
-        weights = numerics.conflict_free(corrections[:, None] * products * corrections, jnp.ones_like(corrections))
+        gramian = gramian_of_tasks(state.momentum, len(mask), axis_name)
+        weights = numerics.conflict_free(corrections[:, None] * gramian * corrections, jnp.ones_like(corrections))
         gradient = combine(corrections * weights, state.momentum)
 
         old = {"count": state.count, "direction": state.direction, "squares": state.squares}
         new = second_moment(gradient, decay_1, decay_2, **old)
-        state = state._replace(**base.select(ready, new, old))
+        state = state._replace(**select(ready, new, old))
         correction = numerics.bias_correction(decay_2, jnp.maximum(state.count, 1))
         divide = lambda d, s: jnp.where(ready, d / (jnp.sqrt(s / correction) + 1e-8), 0)
         return jax.tree.map(divide, gradient, state.squares), count_seen(state, mask)
@@ -140,4 +142,4 @@ def m_config(
         squares = jax.tree.map(lambda s, x: decay_2 * s + (1 - decay_2) * x**2, squares, implied)
         return {"count": count, "direction": new_direction, "squares": squares}
 
-    return base.rowwise_aggregator(init, visit, finish=finish, visits=visits, jacobian_shaped="momentum")
+    return base.rowwise_aggregator(init, visit, finish=finish, visits=visits, memory="momentum")

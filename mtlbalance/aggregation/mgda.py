@@ -7,11 +7,9 @@ Optimization", NeurIPS 2018, https://arxiv.org/abs/1810.04650
 
 from collections.abc import Hashable
 
-import jax.numpy as jnp
-
 from mtlbalance import base
-from mtlbalance.baselines import SeenState, count_seen
 from mtlbalance.solvers import simplex_qp
+from mtlbalance.states import count_seen, init_seen
 
 
 def mgda(*, axis_name: Hashable | None = None) -> base.Aggregator:
@@ -48,12 +46,8 @@ def mgda(*, axis_name: Hashable | None = None) -> base.Aggregator:
       NeurIPS 2018, eq. 3.
     """
 
-    def init(m, params, dtype):
-        del params, dtype
-        return SeenState(jnp.zeros(m, jnp.int32))
-
     def weigh(state, gramian, values, mask):
         del values
         return simplex_qp(gramian, mask=mask), count_seen(state, mask)
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen, gramian_weighting=weigh, axis_name=axis_name)

@@ -11,9 +11,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import count_seen
-from mtlbalance.gramian import combine
+from mtlbalance import base, numerics
+from mtlbalance.gramian import combine, gramian_of_tasks, squared_norm
+from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, POSITIVE, check
+from mtlbalance.states import count_seen, zero_counts, zeros_jacobian
 
 
 class MoCoState(NamedTuple):
@@ -89,30 +90,30 @@ def moco(
       Fernando et al., `Mitigating Gradient Bias in Multi-objective Learning
       <https://openreview.net/forum?id=dLAYGdKTi2>`_, ICLR 2023, algorithm 1.
     """
-    inputs.check_fraction("beta", beta)
-    inputs.check_positive("gamma", gamma)
+    check("beta", beta, FRACTION)
+    check("gamma", gamma, POSITIVE)
     for name, value in {"beta_sigma": beta_sigma, "gamma_sigma": gamma_sigma, "rho": rho}.items():
-        inputs.check_nonnegative(name, value)
+        check(name, value, NONNEGATIVE)
 
     def init(m, params, dtype):
-        return MoCoState(jnp.full(m, 1 / m, dtype), jnp.zeros(m, jnp.int32), base.zeros_jacobian(m, params, dtype))
+        return MoCoState(jnp.full(m, 1 / m, dtype), zero_counts(m), zeros_jacobian(m, params, dtype))
 
     def visit(tracked, gradient, task):
         rate = jnp.where(task.present, beta / (task.seen + 1.0) ** beta_sigma, 0)
         if normalize:
-            norm = jnp.sqrt(base.squared_norm(gradient, axis_name))
+            norm = jnp.sqrt(squared_norm(gradient, axis_name))
             gradient = jax.tree.map(lambda g: task.loss * (g / jnp.where(norm == 0, 1, norm)), gradient)
         return jax.tree.map(lambda y, g: y - rate * (y - g), tracked, gradient), ()
 
     def finish(state, statistics, values, mask):
         del statistics, values
         weights = numerics.normalize(state.weights, mask)
-        products = base.products(state.tracked, len(mask), axis_name)
-        step = jnp.dot(products, weights, precision="highest") + rho * weights
+        gramian = gramian_of_tasks(state.tracked, len(mask), axis_name)
+        step = jnp.dot(gramian, weights, precision="highest") + rho * weights
         weights = weights - gamma / (state.seen + 1.0) ** gamma_sigma * step
         weights = numerics.softmax(weights, mask) if softmax else numerics.project_simplex(weights, mask)
         gradient = combine(jnp.where(mask, weights, 0), state.tracked)
         state = state._replace(weights=jnp.where(mask, weights, state.weights))
         return gradient, count_seen(state, mask)
 
-    return base.rowwise_aggregator(init, visit, finish=finish, jacobian_shaped="tracked", reads_losses=normalize)
+    return base.rowwise_aggregator(init, visit, finish=finish, memory="tracked", reads_losses=normalize)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import NONNEGATIVE, POSITIVE, check
 
 
 class MoDoState(NamedTuple):
@@ -66,8 +67,8 @@ def modo(gamma: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hasha
       Chen et al., `Three-Way Trade-Off in Multi-Objective Learning <https://arxiv.org/abs/2305.20057>`_, NeurIPS
       2023, algorithm 1; https://github.com/heshandevaka/Trade-Off-MOL.
     """
-    inputs.check_positive("gamma", gamma)
-    inputs.check_nonnegative("rho", rho)
+    check("gamma", gamma, POSITIVE)
+    check("rho", rho, NONNEGATIVE)
 
     def init(m, params, dtype):
         del params

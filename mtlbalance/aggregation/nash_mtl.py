@@ -8,9 +8,10 @@ from collections.abc import Hashable
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base
+from mtlbalance.hyperparameters import NONNEGATIVE_OR_INFINITE, check
 from mtlbalance.solvers import nash_bargaining
+from mtlbalance.states import count_seen, init_seen
 
 
 def nash_mtl(max_norm: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) -> base.Aggregator:
@@ -25,8 +26,8 @@ def nash_mtl(max_norm: chex.Numeric = 1.0, *, axis_name: Hashable | None = None)
 
     Note:
       The equations are solved to about 1e-5 relative to the terms of their sums. The official code, TorchJD and LibMTL
-      approach them by a sequence of convex problems that may stop elsewhere. They can also reuse weights for several
-      steps (``update_weights_every``); this function cannot.
+      approach them by a sequence of convex problems that may stop elsewhere. Where they reuse weights for several
+      steps (``update_weights_every``), here :func:`mtlbalance.amortize` does, with any method.
 
     Args:
       max_norm: largest norm of the gradient, at least 0; 0 for no bound. May be traced.
@@ -51,11 +52,7 @@ def nash_mtl(max_norm: chex.Numeric = 1.0, *, axis_name: Hashable | None = None)
       Navon et al., `Multi-Task Learning as a Bargaining Game <https://arxiv.org/abs/2202.01017>`_, ICML 2022, claim
       3.1; https://github.com/AvivNavon/nash-mtl.
     """
-    inputs.check("max_norm", max_norm, "a number of at least 0", lambda x: x >= 0)
-
-    def init(m, params, dtype):
-        del params, dtype
-        return SeenState(jnp.zeros(m, jnp.int32))
+    check("max_norm", max_norm, NONNEGATIVE_OR_INFINITE)
 
     def weigh(state, gramian, values, mask):
         del values
@@ -65,4 +62,4 @@ def nash_mtl(max_norm: chex.Numeric = 1.0, *, axis_name: Hashable | None = None)
         clipped = (max_norm > 0) & (norm > max_norm)
         return weights * jnp.where(clipped, max_norm / jnp.where(clipped, norm, 1), 1), count_seen(state, mask)
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen, gramian_weighting=weigh, axis_name=axis_name)

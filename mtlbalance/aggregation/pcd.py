@@ -11,8 +11,10 @@ import chex
 import jax.numpy as jnp
 import optax
 
-from mtlbalance import base, inputs, numerics
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import DECAY, FRACTION, NONNEGATIVE, check, per_task
 from mtlbalance.solvers import priority_constrained
+from mtlbalance.states import select, zero_counts
 
 
 class PCDState(NamedTuple):
@@ -75,37 +77,34 @@ def pcd(
       Varam and AlHajri, `Not All Objectives Are Born Equal <https://arxiv.org/abs/2606.29521>`_, TMLR 2026;
       https://github.com/DaraVaram/priority-constrained-descent.
     """
-    inputs.check("beta", beta, "a number of at least 0 and below 1", lambda x: (x >= 0) & (x < 1))
-    inputs.check_nonnegative("eps", eps)
+    check("beta", beta, DECAY)
+    check("eps", eps, NONNEGATIVE)
 
     def read_tau(m, dtype):
-        return inputs.per_task(
-            "tau", tau, (m - 1,), dtype, bound="numbers from 0 to 1", holds=lambda x: jnp.all((x >= 0) & (x <= 1))
-        )
+        return per_task("tau", tau, (m - 1,), dtype, bound=FRACTION)
 
     def init(m, params, dtype):
         del params
-        # Checked here, where an error comes before the training.
         read_tau(m, dtype)
-        return PCDState(jnp.zeros(m, jnp.int32), jnp.zeros(m, dtype))
+        return PCDState(zero_counts(m), jnp.zeros(m, dtype))
 
     def weigh(state, gramian, values, mask):
         del values
         gramian = gramian.astype(state.squares.dtype)
-        state = base.select(mask, average(state, jnp.diagonal(gramian)), state)
+        state = select(mask, average(state, jnp.diagonal(gramian)), state)
         root = jnp.sqrt(state.squares + eps)
         scales = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
-        products = gramian * scales * scales[:, None]
-        weights = priority_constrained(products, read_tau(len(scales), products.dtype), mask)
-        square, primary = numerics.squared_length(products, weights), jnp.argmax(mask)
-        vanishes = (square == 0) | (products[primary, primary] == 0)
+        scaled = gramian * scales * scales[:, None]
+        weights = priority_constrained(scaled, read_tau(len(scales), scaled.dtype), mask)
+        square, primary = numerics.squared_length(scaled, weights), jnp.argmax(mask)
+        vanishes = (square == 0) | (scaled[primary, primary] == 0)
         length = jnp.sqrt(gramian[primary, primary] / jnp.where(vanishes, 1, square))
         return jnp.where(vanishes, 0, weights * (scales * length)), state
 
     def average(state, squares):
         seen = optax.safe_increment(state.seen)
         decay = jnp.asarray(beta, squares.dtype)
-        rate = (1 - decay) / -jnp.expm1(seen * jnp.log(decay))  # 1 on the first call, 1 - beta in the end
+        rate = (1 - decay) / numerics.bias_correction(decay, seen)  # 1 on the first call, 1 - beta in the end
         return PCDState(seen, state.squares + rate * (squares - state.squares))
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

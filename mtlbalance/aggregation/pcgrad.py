@@ -9,8 +9,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
-from mtlbalance.baselines import RandomState, count_seen, random_orders
+from mtlbalance import base
+from mtlbalance.hyperparameters import check_key, key_impl
+from mtlbalance.states import count_seen, init_random, random_orders
 
 
 def pcgrad(key: int | chex.PRNGKey = 0, *, axis_name: Hashable | None = None) -> base.Aggregator:
@@ -49,11 +50,7 @@ def pcgrad(key: int | chex.PRNGKey = 0, *, axis_name: Hashable | None = None) ->
       Yu et al., `Gradient Surgery for Multi-Task Learning <https://arxiv.org/abs/2001.06782>`_, NeurIPS 2020,
       algorithm 1.
     """
-    inputs.check_key(key)
-
-    def init(m, params, dtype):
-        del params, dtype
-        return RandomState(jnp.zeros(m, jnp.int32), jax.random.key_data(inputs.new_key(key)))
+    check_key(key)
 
     def weigh(state, gramian, values, mask):
         del values
@@ -70,8 +67,8 @@ def pcgrad(key: int | chex.PRNGKey = 0, *, axis_name: Hashable | None = None) ->
 
             return jax.lax.fori_loop(0, m, meet, jax.nn.one_hot(i, m, dtype=gramian.dtype))
 
-        orders, state = random_orders(state, inputs.key_impl(key), m)
+        orders, state = random_orders(state, key_impl(key), m)
         coefficients = jax.vmap(project)(jnp.arange(m), orders)
         return jnp.sum(coefficients, axis=0, where=mask[:, None]), count_seen(state, mask)
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_random(key), gramian_weighting=weigh, axis_name=axis_name)

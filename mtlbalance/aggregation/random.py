@@ -4,11 +4,10 @@ Lin et al., "Reasonable Effectiveness of Random Weighting", TMLR 2022, https://a
 """
 
 import chex
-import jax
-import jax.numpy as jnp
 
-from mtlbalance import base, inputs
-from mtlbalance.baselines import RandomState, random_weights
+from mtlbalance import base
+from mtlbalance.hyperparameters import check_key, key_impl
+from mtlbalance.states import init_random, random_weights
 
 
 def random(key: int | chex.PRNGKey) -> base.Aggregator:
@@ -38,14 +37,10 @@ def random(key: int | chex.PRNGKey) -> base.Aggregator:
       Lin et al., `Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning
       <https://arxiv.org/abs/2111.10603>`_, TMLR 2022, section 3.
     """
-    inputs.check_key(key)
-
-    def init(m, params, dtype):
-        del params, dtype
-        return RandomState(jnp.zeros(m, jnp.int32), jax.random.key_data(inputs.new_key(key)))
+    check_key(key)
 
     def weigh(state, gramian, values, mask):
         del gramian, values
-        return random_weights(state, inputs.key_impl(key), mask)
+        return random_weights(state, key_impl(key), mask)
 
-    return base.aggregator(init, gramian_weighting=weigh)
+    return base.aggregator(init_random(key), gramian_weighting=weigh)

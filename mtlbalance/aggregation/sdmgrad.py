@@ -11,7 +11,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import DECAY, NONNEGATIVE, POSITIVE, check, check_int, preference
 
 
 class SDMGradState(NamedTuple):
@@ -85,21 +86,20 @@ def sdmgrad(
       Xiao et al., `Direction-oriented Multi-objective Learning <https://arxiv.org/abs/2305.18409>`_, NeurIPS 2023,
       algorithm 1; https://github.com/OptMN-Lab/sdmgrad.
     """
-    inputs.check_positive("lr", lr)
-    inputs.check("momentum", momentum, "a number of at least 0 and below 1", lambda x: (x >= 0) & (x < 1))
-    inputs.check_int("n_iter", n_iter, 1)
-    inputs.check_nonnegative("lambda_", lambda_)
+    check("lr", lr, POSITIVE)
+    check("momentum", momentum, DECAY)
+    check_int("n_iter", n_iter, 1)
+    check("lambda_", lambda_, NONNEGATIVE)
 
     def init(m, params, dtype):
         del params
-        # Checked here, where an error comes before the training.
-        inputs.preference(pref_vector, jnp.ones(m, bool), dtype)
+        preference(pref_vector, jnp.ones(m, bool), dtype)
         return SDMGradState(jnp.full(m, 1 / m, dtype))
 
     def weigh(state, gramian, values, mask):
         del values
         gramian = gramian.astype(state.weights.dtype)
-        preferred = inputs.preference(pref_vector, mask, gramian.dtype)
+        preferred = preference(pref_vector, mask, gramian.dtype)
         mean_norm = jnp.mean(jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0)), where=mask)
         scaled = gramian / jnp.where(mean_norm > 0, mean_norm, 1) / jnp.where(mean_norm > 0, mean_norm, 1)
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from mtlbalance import base
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance.states import count_seen, init_seen
 
 
 def sum() -> base.Aggregator:
@@ -26,12 +26,8 @@ def sum() -> base.Aggregator:
       [2. 2. 2.]
     """
 
-    def init(m, params, dtype):
-        del params, dtype
-        return SeenState(jnp.zeros(m, jnp.int32))
-
     def weigh(state, gramian, values, mask):
         del gramian, values
         return jnp.ones(mask.shape), count_seen(state, mask)
 
-    return base.aggregator(init, gramian_weighting=weigh)
+    return base.aggregator(init_seen, gramian_weighting=weigh)

@@ -7,8 +7,9 @@ https://arxiv.org/abs/1803.01498
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base
+from mtlbalance.hyperparameters import check_int, reject
+from mtlbalance.states import count_seen, init_seen_reading
 
 # Up to so many tasks the program sorts by comparisons written out one by one: each takes 1 to 2 ms to compile, and for
 # 128 tasks XLA no longer makes one pass of them.
@@ -55,14 +56,13 @@ def trimmed_mean(trim_number: int) -> base.Aggregator:
     References:
       Yin et al., `Byzantine-Robust Distributed Learning <https://arxiv.org/abs/1803.01498>`_, ICML 2018, definition 2.
     """
-    inputs.check_int("trim_number", trim_number, 0)
+    check_int("trim_number", trim_number, 0)
 
-    def init(m, params, dtype):
-        del params, dtype
-        if m < 2 * trim_number + 1:
+    def check_number(mask, dtype):
+        del dtype
+        if len(mask) < 2 * trim_number + 1:
             least = f"at least {2 * trim_number + 1} with this trim_number"
-            inputs.reject("number of tasks", least, f"{m}")
-        return SeenState(jnp.zeros(m, jnp.int32))
+            reject("number of tasks", least, f"{len(mask)}")
 
     def apply(state, jacobian, values, mask):
         del values
@@ -83,7 +83,7 @@ def trimmed_mean(trim_number: int) -> base.Aggregator:
 
         return jax.tree.map(leaf, jacobian), count_seen(state, mask)
 
-    return base.aggregator(init, apply=apply)
+    return base.aggregator(init_seen_reading(check_number), apply=apply)
 
 
 def _in_order(rows):

@@ -9,9 +9,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import NONNEGATIVE, check, preference
 from mtlbalance.solvers import dual_cone
+from mtlbalance.states import count_seen, init_seen_reading
 
 
 def upgrad(
@@ -61,20 +62,17 @@ def upgrad(
       Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization <https://arxiv.org/abs/2406.16232>`_, 2024,
       section 3; https://github.com/SimplexLab/TorchJD.
     """
-    inputs.check_nonnegative("reg_eps", reg_eps)
-    inputs.check_nonnegative("norm_eps", norm_eps)
+    check("reg_eps", reg_eps, NONNEGATIVE)
+    check("norm_eps", norm_eps, NONNEGATIVE)
 
-    def init(m, params, dtype):
-        del params
-        # Checked here, where an error comes before the training.
-        inputs.preference(pref_vector, jnp.ones(m, bool), dtype)
-        return SeenState(jnp.zeros(m, jnp.int32))
+    def preferences(mask, dtype):
+        return preference(pref_vector, mask, dtype)
 
     def weigh(state, gramian, values, mask):
         del values
-        preferred = inputs.preference(pref_vector, mask, gramian.dtype)
+        preferred = preferences(mask, gramian.dtype)
         regularized = numerics.regularized(gramian, reg_eps, norm_eps)
         solutions = jax.vmap(lambda lower: dual_cone(regularized, lower, mask))(jnp.diag(preferred))
         return jnp.sum(solutions, axis=0), count_seen(state, mask)
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen_reading(preferences), gramian_weighting=weigh, axis_name=axis_name)

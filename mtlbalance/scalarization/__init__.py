@@ -1,6 +1,5 @@
 """Losses to one scalar: one file per method."""
 
-from mtlbalance.baselines import RandomState, SeenState
 from mtlbalance.scalarization.constant import constant
 from mtlbalance.scalarization.cosmos import cosmos
 from mtlbalance.scalarization.cov_weighting import CoVWeightingState, cov_weighting
@@ -25,6 +24,7 @@ from mtlbalance.scalarization.sum import sum
 from mtlbalance.scalarization.uw import UWState, uw
 from mtlbalance.scalarization.uw_o import uw_o
 from mtlbalance.scalarization.uw_so import uw_so
+from mtlbalance.states import RandomState, SeenState
 
 __all__ = [
     "CoVWeightingState",

@@ -3,8 +3,9 @@
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base
+from mtlbalance.hyperparameters import per_task
+from mtlbalance.states import count_seen, init_seen_reading
 
 
 def constant(weights: chex.ArrayTree) -> base.Scalarizer:
@@ -34,12 +35,11 @@ def constant(weights: chex.ArrayTree) -> base.Scalarizer:
       5.0
     """
 
-    def init(shape, dtype):
-        inputs.per_task("weights", weights, shape, dtype, scalar=False)
-        return SeenState(jnp.zeros(shape, jnp.int32))
+    def fixed_weights(mask, dtype):
+        return per_task("weights", weights, mask.shape, dtype, scalar=False)
 
     def apply(state, values, mask):
-        fixed = inputs.per_task("weights", weights, values.shape, values.dtype, scalar=False)
+        fixed = fixed_weights(mask, values.dtype)
         return jnp.sum(fixed * values, where=mask), count_seen(state, mask)
 
-    return base.scalarizer(init, apply)
+    return base.scalarizer(init_seen_reading(fixed_weights), apply)

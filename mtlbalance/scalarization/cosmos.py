@@ -7,8 +7,9 @@ https://arxiv.org/abs/2103.13392
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import NONNEGATIVE, check, per_task
+from mtlbalance.states import count_seen, init_seen_reading
 
 
 def cosmos(lambda_: chex.Numeric, weights: chex.ArrayTree) -> base.Scalarizer:
@@ -48,16 +49,14 @@ def cosmos(lambda_: chex.Numeric, weights: chex.ArrayTree) -> base.Scalarizer:
       Ruchte and Grabocka, `Scalable Pareto Front Approximation for Deep Multi-Objective Learning
       <https://arxiv.org/abs/2103.13392>`_, ICDM 2021; https://github.com/ruchtem/cosmos.
     """
-    inputs.check_nonnegative("lambda_", lambda_)
+    check("lambda_", lambda_, NONNEGATIVE)
 
-    def init(shape, dtype):
-        inputs.per_task("weights", weights, shape, dtype, scalar=False)
-        return SeenState(jnp.zeros(shape, jnp.int32))
+    def preferences(mask, dtype):
+        return jnp.where(mask, per_task("weights", weights, mask.shape, dtype, scalar=False), 0)
 
     def apply(state, values, mask):
-        preferred = inputs.per_task("weights", weights, values.shape, values.dtype, scalar=False)
-        preferred, values = jnp.where(mask, preferred, 0), jnp.where(mask, values, 0)
+        preferred, values = preferences(mask, values.dtype), jnp.where(mask, values, 0)
         cosine = jnp.sum(numerics.unit(preferred) * numerics.unit(values))
         return jnp.sum(preferred * values) - lambda_ * cosine, count_seen(state, mask)
 
-    return base.scalarizer(init, apply)
+    return base.scalarizer(init_seen_reading(preferences), apply)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import count_seen
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import FRACTION, check
+from mtlbalance.states import count_seen, select, zero_counts
 
 
 class CoVWeightingState(NamedTuple):
@@ -69,11 +70,11 @@ def cov_weighting(decay: chex.Numeric | None = None) -> base.Scalarizer:
       WACV 2021; https://github.com/rickgroen/cov-weighting.
     """
     if decay is not None:
-        inputs.check_fraction("decay", decay)
+        check("decay", decay, FRACTION)
 
     def init(shape, dtype):
         zeros = jnp.zeros(shape, dtype)
-        return CoVWeightingState(zeros, zeros, zeros, jnp.zeros(shape, jnp.int32))
+        return CoVWeightingState(zeros, zeros, zeros, zero_counts(shape))
 
     def apply(state, values, mask):
         seen = state.seen
@@ -89,7 +90,7 @@ def cov_weighting(decay: chex.Numeric | None = None) -> base.Scalarizer:
         # The root of the sum does not overflow where that of the squares would.
         difference = jnp.sqrt(kept) * jnp.abs(loss_ratio - state.mean_ratio)
         deviation = numerics.finite(jnp.hypot(state.deviation, difference))
-        new_state = base.select(mask, CoVWeightingState(mean_loss, mean_ratio, deviation, seen), state)
+        new_state = select(mask, CoVWeightingState(mean_loss, mean_ratio, deviation, seen), state)
         return numerics.weighted_sum(weights, values, mask), count_seen(new_state, mask)
 
     return base.scalarizer(init, apply)

@@ -10,7 +10,9 @@ import chex
 import jax.numpy as jnp
 import optax
 
-from mtlbalance import base, inputs, numerics
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import NONNEGATIVE, RATE, check
+from mtlbalance.states import select, zero_counts
 
 
 class DTPState(NamedTuple):
@@ -66,11 +68,11 @@ def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer
       Guo et al., `Dynamic Task Prioritization for Multitask Learning
       <https://doi.org/10.1007/978-3-030-01270-0_17>`_, ECCV 2018, section 3.
     """
-    inputs.check_nonnegative("gamma", gamma)
-    inputs.check("alpha", alpha, "a number above 0 and at most 1", lambda x: (x > 0) & (x <= 1))
+    check("gamma", gamma, NONNEGATIVE)
+    check("alpha", alpha, RATE)
 
     def init(shape, dtype):
-        return DTPState(jnp.zeros(shape, dtype), jnp.zeros(shape, jnp.int32))
+        return DTPState(jnp.zeros(shape, dtype), zero_counts(shape))
 
     def apply(state, values, mask):
         kpi = state.kpi
@@ -81,6 +83,6 @@ def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer
 
     def observe(state, values, mask):
         kpi = jnp.where(state.observed == 0, values, alpha * values + (1 - alpha) * state.kpi)
-        return base.select(mask, state._replace(kpi=kpi, observed=optax.safe_increment(state.observed)), state)
+        return select(mask, state._replace(kpi=kpi, observed=optax.safe_increment(state.observed)), state)
 
     return base.scalarizer(init, apply, observe=observe)

@@ -10,7 +10,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import POSITIVE_OR_INFINITE, check, check_int
+from mtlbalance.states import zero_counts
 
 
 class DWAState(NamedTuple):
@@ -74,13 +76,13 @@ def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> 
       Liu et al., `End-to-End Multi-Task Learning with Attention <https://arxiv.org/abs/1803.10704>`_,
       CVPR 2019, eq. 7.
     """
-    inputs.check("temperature", temperature, "a number above 0", lambda t: t > 0)
+    check("temperature", temperature, POSITIVE_OR_INFINITE)
     if steps_per_epoch is not None:
-        inputs.check_int("steps_per_epoch", steps_per_epoch, 1)
+        check_int("steps_per_epoch", steps_per_epoch, 1)
 
     def init(shape, dtype):
         zeros = jnp.zeros(shape, dtype)
-        return DWAState(zeros, jnp.zeros(shape, jnp.int32), zeros, zeros)
+        return DWAState(zeros, zero_counts(shape), zeros, zeros)
 
     def apply(state, values, mask):
         rate = numerics.ratio(state.newer, state.older)

@@ -3,14 +3,14 @@
 Liu et al., "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023, https://arxiv.org/abs/2306.03792
 """
 
-import math
 from typing import NamedTuple
 
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import count_seen
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import NONNEGATIVE, check, per_task
+from mtlbalance.states import count_seen, select, zero_counts
 
 
 class FAMOState(NamedTuple):
@@ -92,14 +92,14 @@ def famo(
       Liu et al., `FAMO: Fast Adaptive Multitask Optimization <https://arxiv.org/abs/2306.03792>`_, NeurIPS 2023,
       algorithm 2; https://github.com/Cranial-XIX/FAMO.
     """
-    inputs.check_nonnegative("lr", lr)
-    inputs.check_nonnegative("weight_decay", weight_decay)
+    check("lr", lr, NONNEGATIVE)
+    check("weight_decay", weight_decay, NONNEGATIVE)
 
     def distance(values):
-        return values - inputs.per_task("min_losses", min_losses, values.shape, values.dtype) + 1e-8
+        return values - per_task("min_losses", min_losses, values.shape, values.dtype) + 1e-8
 
     def init(shape, dtype):
-        zeros, none = jnp.zeros(shape, dtype), jnp.zeros(shape, jnp.int32)
+        zeros, none = jnp.zeros(shape, dtype), zero_counts(shape)
         distance(zeros)
         return FAMOState(zeros, none, zeros, zeros, zeros, none)
 
@@ -118,12 +118,12 @@ def famo(
         moving = mask & (state.seen > 0) & jnp.isfinite(decrease)
         weights = numerics.softmax(state.logits, moving)
         gradient = weights * (decrease - jnp.sum(weights * decrease, where=moving))
-        return base.select(moving, adam(state, gradient + weight_decay * state.logits), state)
+        return select(moving, adam(state, gradient + weight_decay * state.logits), state)
 
     def adam(state, gradient):
         # By hand: every task has a step count of its own, and Optax's `1 - 0.999**count` is 1e-5 off in float32.
         mu, nu, count = 0.9 * state.mu + 0.1 * gradient, 0.999 * state.nu + 0.001 * gradient**2, state.count + 1
-        mean, square = mu / -jnp.expm1(count * math.log(0.9)), nu / -jnp.expm1(count * math.log(0.999))
+        mean, square = mu / numerics.bias_correction(0.9, count), nu / numerics.bias_correction(0.999, count)
         logits = state.logits - lr * mean / (jnp.sqrt(square) + 1e-8)
         return state._replace(logits=logits, mu=mu, nu=nu, count=count)
 

@@ -7,7 +7,7 @@ Learning", CVPR Workshops 2019, https://arxiv.org/abs/1904.08492
 import jax.numpy as jnp
 
 from mtlbalance import base
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance.states import count_seen, init_seen
 
 
 def geometric_mean() -> base.Scalarizer:
@@ -39,14 +39,10 @@ def geometric_mean() -> base.Scalarizer:
       Chennupati et al., `MultiNet++ <https://arxiv.org/abs/1904.08492>`_, CVPR Workshops 2019, eq. 2.
     """
 
-    def init(shape, dtype):
-        del dtype
-        return SeenState(jnp.zeros(shape, jnp.int32))
-
     def apply(state, values, mask):
         zero = mask & (jnp.abs(values) < jnp.finfo(values.dtype).tiny)
         mean = jnp.exp(jnp.mean(jnp.log(jnp.where(zero, 1, values)), where=mask))
         # A product: it lets NaN through.
         return mean * jnp.where(jnp.any(zero), 0, 1), count_seen(state, mask)
 
-    return base.scalarizer(init, apply)
+    return base.scalarizer(init_seen, apply)

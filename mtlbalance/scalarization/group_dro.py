@@ -10,7 +10,8 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import POSITIVE, check
 
 
 class GroupDROState(NamedTuple):
@@ -57,7 +58,7 @@ def group_dro(robust_step_size: chex.Numeric = 0.01) -> base.Scalarizer:
       Sagawa et al., `Distributionally Robust Neural Networks for Group Shifts <https://arxiv.org/abs/1911.08731>`_,
       ICLR 2020, algorithm 1; https://github.com/kohpangwei/group_DRO.
     """
-    inputs.check_positive("robust_step_size", robust_step_size)
+    check("robust_step_size", robust_step_size, POSITIVE)
 
     def init(shape, dtype):
         return GroupDROState(jnp.full(shape, -math.log(math.prod(shape)), dtype))

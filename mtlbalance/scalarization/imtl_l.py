@@ -8,7 +8,8 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
+from mtlbalance import base
+from mtlbalance.hyperparameters import per_task
 
 
 class IMTLLState(NamedTuple):
@@ -58,7 +59,7 @@ def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     """
 
     def init(shape, dtype):
-        return IMTLLState(inputs.per_task("initial_log_scale", initial_log_scale, shape, dtype))
+        return IMTLLState(per_task("initial_log_scale", initial_log_scale, shape, dtype))
 
     def apply(state, values, mask):
         return jnp.sum(jnp.exp(state.log_scale) * values - state.log_scale, where=mask), state

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import NONNEGATIVE, check, check_int
+from mtlbalance.states import zero_counts
 
 
 class LBTWState(NamedTuple):
@@ -62,12 +64,12 @@ def lbtw(alpha: chex.Numeric = 0.5, steps_per_epoch: int | None = None) -> base.
       Liu et al., `Loss-Balanced Task Weighting <https://doi.org/10.1609/aaai.v33i01.33019977>`_, AAAI 2019, algorithm
       1; https://github.com/chao1224/Loss-Balanced-Task-Weighting.
     """
-    inputs.check_nonnegative("alpha", alpha)
+    check("alpha", alpha, NONNEGATIVE)
     if steps_per_epoch is not None:
-        inputs.check_int("steps_per_epoch", steps_per_epoch, 1)
+        check_int("steps_per_epoch", steps_per_epoch, 1)
 
     def init(shape, dtype):
-        return LBTWState(jnp.zeros(shape, dtype), jnp.zeros(shape, jnp.int32))
+        return LBTWState(jnp.zeros(shape, dtype), zero_counts(shape))
 
     def apply(state, values, mask):
         initial = jnp.where(mask & (state.count == 0), values, state.initial)

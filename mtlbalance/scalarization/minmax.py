@@ -9,7 +9,8 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import per_task
 
 
 class MinMaxState(NamedTuple):
@@ -62,7 +63,7 @@ def minmax(initial_logits: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     """
 
     def init(shape, dtype):
-        return MinMaxState(inputs.per_task("initial_logits", initial_logits, shape, dtype))
+        return MinMaxState(per_task("initial_logits", initial_logits, shape, dtype))
 
     def apply(state, values, mask):
         weights = jnp.sum(mask) * numerics.softmax(numerics.reverse_gradient(state.logits), mask)

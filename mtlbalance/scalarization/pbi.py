@@ -6,9 +6,11 @@ Evolutionary Computation 11(6), 2007, https://doi.org/10.1109/TEVC.2007.892759
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import NONNEGATIVE, Bound, check, per_task
+from mtlbalance.states import count_seen, init_seen_reading
 
 
 def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
@@ -49,26 +51,15 @@ def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree 
     References:
       Zhang and Li, `MOEA/D <https://doi.org/10.1109/TEVC.2007.892759>`_, 2007, section II-C.
     """
-    inputs.check_nonnegative("theta", theta)
+    check("theta", theta, NONNEGATIVE)
 
-    def read(shape, dtype):
-        preferred = inputs.per_task(
-            "weights",
-            weights,
-            shape,
-            dtype,
-            scalar=False,
-            bound="numbers of at least 0, not all 0",
-            holds=lambda w: jnp.all(w >= 0) & jnp.any(w > 0),
-        )
-        return preferred, inputs.per_task("reference", reference, shape, dtype)
-
-    def init(shape, dtype):
-        read(shape, dtype)
-        return SeenState(jnp.zeros(shape, jnp.int32))
+    def preferences(mask, dtype):
+        bound = Bound("numbers of at least 0, not all 0", lambda w: (w >= 0) & np.any(w > 0))
+        preferred = per_task("weights", weights, mask.shape, dtype, scalar=False, bound=bound)
+        return preferred, per_task("reference", reference, mask.shape, dtype)
 
     def apply(state, values, mask):
-        preferred, ideal = read(values.shape, values.dtype)
+        preferred, ideal = preferences(mask, values.dtype)
         direction = numerics.unit(jnp.where(mask, preferred, 0))
         shifted = jnp.where(mask, values - ideal, 0)
         along = jnp.sum(shifted * direction)
@@ -78,4 +69,4 @@ def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree 
         distance = scale * jnp.sqrt(jnp.sum(jnp.square(beside / scale)) + jnp.square(1e-6 / scale))
         return along + theta * distance, count_seen(state, mask)
 
-    return base.scalarizer(init, apply)
+    return base.scalarizer(init_seen_reading(preferences), apply)

@@ -4,11 +4,11 @@ Lin et al., "Reasonable Effectiveness of Random Weighting", TMLR 2022, https://a
 """
 
 import chex
-import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
-from mtlbalance.baselines import RandomState, random_weights
+from mtlbalance import base
+from mtlbalance.hyperparameters import check_key, key_impl
+from mtlbalance.states import init_random, random_weights
 
 
 def random(key: int | chex.PRNGKey) -> base.Scalarizer:
@@ -38,14 +38,10 @@ def random(key: int | chex.PRNGKey) -> base.Scalarizer:
       Lin et al., `Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning
       <https://arxiv.org/abs/2111.10603>`_, TMLR 2022, section 3.
     """
-    inputs.check_key(key)
-
-    def init(shape, dtype):
-        del dtype
-        return RandomState(jnp.zeros(shape, jnp.int32), jax.random.key_data(inputs.new_key(key)))
+    check_key(key)
 
     def apply(state, values, mask):
-        weights, state = random_weights(state, inputs.key_impl(key), mask)
+        weights, state = random_weights(state, key_impl(key), mask)
         return jnp.sum(weights.astype(values.dtype) * values, where=mask), state
 
-    return base.scalarizer(init, apply)
+    return base.scalarizer(init_random(key), apply)

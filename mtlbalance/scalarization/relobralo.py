@@ -10,8 +10,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import count_seen, split_key
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import FRACTION, POSITIVE_OR_INFINITE, check, check_key, key_impl, new_key
+from mtlbalance.states import count_seen, split_key, zero_counts
 
 
 class ReLoBRaLoState(NamedTuple):
@@ -85,19 +86,19 @@ def relobralo(
       Bischof and Kraus, `Multi-Objective Loss Balancing for Physics-Informed Deep Learning
       <https://arxiv.org/abs/2110.09813>`_, 2021; https://github.com/rbischof/relative_balancing.
     """
-    inputs.check("temperature", temperature, "a number above 0", lambda t: t > 0)
-    inputs.check_fraction("alpha", alpha)
-    inputs.check_fraction("rho", rho)
-    inputs.check_key(key)
+    check("temperature", temperature, POSITIVE_OR_INFINITE)
+    check("alpha", alpha, FRACTION)
+    check("rho", rho, FRACTION)
+    check_key(key)
 
     def init(shape, dtype):
         zeros = jnp.zeros(shape, dtype)
         return ReLoBRaLoState(
-            jnp.ones(shape, dtype), zeros, zeros, jnp.zeros(shape, jnp.int32), jax.random.key_data(inputs.new_key(key))
+            jnp.ones(shape, dtype), zeros, zeros, zero_counts(shape), jax.random.key_data(new_key(key))
         )
 
     def apply(state, values, mask):
-        draw_key, state = split_key(state, inputs.key_impl(key))
+        draw_key, state = split_key(state, key_impl(key))
         keeps = jax.random.uniform(draw_key, (), jnp.float32) < rho
         n_present = jnp.sum(mask)
         first, second = state.seen == 0, state.seen == 1

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
+from mtlbalance import base
+from mtlbalance.hyperparameters import NONZERO, per_task
 
 
 class RevisedUWState(NamedTuple):
@@ -59,9 +60,7 @@ def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
     """
 
     def init(shape, dtype):
-        return RevisedUWState(
-            inputs.per_task("initial_sigma", initial_sigma, shape, dtype, bound="numbers other than 0", holds=jnp.all)
-        )
+        return RevisedUWState(per_task("initial_sigma", initial_sigma, shape, dtype, bound=NONZERO))
 
     def apply(state, values, mask):
         variance = jnp.square(state.sigma)

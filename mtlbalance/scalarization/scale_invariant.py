@@ -6,8 +6,9 @@ Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, https://arx
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base
+from mtlbalance.hyperparameters import per_task
+from mtlbalance.states import count_seen, init_seen_reading
 
 
 def scale_invariant(weights: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
@@ -44,14 +45,13 @@ def scale_invariant(weights: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
       5 (baseline "SI").
     """
 
-    def init(shape, dtype):
-        inputs.per_task("weights", weights, shape, dtype)
-        return SeenState(jnp.zeros(shape, jnp.int32))
+    def fixed_weights(mask, dtype):
+        return per_task("weights", weights, mask.shape, dtype)
 
     def apply(state, values, mask):
-        fixed = inputs.per_task("weights", weights, values.shape, values.dtype)
+        fixed = fixed_weights(mask, values.dtype)
         tiny = jnp.finfo(values.dtype).tiny
         logs = jnp.log(jnp.where(jnp.abs(values) < tiny, tiny, values))
         return jnp.sum(fixed * logs, where=mask), count_seen(state, mask)
 
-    return base.scalarizer(init, apply)
+    return base.scalarizer(init_seen_reading(fixed_weights), apply)

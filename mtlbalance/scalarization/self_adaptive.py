@@ -9,7 +9,8 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import NONZERO, per_task
 
 
 class SelfAdaptiveState(NamedTuple):
@@ -63,11 +64,7 @@ def self_adaptive(initial_multipliers: chex.ArrayTree | float = 1.0) -> base.Sca
     """
 
     def init(shape, dtype):
-        return SelfAdaptiveState(
-            inputs.per_task(
-                "initial_multipliers", initial_multipliers, shape, dtype, bound="numbers other than 0", holds=jnp.all
-            )
-        )
+        return SelfAdaptiveState(per_task("initial_multipliers", initial_multipliers, shape, dtype, bound=NONZERO))
 
     def apply(state, values, mask):
         weights = jnp.square(numerics.reverse_gradient(state.multipliers))

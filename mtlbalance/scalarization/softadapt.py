@@ -10,7 +10,9 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import FINITE, check, check_int, reject
+from mtlbalance.states import zero_counts
 
 _VARIANTS = ("original", "normalized", "loss_weighted")
 _LARGEST_WINDOW = 20  # the coefficients, binomial, grow by a factor of 2 with every loss
@@ -82,16 +84,16 @@ def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "origina
       Heydari et al., `SoftAdapt <https://arxiv.org/abs/1912.12355>`_, 2019, section 3.1;
       https://github.com/dr-aheydari/SoftAdapt.
     """
-    inputs.check("beta", beta, "a finite number", math.isfinite)
-    inputs.check_int("window", window, 2)
+    check("beta", beta, FINITE)
+    check_int("window", window, 2)
     if window > _LARGEST_WINDOW:
-        inputs.reject("window", f"an int of at most {_LARGEST_WINDOW}", f"{window}")
+        reject("window", f"an int of at most {_LARGEST_WINDOW}", f"{window}")
     if variant not in _VARIANTS:
-        inputs.reject("variant", f"one of {_VARIANTS}", f"{variant!r}")
+        reject("variant", f"one of {_VARIANTS}", f"{variant!r}")
     stencil = _forward_stencil(window)
 
     def init(shape, dtype):
-        zeros, none = jnp.zeros(shape, dtype), jnp.zeros(shape, jnp.int32)
+        zeros, none = jnp.zeros(shape, dtype), zero_counts(shape)
         return SoftAdaptState(zeros, zeros, none, none, jnp.zeros((*shape, window), dtype))
 
     def apply(state, values, mask):

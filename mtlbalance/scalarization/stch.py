@@ -10,8 +10,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import POSITIVE, check, check_int, per_task, reject
+from mtlbalance.states import count_seen, init_seen_reading, zero_counts
 
 
 class STCHState(NamedTuple):
@@ -87,37 +88,33 @@ def stch(
       Lin et al., `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
       <https://arxiv.org/abs/2402.19078>`_, ICML 2024, eq. 10; https://github.com/Xi-L/STCH.
     """
-    inputs.check_positive("mu", mu)
+    check("mu", mu, POSITIVE)
     if n_warmup_epochs is not None:
-        inputs.check_int("n_warmup_epochs", n_warmup_epochs, 0)
+        check_int("n_warmup_epochs", n_warmup_epochs, 0)
         if weights is not None or reference is not None:
-            inputs.reject("n_warmup_epochs", "None together with weights or reference", f"{n_warmup_epochs}")
+            reject("n_warmup_epochs", "None together with weights or reference", f"{n_warmup_epochs}")
     if steps_per_epoch is not None:
-        inputs.check_int("steps_per_epoch", steps_per_epoch, 1)
+        check_int("steps_per_epoch", steps_per_epoch, 1)
         if n_warmup_epochs is None:
-            inputs.reject("steps_per_epoch", "None without n_warmup_epochs", f"{steps_per_epoch}")
+            reject("steps_per_epoch", "None without n_warmup_epochs", f"{steps_per_epoch}")
 
-    def preference(shape, dtype, n_tasks):
-        by_default = jnp.ones(shape, dtype) / n_tasks if weights is None else weights
+    def preferences(mask, dtype):
+        by_default = jnp.ones(mask.shape, dtype) / jnp.maximum(jnp.sum(mask), 1) if weights is None else weights
         at = 0.0 if reference is None else reference
         return (
-            inputs.per_task("weights", by_default, shape, dtype, scalar=False),
-            inputs.per_task("reference", at, shape, dtype),
+            per_task("weights", by_default, mask.shape, dtype, scalar=False),
+            per_task("reference", at, mask.shape, dtype),
         )
 
-    def init(shape, dtype):
-        preference(shape, dtype, n_tasks=1)  # only their shapes matter here
-        return SeenState(jnp.zeros(shape, jnp.int32))
-
     def apply(state, values, mask):
-        preferred, ideal = preference(values.shape, values.dtype, jnp.maximum(jnp.sum(mask), 1))
+        preferred, ideal = preferences(mask, values.dtype)
         return _smooth_max(preferred * (values - ideal), mu, mask), count_seen(state, mask)
 
     if n_warmup_epochs is None:
-        return base.scalarizer(init, apply)
+        return base.scalarizer(init_seen_reading(preferences), apply)
 
     def init_warm_up(shape, dtype):
-        zeros = jnp.zeros(shape, jnp.int32)
+        zeros = zero_counts(shape)
         return STCHState(jnp.zeros(shape, dtype), zeros, zeros)
 
     def apply_warm_up(state, values, mask):

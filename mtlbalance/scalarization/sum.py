@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from mtlbalance import base
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance.states import count_seen, init_seen
 
 
 def sum() -> base.Scalarizer:
@@ -25,11 +25,7 @@ def sum() -> base.Scalarizer:
       9.0
     """
 
-    def init(shape, dtype):
-        del dtype
-        return SeenState(jnp.zeros(shape, jnp.int32))
-
     def apply(state, values, mask):
         return jnp.sum(values, where=mask), count_seen(state, mask)
 
-    return base.scalarizer(init, apply)
+    return base.scalarizer(init_seen, apply)

@@ -10,7 +10,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
+from mtlbalance import base
+from mtlbalance.hyperparameters import per_task, reject
 
 
 class UWState(NamedTuple):
@@ -66,14 +67,14 @@ def uw(initial_log_var: chex.ArrayTree | float = 0.0, classification: chex.Array
     """
     for leaf in jax.tree.leaves(classification):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
-            inputs.reject("classification", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
+            reject("classification", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
 
     def factor(shape, dtype):
-        return 0.5 + 0.5 * inputs.per_task("classification", classification, shape, dtype)
+        return 0.5 + 0.5 * per_task("classification", classification, shape, dtype)
 
     def init(shape, dtype):
         factor(shape, dtype)
-        return UWState(inputs.per_task("initial_log_var", initial_log_var, shape, dtype))
+        return UWState(per_task("initial_log_var", initial_log_var, shape, dtype))
 
     def apply(state, values, mask):
         log_var = state.log_var

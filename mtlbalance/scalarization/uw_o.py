@@ -7,7 +7,7 @@ https://arxiv.org/abs/2408.07985
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance.states import count_seen, init_seen
 
 
 def uw_o() -> base.Scalarizer:
@@ -36,12 +36,8 @@ def uw_o() -> base.Scalarizer:
       <https://arxiv.org/abs/2408.07985>`_, GCPR 2024, section 3.
     """
 
-    def init(shape, dtype):
-        del dtype
-        return SeenState(jnp.zeros(shape, jnp.int32))
-
     def apply(state, values, mask):
         weights = jnp.where(values == 0, 0, numerics.finite(1 / values))
         return numerics.weighted_sum(weights, values, mask), count_seen(state, mask)
 
-    return base.scalarizer(init, apply)
+    return base.scalarizer(init_seen, apply)

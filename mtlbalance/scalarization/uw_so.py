@@ -7,8 +7,9 @@ https://arxiv.org/abs/2408.07985
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs, numerics
-from mtlbalance.baselines import SeenState, count_seen
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import POSITIVE_OR_INFINITE, check
+from mtlbalance.states import count_seen, init_seen
 
 
 def uw_so(temperature: chex.Numeric = 1.0) -> base.Scalarizer:
@@ -44,15 +45,11 @@ def uw_so(temperature: chex.Numeric = 1.0) -> base.Scalarizer:
       Kirchdorfer et al., `Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning
       <https://arxiv.org/abs/2408.07985>`_, GCPR 2024, section 3.
     """
-    inputs.check("temperature", temperature, "a number above 0", lambda t: t > 0)
-
-    def init(shape, dtype):
-        del dtype
-        return SeenState(jnp.zeros(shape, jnp.int32))
+    check("temperature", temperature, POSITIVE_OR_INFINITE)
 
     def apply(state, values, mask):
         inverse = jnp.where(values == 0, jnp.inf, 1 / values)
         weights = numerics.softmax(inverse / temperature, mask)
         return numerics.weighted_sum(weights, values, mask), count_seen(state, mask)
 
-    return base.scalarizer(init, apply)
+    return base.scalarizer(init_seen, apply)

@@ -41,15 +41,15 @@ def alpha_fair(gramian: chex.Array, alpha: chex.Numeric, mask: chex.Array | None
       [0.397 1.   ]
     """
     power = 1 / jnp.asarray(alpha, gramian.dtype)
-    moving, norms, cosines = numerics.cosines(gramian, mask)
-    unit = jnp.exp(jnp.sum(jnp.log(norms)) / jnp.maximum(jnp.sum(moving, dtype=norms.dtype), 1))
+    nonzero, norms, cosines = numerics.cosines(gramian, mask)
+    unit = jnp.exp(jnp.sum(jnp.log(norms)) / jnp.maximum(jnp.sum(nonzero, dtype=norms.dtype), 1))
     ridge = _RIDGE * jnp.finfo(gramian.dtype).eps
     cosines = jnp.where(jnp.eye(len(norms), dtype=bool), 1 + ridge, cosines)
     # The equations in u = n w, the gradients' contributions to the sum: C u = u^(-1/alpha) n^(1/alpha - 1).
-    log_targets = jnp.where(moving, (power - 1) * jnp.log(norms / unit), 0)
+    log_targets = jnp.where(nonzero, (power - 1) * jnp.log(norms / unit), 0)
     contributions = _solve(cosines, log_targets, power)
     contributions = jnp.where(jnp.all(jnp.isfinite(cosines)), contributions, jnp.nan)
-    return jnp.where(moving, contributions / norms * unit ** ((power - 1) / (power + 1)), 0)
+    return jnp.where(nonzero, contributions / norms * unit ** ((power - 1) / (power + 1)), 0)
 
 
 @jax.jit  # a bare call would compile the loop each time

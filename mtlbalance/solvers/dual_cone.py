@@ -36,9 +36,9 @@ def dual_cone(gramian: chex.Array, lower: chex.Array, mask: chex.Array | None = 
       [1. 1.]
     """
     lower = jnp.where(True if mask is None else mask, lower, 0).astype(gramian.dtype)
-    moving, norms, cosines = numerics.cosines(gramian, mask)
-    scaled = jnp.where(moving, norms * lower, 0)
+    nonzero, norms, cosines = numerics.cosines(gramian, mask)
+    scaled = jnp.where(nonzero, norms * lower, 0)
     size = jnp.max(jnp.abs(scaled))
     offset = scaled / jnp.where(size == 0, 1, size)
-    above = nonnegative_qp(cosines, jnp.zeros_like(norms), moving, offset=offset)
+    above = nonnegative_qp(cosines, jnp.zeros_like(norms), nonzero, offset=offset)
     return lower + size * above / norms

@@ -7,8 +7,8 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, base, scalarization
-from mtlbalance.baselines import SeenState, count_seen
 from mtlbalance.gramian import combine
+from mtlbalance.states import SeenState, count_seen
 from tests.autodiff.models import layers, network, normal_batch
 
 NAMES = "count", "depth", "label"

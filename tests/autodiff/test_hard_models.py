@@ -8,7 +8,8 @@ import pytest
 from jax import lax
 
 import mtlbalance as mtl
-from mtlbalance import aggregation, autodiff
+from mtlbalance import aggregation
+from mtlbalance.autodiff import jacobian, options
 from mtlbalance.gramian import gramian
 
 WAYS = ["vmap", 1, 2, "two_pass"]
@@ -339,15 +340,15 @@ def _wide_model(backward):
 def two_passes(monkeypatch):
     """Makes them the default for the wide model, and lists whether each attempt gave a Gramian."""
     attempts = []
-    plain = autodiff._obstacle_to_two_passes
+    plain = jacobian._obstacle_to_two_passes
 
     def spy(*args):
         obstacle, by_design = plain(*args)
         attempts.append(obstacle is None)
         return obstacle, by_design
 
-    monkeypatch.setattr(autodiff, "_SMALL", 0)
-    monkeypatch.setattr(autodiff, "_obstacle_to_two_passes", spy)
+    monkeypatch.setattr(options, "_SMALL", 0)
+    monkeypatch.setattr(jacobian, "_obstacle_to_two_passes", spy)
     return attempts
 
 
@@ -454,7 +455,7 @@ def test_narrow_default_is_never_two_passes(two_passes, dtype):
     """Where they would be the default rows are taken, and nothing needs saying."""
     params, losses = _narrow_model(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autodiff, "_cheapest", lambda *args: "two_pass")
+        patch.setattr(jacobian, "cheapest_rows", lambda *args: "two_pass")
         _, found = mtl.value_and_gramian(losses)(params)
     assert two_passes == [False]
     _assert_same_gramian(found, gramian(jax.jacrev(losses)(params)), 1e-2)

@@ -7,14 +7,16 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mtlbalance as mtl
-from mtlbalance import aggregation, autodiff, scalarization
+from mtlbalance import aggregation, scalarization
+from mtlbalance.autodiff.options import cheapest_rows
+from mtlbalance.autodiff.point import Evaluated, Point, Pullback
 from tests.autodiff.models import layers, normal_batch, squared_error, squared_errors
 
 MIB = 2**20
 
 
 @pytest.mark.parametrize(
-    ("ways", "m", "parameters", "kept", "task_axis", "expected"),
+    ("possible", "m", "parameters", "kept", "task_axis", "expected"),
     [
         # Megabytes of the parameters, and what the backward pass keeps, as a multiple.
         (["vmap", "two_pass"], 2, 2, 1.0, None, "vmap"),
@@ -29,11 +31,12 @@ MIB = 2**20
         (["vmap", "stream"], 3, 2, 1.0, 0, "stream"),
     ],
 )
-def test_default(ways, m, parameters, kept, task_axis, expected):
+def test_default(possible, m, parameters, kept, task_axis, expected):
     params = np.empty(parameters * MIB // 4, np.float32)
-    outcome = autodiff.pullbacks.Outcome(None, None, np.empty(m, np.float32), None)
-    pull = autodiff.pullbacks.Pullback(None, None, None, int(kept * parameters * MIB))
-    assert autodiff._cheapest(ways, task_axis, lambda use: (outcome, use(pull)), outcome, params) == expected
+    evaluated = Evaluated(None, None, np.empty(m, np.float32), None)
+    pullback = Pullback(None, None, None, int(kept * parameters * MIB))
+    point = Point(evaluated, lambda read: (evaluated, read(pullback)))
+    assert cheapest_rows(possible, task_axis, point, params) == expected
 
 
 def test_what_feeds_weights_is_multiplied_in_full_precision():

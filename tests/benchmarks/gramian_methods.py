@@ -21,7 +21,7 @@ import torchjd.aggregation as peer
 from interleave import interleave, median_of_ratios
 
 from mtlbalance import aggregation, base
-from mtlbalance.baselines import SeenState
+from mtlbalance.states import SeenState
 
 SHAPES = [(3, 10**5), (11, 10**5), (3, 2 * 10**6), (40, 10**5)]
 N_MATRICES = 3

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import mtlbalance as mtl
+from mtlbalance.losses import broadcast_to_rows
 
 PARAMS = {
     "dense": {"w": jax.ShapeDtypeStruct((4, 16), jnp.float32), "b": jax.ShapeDtypeStruct((8,), jnp.float32)},
@@ -82,7 +83,7 @@ class Built:
 
     def poison(self, x, mask, value):
         """The same inputs with ``value`` wherever a task is absent."""
-        return jax.tree.map(lambda leaf: jnp.where(mtl.inputs.rows(mask, leaf), leaf, value), x)
+        return jax.tree.map(lambda leaf: jnp.where(broadcast_to_rows(mask, leaf), leaf, value), x)
 
 
 def paths(aggregator, state, x, mask=None):

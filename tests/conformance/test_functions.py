@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import mtlbalance as mtl
+from mtlbalance.losses import broadcast_to_rows
 from tests.conformance.helpers import PARAMS, SAME, paths
 from tests.events import compilations, recorded, traces
 
@@ -197,7 +198,7 @@ def test_aggregators_weights_are_constants_of_differentiation(aggregator):
     x = aggregator.sample(0)
     weights, _ = aggregator.method.weighting.apply(state, x, values=aggregator.losses(x))
     total = lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(aggregator.apply(state, x)[0]))
-    expected = jax.tree.map(lambda leaf: jnp.broadcast_to(mtl.inputs.rows(weights, leaf), leaf.shape), x)
+    expected = jax.tree.map(lambda leaf: jnp.broadcast_to(broadcast_to_rows(weights, leaf), leaf.shape), x)
     chex.assert_trees_all_close(jax.grad(total)(x), expected, **SAME)
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import mtlbalance as mtl
-from mtlbalance.inputs import rows
+from mtlbalance.losses import broadcast_to_rows
 from tests.conformance.helpers import Built
 
 LOSSES = {
@@ -89,7 +89,7 @@ def guarded(make):
 def test_degenerate_jacobians_stay_finite(aggregator, combination):
     one, other = aggregator.sample(0, n_tasks=1), aggregator.sample(1, n_tasks=1)
     first, second = jnp.array(combination).T
-    x = jax.tree.map(lambda a, b: rows(first, a) * a + rows(second, b) * b, one, other)
+    x = jax.tree.map(lambda a, b: broadcast_to_rows(first, a) * a + broadcast_to_rows(second, b) * b, one, other)
     assert_stays_finite(aggregator, x)
 
 

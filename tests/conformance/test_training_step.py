@@ -12,6 +12,8 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance import base
+from mtlbalance.losses import broadcast_to_rows
+from mtlbalance.states import select
 
 NAMES = ("depth", "normals", "segment")  # in the order in which JAX flattens them
 SHARED = {"trunk": True, "heads": False}
@@ -110,7 +112,7 @@ def combined(weights, jacobian):
 
 def terms_of(weights, jacobian):
     """The size of the largest number that goes into every leaf of :func:`combined`."""
-    return jax.tree.map(lambda rows: jnp.max(jnp.abs(rows) * mtl.inputs.rows(jnp.abs(weights), rows)), jacobian)
+    return jax.tree.map(lambda rows: jnp.max(jnp.abs(rows) * broadcast_to_rows(jnp.abs(weights), rows)), jacobian)
 
 
 def trained(built):
@@ -273,7 +275,7 @@ def test_a_hundred_steps_of_sgd_in_a_scan_are_those_by_hand(built):
         params = jax.tree.map(lambda p, g: p - 0.01 * g, params, step.gradient)
         after = losses_fn(params, batch)
         state = method.observe(step.state, after / (1 + after))  # the losses, or DTP's indicator from 0 to 1
-        return params, base.select(ends_epoch, method.end_epoch(state), state)
+        return params, select(ends_epoch, method.end_epoch(state), state)
 
     def both(carry, i):
         batch = new_batch(i)

@@ -14,7 +14,8 @@ import optax
 import pytest
 
 import mtlbalance as mtl
-from mtlbalance import base, scalarization
+from mtlbalance import scalarization
+from mtlbalance.states import select
 from tests.golden.comparisons import ROUNDING, arrays, assert_near, check_learned
 
 RECORDED, OFFICIAL = (
@@ -35,7 +36,7 @@ def run(method, losses, *, after=None, ends=None):
         losses, after, end = inputs
         (value, state), grad = grad_fn(state, losses)
         state = method.observe(state, after)
-        state = base.select(end, method.end_epoch(state), state)
+        state = select(end, method.end_epoch(state), state)
         return state, (value, grad, state)
 
     return jax.lax.scan(call, method.init(losses[0]), (losses, after, jnp.array(ends)))[1]

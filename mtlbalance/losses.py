@@ -1,19 +1,16 @@
-"""Reading what the caller gives: shapes, losses, masks, Jacobians, hyperparameters; and saying what is wrong.
+"""The losses and gradients that a call is given: counted, masked, named; and what is refused, in the user's words.
 
-A method's file uses :func:`check`, its cases :func:`check_nonnegative`, :func:`check_positive` and
-:func:`check_fraction`, :func:`check_int`, :func:`per_task`, :func:`preference`, :func:`check_key`, :func:`new_key`
-and :func:`key_impl`; the rest serves ``base`` and the wrappers.
+A method's own file sees one array of losses, or one Jacobian, and one boolean mask. What it was made of is read here.
 """
 
 import math
-import numbers
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from mtlbalance.hyperparameters import check_int, flatten, is_int, reject
 
 
 class Counted(NamedTuple):
@@ -56,126 +53,13 @@ class Call(NamedTuple):
     all_present: bool
 
 
-def reject(argument: str, expected: str, found: str, error: type[Exception] = ValueError) -> NoReturn:
-    """Raises ``error`` in the one form that all of the library's errors have."""
-    raise error(f"{argument}: expected {expected}, found {found}")
-
-
-# Hyperparameters.
-
-
-def check(name: str, value: Any, bound: str, holds: Callable[[np.ndarray], Any]) -> None:
-    """Raises ``ValueError`` unless a hyperparameter is a scalar within its bound; a traced one's value is not known."""
-    if not _is_number(value):
-        reject(name, bound, type(value).__name__, TypeError)
-    if jnp.ndim(value):
-        reject(name, "a scalar", f"shape {jnp.shape(value)}")
-    if np.iscomplexobj(value):
-        reject(name, bound, f"dtype {jnp.result_type(value)}", TypeError)
-    if isinstance(value, jax.core.Tracer):
-        return
-    # In NumPy, with what JAX would make of the number: a method may be built before a device is there.
-    with np.errstate(over="ignore"):
-        number = np.asarray(value, jnp.result_type(value))
-    if not holds(number):
-        reject(name, bound, f"{value}")
-
-
-def check_nonnegative(name: str, value: Any) -> None:
-    """:func:`check` for a finite number of at least 0."""
-    check(name, value, "a finite number of at least 0", lambda x: (x >= 0) & np.isfinite(x))
-
-
-def check_positive(name: str, value: Any) -> None:
-    """:func:`check` for a finite number above 0."""
-    check(name, value, "a finite number above 0", lambda x: (x > 0) & np.isfinite(x))
-
-
-def check_fraction(name: str, value: Any) -> None:
-    """:func:`check` for a number from 0 to 1."""
-    check(name, value, "a number from 0 to 1", lambda x: (x >= 0) & (x <= 1))
-
-
-def check_int(name: str, value: Any, minimum: int) -> None:
-    """Raises unless ``value`` is an int of at least ``minimum``: it shapes the program, so it cannot be traced."""
-    if not _is_int(value):
-        static = "an int (optax.inject_hyperparams: name it in static_args)"
-        reject(name, static, type(value).__name__, TypeError)
-    if value < minimum:
-        reject(name, f"an int of at least {minimum}", f"{value}")
-
-
-def flatten(name: str, tree: chex.ArrayTree) -> chex.Array:
-    """A single array as it is; any other tree as one vector, in the order of :func:`jax.tree.leaves`."""
-    leaves, treedef = jax.tree.flatten(tree)
-    if not leaves:
-        reject(name, "at least one number", f"{tree!r}")
-    if jax.tree_util.treedef_is_leaf(treedef):
-        return jnp.asarray(leaves[0])
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
-
-
-def per_task(
-    name: str,
-    value: chex.ArrayTree,
-    shape: tuple[int, ...],
-    dtype: chex.ArrayDType,
-    *,
-    scalar: bool = True,
-    bound: str = "",
-    holds: Callable[[chex.Array], chex.Array] | None = None,
-) -> chex.Array:
-    """A hyperparameter with one number per task (an array, or a tree like the losses), or one ``scalar`` for all.
-
-    As in :func:`check`, ``holds`` says whether the numbers are within their ``bound``.
-    """
-    for leaf in filter(lambda leaf: not _is_number(leaf), jax.tree.leaves(value)):
-        reject(name, "numbers", type(leaf).__name__, TypeError)
-    array = flatten(name, value)
-    if jnp.iscomplexobj(array):
-        reject(name, "real numbers", f"dtype {array.dtype}", TypeError)
-    if array.shape != shape and not (scalar and array.ndim == 0):
-        one_for_all = "a scalar or " if scalar else ""
-        reject(name, f"{one_for_all}one number per task, shape {shape}", f"shape {array.shape}")
-    if holds is not None and not isinstance(array, jax.core.Tracer):
-        with jax.ensure_compile_time_eval():
-            if not holds(array):
-                reject(name, bound, f"{array}")
-    return jnp.broadcast_to(array, shape).astype(dtype)
-
-
-def preference(value: chex.ArrayTree | None, mask: chex.Array, dtype: chex.ArrayDType) -> chex.Array:
-    """An aggregator's ``pref_vector``: one number per task, equal ones of total 1 by default; 0 for absent tasks."""
-    if value is None:
-        return mask / jnp.maximum(jnp.sum(mask), 1).astype(dtype)
-    return jnp.where(mask, per_task("pref_vector", value, mask.shape, dtype, scalar=False), 0)
-
-
-def check_key(key: int | chex.Array) -> None:
-    """Raises unless a factory's ``key`` is an int, which may be traced, or a key."""
-    if not _is_int(key) and not hasattr(key, "dtype"):
-        reject("key", "an int or a key", type(key).__name__, TypeError)
-
-
-def new_key(key: int | chex.Array) -> chex.PRNGKey:
-    """The typed key that a factory's ``key`` stands for: for ``init``, as making one takes a device."""
-    if _is_typed(key):
-        return key
-    return jax.random.wrap_key_data(jnp.asarray(key)) if getattr(key, "ndim", 0) else jax.random.key(key)
-
-
-def key_impl(key: int | chex.Array) -> Any:
-    """How :func:`new_key` generates random numbers; ``None`` is JAX's default."""
-    return jax.random.key_impl(key) if _is_typed(key) else None
-
-
 # What `init` is given.
 
 
 def read_shape(shape: Any) -> tuple[tuple[int, ...], chex.ArrayDType]:
     """The shape of the losses, and the dtype of their state, from any form that ``Scalarizer.init`` takes."""
-    dims = (shape,) if _is_int(shape) else shape
-    if isinstance(dims, tuple) and all(map(_is_int, dims)):
+    dims = (shape,) if is_int(shape) else shape
+    if isinstance(dims, tuple) and all(map(is_int, dims)):
         dtype = jnp.result_type(float)
     else:
         leaves, treedef = jax.tree.flatten(sums(shape))
@@ -191,18 +75,18 @@ def read_shape(shape: Any) -> tuple[tuple[int, ...], chex.ArrayDType]:
 
 def read_pair(tasks: Any, *, needs_params: bool) -> tuple[int, chex.ArrayTree, chex.ArrayDType]:
     """The number of tasks, the parameters and the state's dtype, from what ``Aggregator.init`` takes."""
-    if _is_int(tasks) and not needs_params:
+    if is_int(tasks) and not needs_params:
         tasks = (tasks, ())
-    if not (isinstance(tasks, tuple | list) and len(tasks) == 2 and _is_int(tasks[0])):
+    if not (isinstance(tasks, tuple | list) and len(tasks) == 2 and is_int(tasks[0])):
         found = f"({', '.join(type(x).__name__ for x in tasks)})" if isinstance(tasks, tuple) else type(tasks).__name__
         reject("init", "a pair (number of tasks: int, params), as in init((3, params))", found, TypeError)
     m, params = tasks
     check_int("number of tasks", m, 1)
-    if _is_int(params):
+    if is_int(params):
         check_int("number of parameters", params, 0)
         params = jax.ShapeDtypeStruct((int(params),), jnp.result_type(float))
     leaves = jax.tree.leaves(params)
-    for leaf in filter(_is_int, leaves):
+    for leaf in filter(is_int, leaves):
         reject("params", "arrays (or one int: the columns of a matrix)", f"the int {leaf} in a tree", TypeError)
     floating = [_dtype(leaf) for leaf in leaves if jnp.issubdtype(_dtype(leaf), jnp.floating)]
     return int(m), params, jnp.result_type(*([jnp.float32, *floating] if leaves else [float]))
@@ -217,7 +101,7 @@ def read_call(
     """Checks one call's losses, which may be ``required``, and mask against the state, and casts them."""
     if required and values is None:
         reject("values", "the losses", "None", TypeError)
-    shape = jnp.shape(jax.tree.leaves(state)[0])
+    shape = shape_of(state)
     present = jnp.ones(shape, bool)
     if mask is not None:
         present = read_mask(mask, values, shape)
@@ -233,6 +117,14 @@ def read_call(
     return Call(jnp.where(present, array, 1), present, mask is None and labelled is None)
 
 
+def shape_of(state: chex.ArrayTree) -> tuple[int, ...]:
+    """The shape of the losses that a state is for, which its first leaf has."""
+    leaves = jax.tree.leaves(state)
+    if not leaves:
+        reject("state", "what the method's init returned", f"{state!r}", TypeError)
+    return jnp.shape(leaves[0])
+
+
 def read_losses(name: str, losses: chex.ArrayTree, dtype: chex.ArrayDType | None = None) -> chex.Array:
     """The losses as one array, :class:`Counted` ones divided by their counts; in float32 or wider by default."""
     for leaf in jax.tree.leaves(sums(losses)):
@@ -245,7 +137,7 @@ def read_labelled(losses: chex.ArrayTree) -> chex.Array | None:
     """Which losses have a count above zero, as one array; ``None`` where none is :class:`Counted`."""
     if not any(map(is_counted, jax.tree.leaves(losses, is_leaf=is_counted))):
         return None
-    return flatten("losses", jax.tree.map(is_there, losses, is_leaf=is_counted))
+    return flatten("losses", jax.tree.map(has_labels, losses, is_leaf=is_counted))
 
 
 def like_losses(array: chex.Array, losses: chex.ArrayTree) -> chex.ArrayTree:
@@ -317,10 +209,10 @@ def check_params_like(name: str, tree: chex.ArrayTree, params: chex.ArrayTree, s
 
 def present_rows(jacobian: chex.ArrayTree, mask: chex.Array) -> chex.ArrayTree:
     """The Jacobian with zero rows for absent tasks: there they may be anything."""
-    return jax.tree.map(lambda x: jnp.where(rows(mask, x), x, 0), jacobian)
+    return jax.tree.map(lambda x: jnp.where(broadcast_to_rows(mask, x), x, 0), jacobian)
 
 
-def rows(mask: chex.Array, leaf: chex.Array) -> chex.Array:
+def broadcast_to_rows(mask: chex.Array, leaf: chex.Array) -> chex.Array:
     """``mask`` with trailing axes, so that it selects rows of ``leaf``."""
     return jnp.reshape(mask, mask.shape + (1,) * (jnp.ndim(leaf) - mask.ndim))
 
@@ -357,12 +249,12 @@ def _value(leaf, dtype):
         return jnp.asarray(leaf).astype(dtype)
     if jnp.shape(leaf.sum) != jnp.shape(leaf.count):
         reject("values", f"a count of the sum's shape {jnp.shape(leaf.sum)}", f"shape {jnp.shape(leaf.count)}")
-    there = is_there(leaf)
+    labelled = has_labels(leaf)
     # Both parts are replaced before the division, so that neither the value nor its gradient is 0/0.
-    return jnp.where(there, leaf.sum, 0).astype(dtype) / jnp.where(there, leaf.count, 1).astype(dtype)
+    return jnp.where(labelled, leaf.sum, 0).astype(dtype) / jnp.where(labelled, leaf.count, 1).astype(dtype)
 
 
-def is_there(leaf: Any) -> chex.Array:
+def has_labels(leaf: Any) -> chex.Array:
     """Whether a loss, counted or not, has labels."""
     # A count that is NaN is present, and shows in the value.
     return ~(jnp.asarray(leaf.count) <= 0) if is_counted(leaf) else jnp.ones(jnp.shape(leaf), bool)
@@ -373,20 +265,25 @@ def is_counted(x: Any) -> bool:
     return isinstance(x, Counted)
 
 
-def _is_typed(key):
-    return hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+def as_counted(losses: chex.ArrayTree) -> chex.ArrayTree:
+    """Every loss with its count: one for each that has none."""
+
+    def leaf(x):
+        if is_counted(x):
+            count = jnp.asarray(x.count)  # in a dtype in which the counts of all micro-batches can be added up
+            return Counted(jnp.where(has_labels(x), x.sum, 0), count.astype(wide(count.dtype)))
+        return Counted(jnp.asarray(x), jnp.ones(jnp.shape(x), jnp.int32))
+
+    return jax.tree.map(leaf, losses, is_leaf=is_counted)
 
 
-def _is_int(x):
-    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
-
-
-def _is_number(x):
-    return isinstance(x, numbers.Number) or hasattr(x, "dtype")
+def wide(dtype: chex.ArrayDType) -> chex.ArrayDType:
+    """A dtype in which many of these can be added up: float32 or int32 at least."""
+    return jnp.result_type(jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32, dtype)
 
 
 def _check_floating(name, leaf):
-    if _is_int(leaf) or not jnp.issubdtype(_dtype(leaf), jnp.floating):
+    if is_int(leaf) or not jnp.issubdtype(_dtype(leaf), jnp.floating):
         reject(name, "floating point numbers", f"dtype {_dtype(leaf)}", TypeError)
 
 

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base, inputs
-from mtlbalance.baselines import count_seen
+from mtlbalance import base
+from mtlbalance.hyperparameters import FRACTION, check, per_task, reject
+from mtlbalance.states import count_seen, zero_counts
+from mtlbalance.wrappers.plumbing import check_method, reweighted
 
 
 class CRMOGMState(NamedTuple):
@@ -63,45 +65,20 @@ def cr_mogm(
       <https://openreview.net/forum?id=ScwfQ7hdwyP>`_, NeurIPS 2022, algorithm 1.
     """
     if not isinstance(method, base.Aggregator):
-        inputs.reject("method", "an Aggregator", type(method).__name__, TypeError)
-    if method.weighting is None:
-        inputs.reject("method", "an Aggregator with weights", "weighting=None")
-    inputs.check_fraction("alpha", alpha)
+        reject("method", "an Aggregator", type(method).__name__, TypeError)
+    check_method(method, "cr_mogm", makes_weights=True)
+    check("alpha", alpha, FRACTION)
 
-    def init(m, params, dtype):
-        start = 0.0 if initial_weights is None else initial_weights
-        weights = inputs.per_task("initial_weights", start, (m,), dtype, scalar=initial_weights is None)
-        return CRMOGMState(jnp.zeros(m, jnp.int32), weights, method.init((m, params)))
+    def start(shape, dtype, inner):
+        given = 0.0 if initial_weights is None else initial_weights
+        weights = per_task("initial_weights", given, shape, dtype, scalar=initial_weights is None)
+        return CRMOGMState(zero_counts(shape), weights, inner)
 
-    def smooth(state, weights, inner, mask):
+    def smooth(state, weights, mask):
         first = (state.seen == 0) & (initial_weights is None)
         weights = jnp.where(first, weights, alpha * state.weights + (1 - alpha) * weights)
-        state = state._replace(weights=jnp.where(mask, weights, state.weights), inner=inner)
-        return weights, count_seen(state, mask)
+        return weights, count_seen(state._replace(weights=jnp.where(mask, weights, state.weights)), mask)
 
-    def smoothed(apply):
-        def weigh(state, statistic, values, mask):
-            return smooth(state, *apply(state.inner, statistic, values=values, mask=mask), mask)
-
-        return weigh
-
-    def visit(state, i, row, values, mask):
-        inner, statistic = method.rowwise.visit(state.inner, i, row, values=values, mask=mask)
-        return state._replace(inner=inner), statistic
-
-    def on_inner(hook):
-        def hooked(state, *args, **kwargs):
-            return state._replace(inner=hook(state.inner, *args, **kwargs))
-
-        return hooked
-
-    of_gramian = method.gramian_weighting
-    return base.aggregator(
-        init,
-        weighting=smoothed(method.weighting.apply),
-        gramian_weighting=smoothed(of_gramian.apply) if of_gramian else None,
-        rowwise=method.rowwise and base.Rowwise(visit, smoothed(method.rowwise.weigh)),
-        end_epoch=on_inner(method.end_epoch),
-        observe=lambda state, values, mask: on_inner(method.observe)(state, values, mask=mask),
-        jacobian_shaped=method.jacobian_shaped,
-    )
+    # Those that a refresh of the method inside would show, and has shown.
+    last_weights = method.last_weights and (lambda state: state.weights)
+    return reweighted(method, start, smooth, last_weights=last_weights)

@@ -1,8 +1,4 @@
-"""The losses at one point, and the gradients that can be pulled back from there: what :mod:`autodiff` is made of.
-
-A ``Through`` is a function of a function: ``through(use)`` is ``(outcome, use(pullback))``. With micro-batches it adds
-up what ``use`` makes of each one's pull-back, so ``use`` must be linear in that.
-"""
+"""The losses evaluated at one point, and the gradients that can be pulled back from there."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,11 +7,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import inputs
 from mtlbalance.gramian import combine
+from mtlbalance.hyperparameters import check_int, reject
+from mtlbalance.losses import as_counted, is_counted, present_rows, read_labelled, read_losses
 
 
-class Outcome(NamedTuple):
+class Evaluated(NamedTuple):
     """What the losses function returned, and the losses as methods read them.
 
     Attributes:
@@ -37,22 +34,36 @@ class Pullback(NamedTuple):
     Attributes:
       weighted: ``(weights, present=None) -> gradient`` of the weighted sum of the losses; both shaped like the values.
       row: ``(i) -> gradient`` of one task's loss; ``i`` may be traced.
-      rows: ``(keep, n) -> Jacobian`` of ``keep(gradient)``: n rows at a time, or all at once (``"vmap"``).
-      kept: bytes that the backward pass keeps of the forward pass, parameters included.
+      rows: ``(restrict, n) -> Jacobian`` of ``restrict(gradient)``: n rows at a time, or all at once (``"vmap"``).
+      n_bytes_kept: of what the backward pass keeps of the forward pass, parameters included.
       features: the Jacobian of the features, and the pull-back from them to all parameters; of :func:`of_features`.
     """
 
     weighted: Callable[..., Any]
     row: Callable[..., Any]
     rows: Callable[..., Any]
-    kept: int
+    n_bytes_kept: int
     features: tuple[Any, Callable[..., Any]] | None = None
 
 
-Through = Callable[..., tuple[Outcome, Any]]
+class Point(NamedTuple):
+    """The parameters and data of one step.
+
+    Attributes:
+      evaluated: the losses there.
+      evaluate: ``(read) -> (evaluated, read(pullback))``. With micro-batches that is one pass over all of them, and
+        what ``read`` makes of each one's pull-back is added up: so ``read`` must be linear in it.
+    """
+
+    evaluated: Evaluated
+    evaluate: Callable[..., tuple[Evaluated, Any]]
+
+    def pull(self, read: Callable[[Pullback], Any]) -> Any:
+        """What ``read`` makes of the pull-back."""
+        return self.evaluate(read)[1]
 
 
-def of_losses(losses_fn, params, args, kwargs, *, has_aux, totals=None) -> Through:
+def of_losses(losses_fn, params, args, kwargs, *, has_aux, totals=None) -> Point:
     """For a function that returns the losses of all tasks."""
 
     def read(params):
@@ -62,11 +73,11 @@ def of_losses(losses_fn, params, args, kwargs, *, has_aux, totals=None) -> Throu
     values, pull, outputs = jax.vjp(read, params, has_aux=True)
     weighted = _weighted(pull, values, params)
     row = lambda i: weighted(one_hot(i, values))
-    rows = lambda keep, batch_size: _map(lambda i: keep(row(i)), jnp.arange(values.size), batch_size)
+    rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n)
     return _at(values, outputs, Pullback(weighted, row, rows, n_bytes(pull)))
 
 
-def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Through:
+def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Point:
     """For the loss function of one task, with a leading task axis on every positional argument."""
 
     def read(params, task):
@@ -82,12 +93,13 @@ def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Throu
     values, pull, outputs = jax.vjp(lambda params: jax.vmap(read, (None, 0))(params, tasks), params, has_aux=True)
     row = lambda i: gradient(jax.tree.map(lambda x: x[i], tasks))
     # Not pulled back from one-hot weights: that would differentiate every task's data for every row.
-    rows = lambda keep, batch_size: _map(lambda task: keep(gradient(task)), tasks, batch_size)
+    rows = lambda restrict, n: _map(lambda task: restrict(gradient(task)), tasks, n)
     return _at(values, outputs, Pullback(_weighted(pull, values, params), row, rows, n_bytes(pull)))
 
 
-def of_features(trunk, heads, params, args, kwargs, *, has_aux, totals=None) -> Through:
+def of_features(trunk_and_heads, params, args, kwargs, *, has_aux, totals=None) -> Point:
     """For a trunk, and a tree of heads, one for each task; the parameters are a pair."""
+    trunk, heads = trunk_and_heads
     names = jax.tree.structure(heads, is_leaf=callable)
     pair, (trunk_params, head_params) = pair_of(params), params
 
@@ -98,7 +110,7 @@ def of_features(trunk, heads, params, args, kwargs, *, has_aux, totals=None) -> 
     for path, x in jax.tree.leaves_with_path(features):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             where, expected = f"the trunk's features{jax.tree_util.keystr(path)}", "floating point numbers"
-            inputs.reject(where, f"{expected} (heads get the trunk's arguments too)", f"dtype {x.dtype}", TypeError)
+            reject(where, f"{expected} (heads get the trunk's arguments too)", f"dtype {x.dtype}", TypeError)
 
     def of_head(head, params, total):
         def read(params, features):
@@ -120,78 +132,33 @@ def of_features(trunk, heads, params, args, kwargs, *, has_aux, totals=None) -> 
         return pair.unflatten((_without_float0(of_trunk, trunk_params), names.unflatten(of_heads)))
 
     def weighted(weights, present=None):
-        rows = jacobian if present is None else inputs.present_rows(jacobian, present)
+        rows = jacobian if present is None else present_rows(jacobian, present)
         return from_features(combine(weights, rows), weights, present)
 
     row = lambda i: from_features(jax.tree.map(lambda x: x[i], jacobian), one_hot(i, values))
-    rows = lambda keep, batch_size: _map(lambda i: keep(row(i)), jnp.arange(values.size), batch_size)
+    rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n)
     pullback = Pullback(weighted, row, rows, n_bytes(pull_features), (jacobian, from_features))
     return _at(values, (losses, (trunk_aux, aux) if has_aux else None), pullback)
 
 
-def of_microbatches(through_of, args, n: int, axis: int) -> Through:
-    """For a batch cut in ``n``: sums and counts are added up, and what is made of the pull-backs.
-
-    Args:
-      through_of: ``(args, totals) -> Through`` for one micro-batch.
-      args: trees of arrays that all have the batch on this ``axis``.
-      n: number of micro-batches.
-      axis: the batch's.
-    """
-    if not jax.tree.leaves(args):
-        inputs.reject("microbatches", "the batch as positional arguments after the state", "none")
-    parts = jax.tree.map(lambda x: _cut(x, n, axis), args)
-    first = jax.tree.map(lambda x: x[0], parts)
-
-    def outputs_of(part, totals=None, use=lambda pullback: ()):
-        outcome, result = through_of(part, totals)(use)
-        return (_counted(outcome.losses), outcome.values, result), outcome.aux
-
-    def add_up(part_of, parts):
-        """Sums over the micro-batches, in float32 or wider, and the stacked auxiliary outputs."""
-        dtypes, _ = jax.eval_shape(part_of, first)
-        # With its sharding, which on an Explicit mesh is part of the carry's type.
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x.dtype), device=x.sharding), dtypes)
-
-        def step(total, part):
-            new, aux = part_of(part)
-            return jax.tree.map(lambda x, y: x + y, total, new), aux
-
-        total, aux = jax.lax.scan(step, start, parts)
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), total, dtypes), aux
-
-    # The counts alone: where they depend on labels only, XLA removes the model from this pass.
-    template = jax.eval_shape(lambda part: through_of(part, None)(lambda _: ())[0].losses, first)
-    (counted, *_), _ = add_up(outputs_of, parts)
-    totals = jax.tree.map(lambda x: x.count, counted, is_leaf=inputs.is_counted)
-
-    def through(use):
-        (counted, values, result), aux = add_up(lambda part: outputs_of(part, totals, use), parts)
-        restore = lambda like, x: x if inputs.is_counted(like) else x.sum / n
-        losses = jax.tree.map(restore, template, counted, is_leaf=inputs.is_counted)
-        return Outcome(losses, aux, values, inputs.read_labelled(losses)), result
-
-    return through
-
-
 def move_axis(args: chex.ArrayTree, axis: int) -> chex.ArrayTree:
     """Every array with its task axis in front; they must agree in its length."""
-    inputs.check_int("task_axis", axis, -64)
+    check_int("task_axis", axis, -64)
     for path, x in jax.tree.leaves_with_path(args):
         if not -jnp.ndim(x) <= axis < jnp.ndim(x):
             where = f"argument {jax.tree_util.keystr(path)}"
-            inputs.reject(where, f"a task axis {axis} (keyword arguments need none)", f"shape {jnp.shape(x)}")
+            reject(where, f"a task axis {axis} (keyword arguments need none)", f"shape {jnp.shape(x)}")
     args = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), args)
     lengths = {len(x) for x in jax.tree.leaves(args)}
     if len(lengths) != 1:
-        inputs.reject("task_axis", "positional arguments with as many tasks each", f"{sorted(lengths)}")
+        reject("task_axis", "positional arguments with as many tasks each", f"{sorted(lengths)}")
     return args
 
 
 def pair_of(params: chex.ArrayTree) -> Any:
     """The outermost structure of the parameters of a trunk and heads, which must be a pair."""
     if not isinstance(params, tuple | list) or len(params) != 2:
-        inputs.reject("params", "a pair: the trunk's, and a tree with those of each head", type(params).__name__)
+        reject("params", "a pair: the trunk's, and a tree with those of each head", type(params).__name__)
     return jax.tree.structure(params, is_leaf=lambda x: x is not params)
 
 
@@ -202,15 +169,15 @@ def n_bytes(tree: chex.ArrayTree) -> int:
 
 def _at(values, outputs, pullback):
     losses, aux = outputs
-    outcome = Outcome(losses, aux, values, inputs.read_labelled(losses))
-    return lambda use: (outcome, use(pullback))
+    evaluated = Evaluated(losses, aux, values, read_labelled(losses))
+    return Point(evaluated, lambda read: (evaluated, read(pullback)))
 
 
 def _with_aux(output, has_aux):
     if not has_aux:
         return output, None
     if not (isinstance(output, tuple) and len(output) == 2):
-        inputs.reject("losses_fn", "a pair (losses, aux) with has_aux=True", type(output).__name__, TypeError)
+        reject("losses_fn", "a pair (losses, aux) with has_aux=True", type(output).__name__, TypeError)
     return output
 
 
@@ -256,31 +223,15 @@ def _map(fun, xs, batch_size):
 def _values(losses, totals):
     if totals is not None:
         # A micro-batch's part of the value: its sum over the count of the whole batch.
-        losses = jax.tree.map(lambda x, n: x._replace(count=n), _counted(losses), totals, is_leaf=inputs.is_counted)
-    return inputs.read_losses("losses_fn", losses)
+        losses = jax.tree.map(lambda x, n: x._replace(count=n), as_counted(losses), totals, is_leaf=is_counted)
+    return read_losses("losses_fn", losses)
 
 
 def _one_value(name, loss, total):
     value = _values(loss, total)
     if value.ndim:
-        inputs.reject(name, "one loss for each task, a scalar", f"shape {value.shape}")
+        reject(name, "one loss for each task, a scalar", f"shape {value.shape}")
     return value
-
-
-def _counted(losses):
-    """Every loss with its count: one for each that has none."""
-
-    def leaf(x):
-        if inputs.is_counted(x):
-            count = jnp.asarray(x.count)  # in a dtype in which the counts of all micro-batches can be added up
-            return inputs.Counted(jnp.where(inputs.is_there(x), x.sum, 0), count.astype(_wide(count.dtype)))
-        return inputs.Counted(jnp.asarray(x), jnp.ones(jnp.shape(x), jnp.int32))
-
-    return jax.tree.map(leaf, losses, is_leaf=inputs.is_counted)
-
-
-def _wide(dtype):
-    return jnp.result_type(jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32, dtype)
 
 
 def _split(name, names, tree):
@@ -289,18 +240,4 @@ def _split(name, names, tree):
     try:
         return names.flatten_up_to(tree)
     except ValueError:
-        inputs.reject(name, f"one entry for each head, {names}", f"{jax.tree.structure(tree)}")
-
-
-def _cut(x, n, axis):
-    size = jnp.shape(x)[axis] if jnp.ndim(x) > axis else None
-    if size is None or size % n:
-        expected = f"a batch on axis {axis} of every positional argument, divisible by {n}"
-        inputs.reject("microbatches", expected, f"shape {jnp.shape(x)}")
-    # Every n-th example, so that a batch that is split over devices needs no transfer.
-    try:
-        x = jnp.reshape(x, (*x.shape[:axis], size // n, n, *x.shape[axis + 1 :]))
-    except Exception as error:  # on an Explicit mesh
-        expected = "at most as many as each device has examples"
-        raise ValueError(f"microbatches: expected {expected}, found {n} of {jax.typeof(x)}") from error
-    return jnp.moveaxis(x, axis + 1, 0)
+        reject(name, f"one entry for each head, {names}", f"{jax.tree.structure(tree)}")

@@ -1,0 +1,310 @@
+"""One training step for every method."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtlbalance import base
+from mtlbalance.autodiff.jacobian import gramian_at
+from mtlbalance.autodiff.options import (
+    Subset,
+    cheapest_rows,
+    check_at,
+    check_losses_fn,
+    check_method,
+    check_params,
+    check_per_task,
+    evaluate_at,
+    join_subsets,
+    possible_rows,
+    read_subset,
+    select_subset,
+    whole,
+    with_float0,
+)
+from mtlbalance.autodiff.point import Evaluated, pair_of
+from mtlbalance.contract import Aggregator, Scalarizer
+from mtlbalance.gramian import combine
+from mtlbalance.hyperparameters import reject
+from mtlbalance.losses import like_losses, present_rows, read_mask
+
+
+def value_and_grad(
+    losses_fn: Callable[..., Any] | tuple[Callable[..., Any], chex.ArrayTree],
+    method: Scalarizer | Aggregator,
+    *,
+    has_aux: bool = False,
+    return_weights: bool = False,
+    rows: int | Literal["vmap", "two_pass", "stream"] | None = None,
+    shared: Subset | None = None,
+    decide_on: Subset | None = None,
+    at: Literal["parameters", "features"] = "parameters",
+    task_axis: int | None = None,
+    microbatches: int | None = None,
+    allow_int: bool = False,
+) -> Callable[..., Any]:
+    r"""One training step's losses and balanced gradient, whatever the method.
+
+    Reads as :func:`jax.value_and_grad`, and as that it is not jitted: call it inside your jitted step. ::
+
+        grad_fn = mtl.value_and_grad(losses_fn, method)
+        (losses, state), grads = grad_fn(params, state, batch)
+
+    The gradient is :math:`\sum_i w_i \nabla L_i`: for a scalarizer :math:`w` is the derivative of its scalar with
+    respect to the losses, one backward pass in all; for an aggregator it is what its weighting makes of the Jacobian
+    or Gramian. An aggregator without weights combines the rows as it likes.
+
+    Args:
+      losses_fn: ``(params, *args, **kwargs) -> losses``, one per task, an array or a tree of names, see
+        :func:`value_and_jac`; or a pair of trunk and heads, below.
+      method: a :class:`~mtlbalance.Scalarizer` without learned fields (:func:`learn` trains those), or an
+        :class:`~mtlbalance.Aggregator`.
+      has_aux: ``losses_fn`` returns a pair ``(losses, aux)``; so do the trunk and every head.
+      return_weights: also return one weight per task, in the structure of the losses.
+      rows: how an aggregator's rows of the Jacobian are computed; the cheapest way by default.
+      shared: the parameters to balance, a mask as in :func:`optax.masked`; all by default.
+      decide_on: the parameters on which weights are decided; the balanced ones by default.
+      at: whether a method for a trunk and heads sees the gradients of its ``"parameters"`` or its ``"features"``.
+      task_axis: the axis of all positional arguments after the state along which each task has its own data; none by
+        default.
+      microbatches: how many to cut the batch in, at least 1; none by default.
+      allow_int: integer parameters get "gradients" of dtype ``float0``, as in :func:`jax.grad`; without it they raise.
+
+    Returns:
+      ``grad_fn(params, state, *args, mask=None, refresh=None, **kwargs)``. It returns ``(losses, new_state), grads``,
+      the first with the weights and the auxiliary output appended where asked for. ``losses`` are as ``losses_fn``
+      returned them. ``mask`` says which tasks are present and ``refresh``, one boolean, whether to decide anew; neither
+      is passed to ``losses_fn``.
+
+    Raises:
+      TypeError: if a parameter or a loss is not floating point, or an option of the wrong type.
+      ValueError: if the method has learned fields or cannot do what is asked, a mask is of another structure, or the
+        losses are a scalar where one per task is expected.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import aggregation
+      >>> def losses_fn(params, x):
+      ...     return {"small": jnp.mean((params - x) ** 2), "large": 100 * jnp.mean((params + x) ** 2)}
+      >>> method = aggregation.imtl_g()
+      >>> grad_fn = jax.jit(mtl.value_and_grad(losses_fn, method, return_weights=True))
+      >>> params = jnp.array([0.5, 0.0])
+      >>> (losses, state, weights), grads = grad_fn(params, method.init((2, params)), jnp.array([1.0, 2.0]))
+      >>> print({name: f"{weight:.3f}" for name, weight in weights.items()})
+      {'large': '0.008', 'small': '0.992'}
+
+    Notes:
+      **Shared parameters.** ``shared`` says which parameters the tasks share: a tree of booleans in the structure of
+      the parameters or a prefix of it, or a function from the parameters to one. Only they are balanced, in either
+      family, and only they are in the Jacobian; all others get the plain gradient of the sum of the losses. The state
+      is then made for the shared part: ``method.init((m, mtl.subset(params, shared)))``.
+
+      **Trunk and heads.** A pair ``(trunk, heads)`` in place of ``losses_fn``: ``trunk(trunk_params, *args)`` returns
+      the features, and ``heads`` is a tree of functions, each ``head(head_params, features, *args)`` the loss of one
+      task. ``params`` is a pair too: the trunk's, which are the shared ones, and a tree with those of each head. Heads
+      are differentiated once each, for their own loss. ``at="features"`` gives the method the Jacobian of the features
+      in place of the trunk's: one backward pass through the trunk in all. That is an approximation (MGDA-UB, Sener and
+      Koltun 2018; LibMTL's ``rep_grad``), and needs tasks that share their inputs. The state is then made for the
+      features: ``method.init((m, jax.eval_shape(trunk, trunk_params, *args)))``.
+
+      **Own data.** With ``task_axis`` ``losses_fn`` is the loss of *one* task, called with each task's part of every
+      positional argument after the state; keyword arguments are passed whole, auxiliary outputs are stacked. All rows
+      together cost little more than one step. A task whose loss is not finite leaves the others' rows alone; if it is
+      absent, and the gradient is made of kept rows, without ``shared`` and ``decide_on``, the gradient too.
+
+      **Micro-batches.** With ``microbatches=k`` every positional argument after the state is cut in k along its first
+      axis, or the second if the first is the task axis: micro-batch i has the examples i, i + k, i + 2k and so on, so
+      that a batch that is split over devices stays where it is. Sums and counts of :class:`Counted` losses are added
+      up over all of them, other losses and all gradients averaged, and the method decides once. Where the weights
+      depend on this step's losses the model runs twice over each micro-batch, else once; the README's table of methods
+      says which. Rows are kept by default; ``"two_pass"`` and ``"stream"`` run the model again for every row. Auxiliary
+      outputs are stacked. Keyword arguments are passed whole: give random keys as a batch of them.
+
+      **Fewer decisions.** With a method wrapped in :func:`amortize`, ``grad_fn(..., refresh=False)`` takes the last
+      weights again, at the cost of one backward pass. ``decide_on``, a mask like ``shared``, decides the weights on
+      some parameters (the last layer, norms, LoRA's) and applies them to all; the state is made for these:
+      ``method.init((m, mtl.subset(params, decide_on)))``. Scalarizers decide on losses: nothing changes for them.
+
+      **Rows.** ``"vmap"`` computes all rows at once, an int so many at a time, and keeps them until the gradient is
+      made; ``"two_pass"`` never keeps them (the methods with ``gramian_weighting``; :func:`value_and_gramian` says what
+      that needs); ``"stream"`` takes one at a time, used and dropped (the methods with ``rowwise``). Equal numbers if
+      the backward pass is linear. If it clips, kept rows and pulled-back weights differ. The default is ``"vmap"`` for
+      a Jacobian of up to 4 MiB. Beyond, ``"stream"`` where the method can; else rows one at a time, or two passes for
+      the methods that need the Gramian, if the Jacobian is over 256 MiB or what the backward pass keeps is less than
+      one and a half times the parameters: there a row is computed faster than it is stored. A method that takes in one
+      row at a call, as M-ConFIG does, has ``"stream"`` at any size: one backward pass a step. Milliseconds and
+      megabytes of each way stand in ``tests/benchmarks/autodiff.md``.
+
+    References:
+      Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization <https://arxiv.org/abs/1810.04650>`_,
+      NeurIPS 2018, for ``at="features"``; Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
+      <https://arxiv.org/abs/2406.16232>`_, 2024, section 6, for descent by the Gramian.
+    """
+    has_features = isinstance(losses_fn, tuple)
+    check_losses_fn(losses_fn, shared, task_axis)
+    check_method(method, return_weights, decide_on)
+    check_at(at, has_features, decide_on, rows, microbatches)
+    possible = possible_rows(method, rows, task_axis, microbatches)
+
+    def grad_fn(params, state, /, *args, mask=None, refresh=None, **kwargs):
+        check_params(params, allow_int)
+        mask_of_shared = pair_of(params).unflatten((True, False)) if has_features else shared
+        is_shared = None if mask_of_shared is None else read_subset("shared", mask_of_shared, params)
+        decides = is_shared if decide_on is None else read_subset("decide_on", decide_on, params)
+        restrict = whole if decides is None else partial(select_subset, mask=decides)
+
+        forms = {"has_aux": has_aux, "task_axis": task_axis, "microbatches": microbatches}
+        point = evaluate_at(losses_fn, params, args, kwargs, **forms)
+        check_per_task(point.evaluated.values, state)
+        present = _read_present(mask, point.evaluated)
+        chosen = at if at == "features" else rows or cheapest_rows(possible, task_axis, point, restrict(params))
+        decide = partial(_decide, method, state, point, present, restrict, chosen, rows)
+        decision = decide() if refresh is None else _refresh(method, refresh, decide, state, present)
+
+        evaluated, new_state, weights, gradient = decision
+        if gradient is None or decide_on is not None:
+            evaluated, gradient = point.evaluate(lambda pullback: _balanced(pullback, weights, present, is_shared))
+            if microbatches and refresh is None and isinstance(method, Scalarizer):
+                # The first pass over the micro-batches then serves the weights alone. Where they do not depend on the
+                # losses, as UW's do not, it is dead code, which XLA removes.
+                _, new_state = base.weights_of(method, state, evaluated.values, present)
+        elif is_shared is not None:
+            plain = point.pull(lambda pullback: pullback.weighted(_ones(evaluated.values, present), present))
+            gradient = join_subsets(is_shared, gradient, plain)
+
+        outputs = evaluated.losses, new_state
+        outputs += (like_losses(weights, evaluated.losses),) if return_weights else ()
+        outputs += (evaluated.aux,) if has_aux else ()
+        return outputs, with_float0(gradient, params)
+
+    return grad_fn
+
+
+class _Decision(NamedTuple):
+    """What a method decides at one call: the weights; or the gradient of the parameters that it sees, or both.
+
+    ``evaluated`` are the losses that were read with the rows of that gradient; ``None`` where there are no rows.
+    """
+
+    evaluated: Evaluated | None
+    state: Any
+    weights: chex.Array | None
+    gradient: Any = None
+
+
+def _decide(method, state, point, present, restrict, rows, requested):
+    if isinstance(method, Scalarizer):
+        weights, state = base.weights_of(method, state, point.evaluated.values, present)
+        return _Decision(None, state, weights)
+    mask = None if present is None else jnp.ravel(present)
+    if rows == "stream":
+        return _decide_by_visits(method.rowwise, state, point, mask, restrict)
+    if rows == "two_pass":
+        evaluated = point.evaluated
+        gramian, jacobian = gramian_at(point, restrict, rows, requested=requested)
+        given = {"values": jnp.ravel(evaluated.values), "mask": mask}
+        weights, state = method.gramian_weighting.apply(state, gramian, **given)
+        return _Decision(evaluated, state, weights, _combine(weights, jacobian, mask))
+    if rows == "features":
+        evaluated, jacobian = point.evaluate(lambda pullback: pullback.features[0])
+    else:
+        evaluated, jacobian = point.evaluate(lambda pullback: pullback.rows(restrict, rows))
+    given = {"values": jnp.ravel(evaluated.values), "mask": mask}
+    if method.weighting is not None:
+        weights, state = method.weighting.apply(state, jacobian, **given)
+        gradient = None if rows == "features" else _combine(weights, jacobian, mask)
+        return _Decision(evaluated, state, weights, gradient)
+    gradient, state = method.apply(state, jacobian, **given)
+    if rows == "features":
+        ones = _ones(evaluated.values, present)
+        gradient = point.pull(lambda pullback: restrict(pullback.features[1](gradient, ones, present)))
+    return _Decision(evaluated, state, None, gradient)
+
+
+def _decide_by_visits(rowwise, state, point, mask, restrict):
+    """Rows come and go, and the state is changed in place."""
+    evaluated = point.evaluated
+    given = {"values": jnp.ravel(evaluated.values), "mask": mask}
+    n_tasks = evaluated.values.size
+    indices, n_visits = jnp.arange(n_tasks), n_tasks
+    if rowwise.visits is not None:
+        indices = rowwise.visits(state, mask=mask)
+        # `optimization_barrier` stops XLA unrolling a one-trip loop, which would copy the state. The trip count must
+        # not depend on the state: under vmap the loop would select between two states.
+        n_visits = jax.lax.optimization_barrier(jnp.asarray(indices.size))
+
+    def row(i):
+        return point.pull(lambda pullback: restrict(pullback.row(i)))
+
+    def visit(i, state):
+        return rowwise.visit(state, i, row(i), **given)
+
+    def step(n, carry):
+        state, statistics = carry
+        state, statistic = visit(indices[n], state)
+        return state, jax.tree.map(lambda all, one: all.at[indices[n]].set(one), statistics, statistic)
+
+    _, statistic = jax.eval_shape(visit, 0, state)
+    start = jax.tree.map(lambda x: jnp.zeros((n_tasks, *x.shape), x.dtype), statistic)
+    state, statistics = jax.lax.fori_loop(0, n_visits, step, (state, start))
+    if rowwise.weigh is not None:
+        weights, state = rowwise.weigh(state, statistics, **given)
+        return _Decision(evaluated, state, weights)
+    gradient, state = rowwise.finish(state, statistics, **given)
+    gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, jax.eval_shape(row, 0))
+    return _Decision(evaluated, state, None, gradient)
+
+
+def _refresh(method, refresh, decide, state, present):
+    """A step's weights, or the gradient if the method makes no weights: anew, or the last weights again."""
+    if method.last_weights is None:
+        expected = "a method that keeps its last weights, mtl.amortize(method), outside of mtl.chain"
+        reject("refresh", expected, "one that does not")
+    is_boolean = isinstance(refresh, bool) or (hasattr(refresh, "dtype") and jnp.issubdtype(refresh.dtype, jnp.bool_))
+    if not is_boolean or jnp.shape(refresh):
+        reject("refresh", "one boolean", f"{refresh!r}", TypeError)
+    last = method.last_weights(state)
+
+    def anew():
+        decision = decide()
+        return decision.state, decision.weights.astype(last.dtype)
+
+    def again():
+        return state, last if present is None else jnp.where(jnp.reshape(present, last.shape), last, 0)
+
+    if isinstance(refresh, bool | np.bool_):
+        return _Decision(None, *(anew() if refresh else again()))
+    return _Decision(None, *jax.lax.cond(refresh, anew, again))
+
+
+def _balanced(pullback, weights, present, is_shared):
+    """The gradient with these weights, where parameters are shared; elsewhere that of the sum."""
+    gradient = pullback.weighted(weights, present)
+    if is_shared is None:
+        return gradient
+    return join_subsets(is_shared, gradient, pullback.weighted(_ones(weights, present), present))
+
+
+def _combine(weights, jacobian, mask):
+    if jacobian is None:
+        return None
+    return combine(weights, jacobian if mask is None else present_rows(jacobian, mask))
+
+
+def _ones(like, present):
+    """The weights of the sum."""
+    return jnp.ones_like(like) if present is None else present.astype(like.dtype)
+
+
+def _read_present(mask, evaluated):
+    if mask is None:
+        return evaluated.present
+    mask = read_mask(mask, evaluated.losses, evaluated.values.shape)
+    return mask if evaluated.present is None else mask & evaluated.present

@@ -1,0 +1,113 @@
+"""The contract of every method of either family: named tuples of pure functions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+
+Hook = Callable[..., Any]
+
+
+class Scalarizer(NamedTuple):
+    """A method that turns losses into one scalar.
+
+    Attributes:
+      init: ``(shape) -> state``. ``shape`` is an int ``n`` (meaning ``(n,)``), a tuple of ints, an array or
+        :class:`jax.ShapeDtypeStruct`, or a tree of those (named losses: a vector of their total size).
+      apply: ``(state, values, *, mask=None) -> (scalar, new_state)``. ``values`` is an array of the shape
+        given to ``init``, or a tree of named losses; leaves may be :class:`Counted`. ``mask`` (booleans, like
+        ``values``) says which tasks are present. An absent task's value may be anything, but a NaN in the
+        *gradient* behind it cannot be repaired here: divide by ``max(count, 1)``, or use :class:`Counted`.
+      end_epoch: ``(state) -> new_state``, the identity unless the method has epochs.
+      observe: ``(state, values, *, mask=None) -> new_state``, the identity unless the method looks at the losses
+        again after the optimizer's step (FAMO), or at another number per task (DTP).
+      learned: names of the state fields that are trained by gradient, see :func:`mtlbalance.learn`.
+      jacobian_shaped: none; as in :class:`Aggregator`.
+      last_weights: ``(state) -> weights`` that the last call gave, shaped like the losses; ``None`` for a method that
+        does not keep them. See :func:`mtlbalance.amortize`.
+    """
+
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+    end_epoch: Hook
+    observe: Hook
+    learned: tuple[str, ...] = ()
+    jacobian_shaped: tuple[str, ...] = ()
+    last_weights: Callable[..., Any] | None = None
+
+
+class Weighting(NamedTuple):
+    """Turns a Jacobian, or its Gramian, into one weight per task.
+
+    Attributes:
+      init: ``((m, params)) -> state``; where only ``m`` matters, an int will do.
+      apply: ``(state, statistic, *, values=None, mask=None) -> (weights, new_state)``, weights of shape ``[m]``.
+    """
+
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+
+
+class Rowwise(NamedTuple):
+    """The weighting computed row by row; the whole Jacobian is never in memory.
+
+    Attributes:
+      visit: ``(state, i, row, *, values=None, mask=None) -> (state, statistic)`` for every task ``i`` once; ``row`` is
+        shaped like the parameters. Changes row ``i`` of the Jacobian-shaped leaves and nothing else.
+      weigh: ``(state, statistics, *, values=None, mask=None) -> (weights, new_state)`` after the last visit;
+        ``statistics`` are the visits' statistics stacked along a leading task axis. ``None`` where there is ``finish``.
+      finish: ``(state, statistics, *, values=None, mask=None) -> (gradient, new_state)`` in place of ``weigh``, for
+        methods that combine what they remember of the rows, and not the rows of this call. As the state is, their
+        gradient is a constant of an outer differentiation, also from ``apply``.
+      visits: ``(state, *, values=None, mask=None) -> indices``, for methods that take in some rows only at a call:
+        visiting these, a fixed number, is enough. Zeros stand for the statistics of the others. ``None``: all rows.
+    """
+
+    visit: Callable[..., Any]
+    weigh: Callable[..., Any] | None = None
+    finish: Callable[..., Any] | None = None
+    visits: Callable[..., Any] | None = None
+
+
+class Task(NamedTuple):
+    """What a visit knows of its task besides the row.
+
+    Attributes:
+      present: whether its row counts.
+      loss: its loss; ``None`` where none were given.
+      seen: in how many calls it was present before.
+    """
+
+    present: chex.Array
+    loss: chex.Array | None
+    seen: chex.Array
+
+
+class Aggregator(NamedTuple):
+    """A method that turns one gradient per task (a Jacobian) into one gradient.
+
+    Attributes:
+      init: ``((m, n)) -> state`` for a Jacobian matrix, ``((m, params)) -> state`` for a tree.
+      apply: ``(state, jacobian, *, values=None, mask=None) -> (gradient, new_state)``. The Jacobian's leaves are
+        ``[m, *param.shape]``; the gradient has the params' shapes, in the Jacobian's dtypes. ``values`` are the losses,
+        for the methods that read them; ``mask`` says which tasks are present, as in :class:`Scalarizer`.
+      end_epoch, observe: the hooks of :class:`Scalarizer`, so that one loop serves both families.
+      weighting: of the Jacobian, where ``gradient = weights @ jacobian``.
+      gramian_weighting: of ``J @ J.T``, where that is all the method needs.
+      rowwise: the method computed row by row; ``None`` if it needs all rows together.
+      learned: none; as in :class:`Scalarizer`.
+      jacobian_shaped: the state fields whose leaves are shaped like the Jacobian's, as ``"averages"``, or
+        ``"inner.averages"`` under a wrapper.
+      last_weights: as in :class:`Scalarizer`, of shape ``[m]``.
+    """
+
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+    end_epoch: Hook
+    observe: Hook
+    weighting: Weighting | None = None
+    gramian_weighting: Weighting | None = None
+    rowwise: Rowwise | None = None
+    learned: tuple[str, ...] = ()
+    jacobian_shaped: tuple[str, ...] = ()
+    last_weights: Callable[..., Any] | None = None

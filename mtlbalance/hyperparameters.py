@@ -1,0 +1,175 @@
+"""What a method's factory asks of its arguments: bounds, one number per task, preferences, keys.
+
+A factory checks what it can while it is called, and what depends on the number of tasks in ``init``, where an error
+still comes before the training. Traced values pass: they are not known.
+"""
+
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def reject(argument: str, expected: str, found: str, error: type[Exception] = ValueError) -> NoReturn:
+    """Raises ``error`` in the one form that all of the library's errors have."""
+    raise error(f"{argument}: expected {expected}, found {found}")
+
+
+class Bound(NamedTuple):
+    """What a number must be.
+
+    Attributes:
+      text: what an error says was expected.
+      holds: from a NumPy number or array to a boolean, or one for each entry. Not ``jnp``: a method may be built before
+        there is a device.
+    """
+
+    text: str
+    holds: Callable[[np.ndarray], Any]
+
+
+FINITE = Bound("a finite number", np.isfinite)
+NONNEGATIVE = Bound("a finite number of at least 0", lambda x: (x >= 0) & np.isfinite(x))
+NONNEGATIVE_OR_INFINITE = Bound("a number of at least 0", lambda x: x >= 0)
+POSITIVE = Bound("a finite number above 0", lambda x: (x > 0) & np.isfinite(x))
+POSITIVE_OR_INFINITE = Bound("a number above 0", lambda x: x > 0)
+NONZERO = Bound("a number other than 0", lambda x: x != 0)
+FRACTION = Bound("a number from 0 to 1", lambda x: (x >= 0) & (x <= 1))
+DECAY = Bound("a number of at least 0 and below 1", lambda x: (x >= 0) & (x < 1))
+RATE = Bound("a number above 0 and at most 1", lambda x: (x > 0) & (x <= 1))
+
+
+def check(name: str, value: Any, bound: Bound) -> None:
+    """Raises unless a hyperparameter is a real scalar within its bound.
+
+    Args:
+      name: the argument's, for the error.
+      value: what the user gave.
+      bound: one of those above, or the method's own.
+
+    Raises:
+      ValueError: if it is out of bounds or not a scalar.
+      TypeError: if it is not a real number.
+
+    Example:
+      >>> from mtlbalance import hyperparameters
+      >>> hyperparameters.check("rate", 0.5, hyperparameters.FRACTION)
+      >>> hyperparameters.check("rate", 2.0, hyperparameters.FRACTION)
+      Traceback (most recent call last):
+      ValueError: rate: expected a number from 0 to 1, found 2.0
+    """
+    if not is_number(value) or np.iscomplexobj(value):
+        reject(name, bound.text, f"dtype {value.dtype}" if hasattr(value, "dtype") else type(value).__name__, TypeError)
+    if jnp.ndim(value):
+        reject(name, "a scalar", f"shape {jnp.shape(value)}")
+    if not _holds(bound, [value]):
+        reject(name, bound.text, f"{value}")
+
+
+def check_int(name: str, value: Any, minimum: int) -> None:
+    """Raises unless ``value`` is an int of at least ``minimum``: it shapes the program, so it cannot be traced."""
+    if not is_int(value):
+        static = "an int (optax.inject_hyperparams: name it in static_args)"
+        reject(name, static, type(value).__name__, TypeError)
+    if value < minimum:
+        reject(name, f"an int of at least {minimum}", f"{value}")
+
+
+def flatten(name: str, tree: chex.ArrayTree) -> chex.Array:
+    """A single array as it is; any other tree as one vector, in the order of :func:`jax.tree.leaves`."""
+    leaves, treedef = jax.tree.flatten(tree)
+    if not leaves:
+        reject(name, "at least one number", f"{tree!r}")
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return jnp.asarray(leaves[0])
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+
+
+def per_task(
+    name: str,
+    value: chex.ArrayTree,
+    shape: tuple[int, ...],
+    dtype: chex.ArrayDType,
+    *,
+    scalar: bool = True,
+    bound: Bound | None = None,
+) -> chex.Array:
+    """A hyperparameter with one number per task as an array.
+
+    Args:
+      name: the argument's, for the error.
+      value: an array, or a tree like the losses.
+      shape: of the losses, ``(m,)`` for an aggregator.
+      dtype: of what is returned.
+      scalar: whether one number for all tasks will do.
+      bound: of the numbers; any real ones by default.
+
+    Raises:
+      ValueError: if the shape is another one or a number is out of bounds.
+      TypeError: if something is not a real number.
+    """
+    leaves = jax.tree.leaves(value)
+    for leaf in leaves:
+        if not is_number(leaf):
+            reject(name, "numbers", type(leaf).__name__, TypeError)
+        if np.iscomplexobj(leaf):
+            reject(name, "real numbers", f"dtype {jnp.result_type(leaf)}", TypeError)
+    array = flatten(name, value)
+    if array.shape != shape and not (scalar and array.ndim == 0):
+        one_for_all = "a scalar or " if scalar else ""
+        reject(name, f"{one_for_all}one number per task, shape {shape}", f"shape {array.shape}")
+    if bound is not None and not _holds(bound, leaves):
+        reject(name, bound.text, f"{value}")
+    return jnp.broadcast_to(array, shape).astype(dtype)
+
+
+def preference(value: chex.ArrayTree | None, mask: chex.Array, dtype: chex.ArrayDType) -> chex.Array:
+    """An aggregator's ``pref_vector``: one number per task, equal ones of total 1 by default; 0 for absent tasks."""
+    if value is None:
+        return mask / jnp.maximum(jnp.sum(mask), 1).astype(dtype)
+    return jnp.where(mask, per_task("pref_vector", value, mask.shape, dtype, scalar=False), 0)
+
+
+def check_key(key: int | chex.Array) -> None:
+    """Raises unless a factory's ``key`` is an int, which may be traced, or a key."""
+    if not is_int(key) and not hasattr(key, "dtype"):
+        reject("key", "an int or a key", type(key).__name__, TypeError)
+
+
+def new_key(key: int | chex.Array) -> chex.PRNGKey:
+    """The typed key that a factory's ``key`` stands for: for ``init``, as making one takes a device."""
+    if _is_typed(key):
+        return key
+    return jax.random.wrap_key_data(jnp.asarray(key)) if getattr(key, "ndim", 0) else jax.random.key(key)
+
+
+def key_impl(key: int | chex.Array) -> Any:
+    """How :func:`new_key` generates random numbers; ``None`` is JAX's default."""
+    return jax.random.key_impl(key) if _is_typed(key) else None
+
+
+def is_int(x: Any) -> bool:
+    """Whether ``x`` is an int known to Python, and no boolean."""
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def is_number(x: Any) -> bool:
+    """Whether ``x`` is a Python number or an array."""
+    return isinstance(x, numbers.Number) or hasattr(x, "dtype")
+
+
+def _is_typed(key):
+    return hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def _holds(bound, leaves):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return True
+    # With what JAX would make of the numbers.
+    with np.errstate(over="ignore"):
+        entries = [np.ravel(np.asarray(leaf, jnp.result_type(leaf))) for leaf in leaves]
+    return np.all(bound.holds(np.concatenate(entries)))

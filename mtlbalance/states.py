@@ -1,0 +1,190 @@
+"""What states have in common: counts of calls, keys, zeros like the parameters, an optimizer's step on some fields."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mtlbalance.hyperparameters import new_key
+
+
+class SeenState(NamedTuple):
+    """State of a stateless method: how often each task was present.
+
+    Attributes:
+      seen: int32, one per task: the calls in which it was present.
+    """
+
+    seen: chex.Array
+
+
+class RandomState(NamedTuple):
+    """State of a method that draws.
+
+    Attributes:
+      seen: int32, one per task: the calls in which it was present.
+      key: uint32, the data of the key for the next draw (:func:`jax.random.key_data`).
+    """
+
+    seen: chex.Array
+    key: chex.Array
+
+
+# Functions that serve as ``init``, in either family: the number of tasks, or the shape of the losses, comes first.
+
+
+def init_seen(tasks: int | tuple[int, ...], *_) -> SeenState:
+    """``init`` of a stateless method."""
+    return SeenState(zero_counts(tasks))
+
+
+def init_seen_reading(read: Callable[[chex.Array, chex.ArrayDType], Any]) -> Callable[..., SeenState]:
+    """``init`` of a stateless method that has hyperparameters with one number per task.
+
+    Args:
+      read: ``(mask, dtype)``, which raises if they do not fit the tasks: in ``init``, before the training.
+    """
+
+    def init(tasks, *others):
+        *_, dtype = others  # an aggregator's have the parameters before it
+        read(jnp.ones(tasks, bool), dtype)
+        return init_seen(tasks)
+
+    return init
+
+
+def init_random(key: int | chex.Array) -> Callable[..., RandomState]:
+    """``init`` of a method that remembers a key and nothing else."""
+    return lambda tasks, *_: RandomState(zero_counts(tasks), jax.random.key_data(new_key(key)))
+
+
+def zero_counts(tasks: int | tuple[int, ...]) -> chex.Array:
+    """int32 zeros, one per task."""
+    return jnp.zeros(tasks, jnp.int32)
+
+
+def zeros_jacobian(m: int, params: chex.ArrayTree, dtype: chex.ArrayDType) -> chex.ArrayTree:
+    """Zeros with leaves ``[m, *param.shape]``, each sharded as its parameter is, the task axis on every device."""
+    return _zeros(params, dtype, (m,))
+
+
+def zeros_params(params: chex.ArrayTree, dtype: chex.ArrayDType) -> chex.ArrayTree:
+    """Zeros with the params' shapes, each sharded as its parameter is."""
+    return _zeros(params, dtype, ())
+
+
+def place(state: chex.ArrayTree, given: Any, jacobian_shaped: tuple[str, ...] = ()) -> chex.ArrayTree:
+    """Copies of a new state's leaves, on the mesh of what ``init`` was given, if that lies on one.
+
+    Copies, so that a state can be donated: no leaf may share its buffer with another or with a hyperparameter. On the
+    mesh, or the first step would move them. Those in ``jacobian_shaped`` are there already.
+    """
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(given)]
+    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding) and _on_mesh(s)]
+
+    def leaf(path, x):
+        if is_in(jacobian_shaped, path):
+            return x
+        is_placed = not isinstance(x, jax.core.Tracer) and _on_mesh(getattr(x, "sharding", None))
+        x = jnp.array(x, copy=True)
+        return jax.device_put(x, NamedSharding(meshes[0], PartitionSpec())) if meshes and not is_placed else x
+
+    return jax.tree_util.tree_map_with_path(leaf, state)
+
+
+# The next state.
+
+
+def count_seen(state, mask: chex.Array):
+    """The state with ``seen`` one higher for every task present; it stops at the largest int32."""
+    return state._replace(seen=jnp.where(mask, optax.safe_increment(state.seen), state.seen))
+
+
+def split_key(state, impl):
+    """A key to draw with, and the state with the next one."""
+    key, draw_key = jax.random.split(jax.random.wrap_key_data(state.key, impl=impl))
+    return draw_key, state._replace(key=jax.random.key_data(key))
+
+
+def random_weights(state: RandomState, impl, mask: chex.Array) -> tuple[chex.Array, RandomState]:
+    """Softmax of normal draws over the tasks present, and the state with the next key."""
+    draw_key, state = split_key(state, impl)
+    # float32 whatever the state's dtype, so that a seed gives the same weights in either precision.
+    draws = jax.random.normal(draw_key, mask.shape, jnp.float32)
+    return jax.nn.softmax(draws, axis=None, where=mask), count_seen(state, mask)
+
+
+def random_orders(state, impl, m: int):
+    """One random order of all tasks for each task, ``[m, m]``, and the state with the next key."""
+    draw_key, state = split_key(state, impl)
+    orders = jax.vmap(lambda key: jax.random.permutation(key, m))(jax.random.split(draw_key, m))
+    return orders, state
+
+
+def optimizer_step(optimizer, value_fn, opt_state, fields, mask: chex.Array):
+    """The fields after one step of an optimizer down a function, and its state; entries of absent tasks stay in both.
+
+    In the optimizer's state, leaves whose path names a field and that have one entry per task are kept for absent
+    tasks.
+
+    Args:
+      optimizer: an :class:`optax.GradientTransformationExtraArgs`.
+      value_fn: from fields to a scalar; it, its value and its gradient are passed to optimizers that want them.
+      opt_state: the state of the optimizer.
+      fields: a dict of names to arrays with one entry per task.
+      mask: which tasks are present.
+    """
+
+    def keep_absent(path, new, old):
+        mirrors = any(getattr(key, "key", None) in fields for key in path) and jnp.shape(new) == mask.shape
+        return jnp.where(mask if mirrors else True, new, old)
+
+    value, grad = jax.value_and_grad(value_fn)(fields)
+    updates, new_state = optimizer.update(grad, opt_state, fields, value=value, grad=grad, value_fn=value_fn)
+    new_fields = optax.apply_updates(fields, updates)
+    new_fields = jax.tree.map(lambda new, old: jnp.where(mask, new, old), new_fields, fields)
+    return new_fields, jax.tree_util.tree_map_with_path(keep_absent, new_state, opt_state)
+
+
+def select(
+    keep_new: chex.Array, new: chex.ArrayTree, old: chex.ArrayTree, new_anyway: tuple[str, ...] = ()
+) -> chex.ArrayTree:
+    """``new`` where ``keep_new``, else ``old``; the fields named in ``new_anyway`` are new in both cases."""
+
+    def leaf(path, new, old):
+        return new if is_in(new_anyway, path) else jnp.where(keep_new, new, old)
+
+    return jax.tree_util.tree_map_with_path(leaf, new, old)
+
+
+def is_in(fields: tuple[str, ...], path: tuple[Any, ...]) -> bool:
+    """Whether a leaf's path begins with one of these fields, such as ``"averages"`` or ``"inner.averages"``."""
+    names = [getattr(key, "name", None) for key in path]
+    return any(names[: len(parts)] == parts for parts in (field.split(".") for field in fields))
+
+
+def among(indices: chex.Array, mask: chex.Array) -> chex.Array:
+    """The tasks present whose index is among these."""
+    return mask & jnp.zeros_like(mask).at[indices].set(True)
+
+
+def _zeros(params, dtype, lead):
+    def leaf(param):
+        shape = (*lead, *jnp.shape(param))
+        if isinstance(param, jax.core.Tracer):
+            return jnp.broadcast_to(jnp.zeros_like(param, dtype=dtype), shape)
+        sharding = getattr(param, "sharding", None)
+        if _on_mesh(sharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(lead), *sharding.spec))
+            return jnp.zeros(shape, dtype, device=sharding)
+        return jnp.zeros(shape, dtype)
+
+    return jax.tree.map(leaf, params)
+
+
+def _on_mesh(sharding):
+    return isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)

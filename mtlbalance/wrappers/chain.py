@@ -1,0 +1,149 @@
+"""Chain: a scalarizer's weights on the gradients, then an aggregator."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mtlbalance import base
+from mtlbalance.contract import Rowwise
+from mtlbalance.hyperparameters import reject
+from mtlbalance.losses import broadcast_to_rows
+from mtlbalance.wrappers.plumbing import within
+
+
+class ChainState(NamedTuple):
+    """State of :func:`chain`.
+
+    Attributes:
+      scalarizer: the state of the scalarizer.
+      aggregator: the state of the aggregator.
+    """
+
+    scalarizer: chex.ArrayTree
+    aggregator: chex.ArrayTree
+
+
+def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggregator:
+    r"""Multiplies each gradient by the weight that a scalarizer gives its loss, and aggregates the products.
+
+    .. math:: g = \mathrm{aggregator}(w_1 g_1, \ldots, w_m g_m), \qquad
+              w = \frac{\partial\, \mathrm{scalarizer}(L)}{\partial L}
+
+    For methods that balance twice, or in another space. The weights of
+    :func:`~mtlbalance.scalarization.scale_invariant` are one over the losses, and so the gradients those of their
+    logarithms:
+
+    * ``chain(learn(imtl_l(), optimizer), imtl_g())`` is the whole of IMTL (Liu et al. 2021),
+    * ``chain(scale_invariant(), db_mtl(beta=0.9))`` the whole of DB-MTL (Lin et al. 2023),
+    * ``chain(scale_invariant(), mgda())`` the log-space MGDA of the code of FAMO (Liu et al. 2023).
+
+    The method reads the losses: give them as ``values=``. The weights that it returns are for the gradients as they
+    are: both methods' weights, multiplied.
+
+    Args:
+      scalarizer: a method without learned fields (:func:`learn` trains those).
+      aggregator: any aggregator; it gets the losses too, as they are.
+
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with the aggregator's paths and state :class:`ChainState`. The hooks act on
+      both.
+
+    Raises:
+      TypeError: if a method is of the other family; if a call has no ``values``.
+      ValueError: if the scalarizer has learned fields.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import aggregation, scalarization
+      >>> method = mtl.chain(scalarization.scale_invariant(), aggregation.mgda())
+      >>> rows = jnp.array([[6.0, 0.0], [0.0, 1.0]])
+      >>> gradient, state = method.apply(method.init((2, 2)), rows, values=jnp.array([3.0, 0.5]))
+      >>> print([f"{x:.3f}" for x in gradient])  # between (2, 0) and (0, 2)
+      ['1.000', '1.000']
+
+    References:
+      Liu et al., `Towards Impartial Multi-Task Learning <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021,
+      algorithm 1, with the losses and then the gradients balanced.
+    """
+    if not isinstance(scalarizer, base.Scalarizer):
+        reject("scalarizer", "a Scalarizer", type(scalarizer).__name__, TypeError)
+    if not isinstance(aggregator, base.Aggregator):
+        reject("aggregator", "an Aggregator", type(aggregator).__name__, TypeError)
+    if scalarizer.learned:
+        expected = "a method with nothing left to learn, as in chain(learn(scalarizer, optimizer), aggregator)"
+        reject("scalarizer", expected, f"learned={scalarizer.learned}")
+
+    def init(m, params, dtype):
+        return ChainState(scalarizer.init(jax.ShapeDtypeStruct((m,), dtype)), aggregator.init((m, params)))
+
+    def factors(state, values, mask):
+        return base.weights_of(scalarizer, state.scalarizer, values, mask)
+
+    def apply(state, jacobian, values, mask):
+        weights, first = factors(state, values, mask)
+        scaled = _scale_rows(weights, jacobian)
+        gradient, second = aggregator.apply(state.aggregator, scaled, values=values, mask=mask)
+        return gradient, ChainState(first, second)
+
+    def of_scaled(scale, weigh):
+        """The same way to weigh, if there is one, for a statistic scaled first; the weights of unscaled gradients."""
+
+        def weigh_scaled(state, statistic, values, mask):
+            scales, first = factors(state, values, mask)
+            given = {"values": values, "mask": mask}
+            weights, second = weigh(state.aggregator, scale(scales, statistic), **given)
+            return scales * weights, ChainState(first, second)
+
+        return weigh and weigh_scaled
+
+    def visit(state, i, row, values, mask):
+        weights, _ = factors(state, values, mask)
+        row = _scale_rows(weights[i], row)
+        inner, statistic = aggregator.rowwise.visit(state.aggregator, i, row, values=values, mask=mask)
+        return state._replace(aggregator=inner), statistic
+
+    def finish(state, statistics, values, mask):
+        _, first = factors(state, values, mask)
+        gradient, second = aggregator.rowwise.finish(state.aggregator, statistics, values=values, mask=mask)
+        return gradient, ChainState(first, second)
+
+    def by_rows(rowwise):
+        return Rowwise(
+            visit,
+            of_scaled(lambda weights, statistics: statistics, rowwise.weigh),
+            rowwise.finish and finish,
+            rowwise.visits and (lambda state, mask: rowwise.visits(state.aggregator, mask=mask)),
+        )
+
+    def end_epoch(state):
+        return ChainState(scalarizer.end_epoch(state.scalarizer), aggregator.end_epoch(state.aggregator))
+
+    def observe(state, values, mask):
+        hooks = (scalarizer.observe, state.scalarizer), (aggregator.observe, state.aggregator)
+        return ChainState(*(hook(inner, values, mask=mask) for hook, inner in hooks))
+
+    return base.aggregator(
+        init,
+        apply=apply,
+        weighting=of_scaled(_scale_rows, aggregator.weighting and aggregator.weighting.apply),
+        gramian_weighting=of_scaled(
+            _scale_gramian, aggregator.gramian_weighting and aggregator.gramian_weighting.apply
+        ),
+        rowwise=aggregator.rowwise and by_rows(aggregator.rowwise),
+        end_epoch=end_epoch,
+        observe=observe,
+        jacobian_shaped=within("aggregator", aggregator.jacobian_shaped),
+        reads_losses=True,
+    )
+
+
+def _scale_rows(weights, rows):
+    wide = lambda x: x.astype(jnp.result_type(jnp.float32, x))
+    return jax.tree.map(lambda x: broadcast_to_rows(weights, x) * wide(x), rows)
+
+
+def _scale_gramian(weights, gramian):
+    return weights[:, None] * gramian * weights

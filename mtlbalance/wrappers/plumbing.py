@@ -1,0 +1,118 @@
+"""What all wrappers stand on: which methods they take, and the paths and hooks of the method inside.
+
+A wrapper's state is a named tuple in whose field ``inner`` is the state of the wrapped method.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+from mtlbalance import base, numerics
+from mtlbalance.contract import Aggregator, Rowwise, Scalarizer
+from mtlbalance.hyperparameters import reject
+
+Method = TypeVar("Method", Scalarizer, Aggregator)
+
+
+def check_method(method: Any, wrapper: str, *, makes_weights: bool = False) -> None:
+    """Raises unless this is a method with nothing left to learn, and one that makes weights if that is asked for."""
+    if not isinstance(method, Scalarizer | Aggregator):
+        reject("method", "a Scalarizer or an Aggregator", type(method).__name__, TypeError)
+    if method.learned:
+        expected = f"a method with nothing left to learn, as in {wrapper}(learn(method, optimizer))"
+        reject("method", expected, f"learned={method.learned}")
+    if makes_weights and isinstance(method, Aggregator) and method.weighting is None:
+        reject("method", "an aggregator that makes weights", "one without a weighting")
+
+
+def hooks_of(method: Method) -> dict[str, Any]:
+    """The hooks of the wrapped method, on the inner state, as a builder takes them."""
+
+    def end_epoch(state):
+        return state._replace(inner=method.end_epoch(state.inner))
+
+    def observe(state, values, mask):
+        return state._replace(inner=method.observe(state.inner, values, mask=mask))
+
+    last_weights = method.last_weights and (lambda state: method.last_weights(state.inner))
+    return {"end_epoch": end_epoch, "observe": observe, "last_weights": last_weights}
+
+
+def rows_of(method, weigh: Callable[..., Any]) -> Rowwise:
+    """The wrapped method row by row, with another ``weigh``."""
+
+    def visit(state, i, row, values, mask):
+        inner, statistic = method.rowwise.visit(state.inner, i, row, values=values, mask=mask)
+        return state._replace(inner=inner), statistic
+
+    return Rowwise(visit, weigh, visits=visits_of(method))
+
+
+def visits_of(method: Aggregator) -> Callable[..., Any] | None:
+    """Which rows the wrapped method takes in; ``None`` for all."""
+    if method.rowwise is None or method.rowwise.visits is None:
+        return None
+    visits = method.rowwise.visits
+    return lambda state, mask: visits(state.inner, mask=mask)
+
+
+def within(field: str, fields: tuple[str, ...]) -> tuple[str, ...]:
+    """The fields of a state that is itself a field."""
+    return tuple(f"{field}.{name}" for name in fields)
+
+
+def reweighted(
+    method: Method,
+    start: Callable[..., Any],
+    change: Callable[..., Any],
+    *,
+    last_weights: Callable[..., Any] | None = None,
+    keeps_scalar: bool = False,
+) -> Method:
+    """The method with its weights looked at, or changed, on every path.
+
+    Args:
+      method: a method that makes weights.
+      start: ``(shape, dtype, inner) -> state``, with the first leaf of ``shape``.
+      change: ``(state, weights, mask) -> (weights, state)``, the state with the new ``inner`` in it already.
+      last_weights: ``(state) -> weights`` of the last call, if they are in the state.
+      keeps_scalar: whether a scalarizer's scalar stays as it is. Else it is the losses' sum with the changed weights,
+        which are constants of differentiation.
+    """
+    hooks = hooks_of(method) | {"last_weights": last_weights}
+    if isinstance(method, Scalarizer):
+        return _reweighted_scalarizer(method, start, change, hooks, keeps_scalar)
+    return _reweighted_aggregator(method, start, change, hooks)
+
+
+def _reweighted_scalarizer(method, start, change, hooks, keeps_scalar):
+    def init(shape, dtype):
+        return start(shape, dtype, method.init(jax.ShapeDtypeStruct(shape, dtype)))
+
+    def apply(state, values, mask):
+        weights, inner = base.weights_of(method, state.inner, values, mask)
+        weights, new_state = change(state._replace(inner=inner), weights, mask)
+        if keeps_scalar:
+            return method.apply(state.inner, values, mask=mask)[0], new_state
+        return numerics.weighted_sum(weights, values, mask), new_state
+
+    return base.scalarizer(init, apply, **hooks)
+
+
+def _reweighted_aggregator(method, start, change, hooks):
+    def changed(weigh):
+        def weigh_and_change(state, statistic, values, mask):
+            weights, inner = weigh(state.inner, statistic, values=values, mask=mask)
+            return change(state._replace(inner=inner), weights, mask)
+
+        return weigh_and_change
+
+    return base.aggregator(
+        lambda m, params, dtype: start((m,), dtype, method.init((m, params))),
+        weighting=changed(method.weighting.apply),
+        gramian_weighting=method.gramian_weighting and changed(method.gramian_weighting.apply),
+        rowwise=method.rowwise and rows_of(method, changed(method.rowwise.weigh)),
+        jacobian_shaped=within("inner", method.jacobian_shaped),
+        **hooks,
+    )

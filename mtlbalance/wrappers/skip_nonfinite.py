@@ -1,0 +1,184 @@
+"""Skip what is not finite: a method's state kept from being poisoned."""
+
+from collections.abc import Hashable
+from functools import partial
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtlbalance import base
+from mtlbalance.contract import Rowwise
+from mtlbalance.gramian import squared_norm
+from mtlbalance.states import among, is_in, select
+from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, visits_of, within
+
+
+class SkipNonfiniteState(NamedTuple):
+    """State of :func:`skip_nonfinite`.
+
+    Attributes:
+      inner: the state of the wrapped method.
+      nonfinite: int32, one per task: the calls in which its loss or gradient was not finite.
+      skipped: int32 scalar: the calls of ``apply`` that left ``inner`` as it was, whatever the reason.
+    """
+
+    inner: chex.ArrayTree
+    nonfinite: chex.Array
+    skipped: chex.Array
+
+
+def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Method:
+    """Keeps a method's state from being poisoned by a loss or gradient that is not finite.
+
+    On such a call the state stays as it was, and the output and its gradient are NaN, so that
+    ``optax.apply_if_finite`` after it drops the update too. A gradient whose norm is beyond 1e16 counts as not finite,
+    so that a million squares add up in float32. A call that would turn a finite number of the state into one that is
+    not is skipped as well.
+
+    Rows of Jacobian-shaped fields are kept one by one: where one task's loss or gradient is not finite, the other
+    tasks' rows still take theirs in, as they must when rows are visited one at a time and never seen together. Overflow
+    inside the method is not caught there, as of a gradient times a scalarizer's weight in :func:`chain`: guard both
+    parts, ``chain(skip_nonfinite(scalarizer), skip_nonfinite(aggregator))``.
+
+    Args:
+      method: a method of either family.
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter of an aggregator is split.
+
+    Returns:
+      A method of the same family with the same paths and state :class:`SkipNonfiniteState`.
+
+    Raises:
+      TypeError: if ``method`` is of neither family.
+      ValueError: if it has learned fields: :func:`learn` goes inside.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import scalarization
+      >>> method = mtl.skip_nonfinite(scalarization.dwa())
+      >>> scalar, state = method.apply(method.init(2), jnp.array([1.0, jnp.nan]))
+      >>> print(scalar, state.nonfinite, state.skipped, state.inner.count)
+      nan [0 1] 1 [0 0]
+    """
+    check_method(method, "skip_nonfinite")
+    guard = partial(_advance, jacobian_shaped=method.jacobian_shaped, axis_name=axis_name)
+
+    def observe(state, values, mask):
+        inner = method.observe(state.inner, values, mask=mask)
+        ok = jnp.all(_finite_losses(values, mask))
+        ok &= _stays_finite(inner, state.inner, method.jacobian_shaped, axis_name)
+        return state._replace(inner=select(ok, inner, state.inner))
+
+    hooks = hooks_of(method) | {"observe": observe}
+    return (
+        _skip_scalarizer(method, guard, hooks)
+        if isinstance(method, base.Scalarizer)
+        else _skip_aggregator(method, guard, hooks, axis_name)
+    )
+
+
+def _skip_scalarizer(method, guard, hooks):
+    def init(shape, dtype):
+        return _guarded(method.init(jax.ShapeDtypeStruct(shape, dtype)), shape)
+
+    def apply(state, values, mask):
+        scalar, inner = method.apply(state.inner, values, mask=mask)
+        state, ok = guard(state, inner, _finite_losses(values, mask))
+        # The product makes the gradient NaN too, where the values themselves would not.
+        return scalar * jnp.where(ok, 1, jnp.nan), state
+
+    return base.scalarizer(init, apply, **hooks)
+
+
+def _skip_aggregator(method, guard, hooks, axis_name):
+    visits = visits_of(method)
+
+    def nan_unless_finite(state, inner, output, finite):
+        state, ok = guard(state, inner, finite)
+        return jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), output), state
+
+    def guarded(apply, finite_tasks):
+        def guarded_apply(state, statistic, values, mask):
+            finite = finite_tasks(statistic, mask) | ~mask
+            if visits is not None:
+                finite |= ~among(visits(state, mask), mask)
+            finite &= _finite_losses(values, mask)
+            # Mask non-finite tasks, or they would stay in remembered rows.
+            output, inner = apply(state.inner, statistic, values=values, mask=mask & finite)
+            return nan_unless_finite(state, inner, output, finite)
+
+        return guarded_apply
+
+    def finite_rows(jacobian, mask):
+        return jax.vmap(lambda row: _leaves_room(row, axis_name), axis_size=len(mask))(jacobian)
+
+    def finite_diagonal(gramian, mask):
+        del mask
+        return _adds_up(jnp.diagonal(gramian))
+
+    def visit(state, i, row, values, mask):
+        finite = _leaves_room(row, axis_name)
+        mask = mask.at[i].set(mask[i] & finite) & _finite_losses(values, mask)
+        inner, statistic = method.rowwise.visit(state.inner, i, row, values=values, mask=mask)
+        return state._replace(inner=inner), (statistic, ~finite)
+
+    def after_visits(last):
+        def guarded_last(state, statistics, values, mask):
+            statistics, nonfinite = statistics
+            finite = (~nonfinite | ~mask) & _finite_losses(values, mask)
+            output, inner = last(state.inner, statistics, values=values, mask=mask & finite)
+            return nan_unless_finite(state, inner, output, finite)
+
+        return last and guarded_last
+
+    of_gramian, rowwise = method.gramian_weighting, method.rowwise
+    return base.aggregator(
+        lambda m, params, dtype: _guarded(method.init((m, params)), (m,)),
+        apply=guarded(method.apply, finite_rows),
+        weighting=method.weighting and guarded(method.weighting.apply, finite_rows),
+        gramian_weighting=of_gramian and guarded(of_gramian.apply, finite_diagonal),
+        rowwise=rowwise and Rowwise(visit, after_visits(rowwise.weigh), after_visits(rowwise.finish), visits),
+        jacobian_shaped=within("inner", method.jacobian_shaped),
+        **hooks,
+    )
+
+
+def _guarded(inner, shape):
+    return SkipNonfiniteState(inner, jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def _advance(state, inner, finite, *, jacobian_shaped, axis_name):
+    """The state after a call in which the tasks in ``finite`` were so, and whether its inner state has moved."""
+    ok = jnp.all(finite) & _stays_finite(inner, state.inner, jacobian_shaped, axis_name)
+    inner = select(ok, inner, state.inner, new_anyway=jacobian_shaped)
+    nonfinite = jnp.where(finite, state.nonfinite, optax.safe_increment(state.nonfinite))
+    skipped = jnp.where(ok, state.skipped, optax.safe_increment(state.skipped))
+    return SkipNonfiniteState(inner, nonfinite, skipped), ok
+
+
+def _stays_finite(new_state, state, jacobian_shaped, axis_name):
+    """Whether every finite number outside the Jacobian-shaped fields is still so, on every device."""
+    ok = jnp.array(True)
+    for (path, new), old in zip(jax.tree.leaves_with_path(new_state), jax.tree.leaves(state), strict=True):
+        if not is_in(jacobian_shaped, path):
+            # What was infinite before may be so by design: the best value so far of a line search.
+            ok &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
+    return ok if axis_name is None else jax.lax.psum(1 - ok.astype(jnp.int32), axis_name) == 0
+
+
+def _finite_losses(values, mask):
+    """Which losses are finite, or of absent tasks."""
+    return jnp.ones_like(mask) if values is None else jnp.isfinite(values) | ~mask
+
+
+def _leaves_room(row, axis_name):
+    """Whether a gradient is finite, and small enough that 2**20 of its squares can be added up."""
+    wide = jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), row)
+    return _adds_up(squared_norm(wide, axis_name))
+
+
+def _adds_up(squared_norm):
+    return jnp.isfinite(2**20 * squared_norm)
