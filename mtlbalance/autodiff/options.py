@@ -80,7 +80,7 @@ def check_at(at: str, has_features: bool, *excluded: Any) -> None:
 def possible_rows(
     method: Scalarizer | Aggregator, rows: int | str | None, task_axis: int | None, microbatches: int | None
 ) -> tuple[str, ...]:
-    """Among which ways to compute rows the choice is ours; those that may be asked for are more."""
+    """What ``rows=None`` may choose from; what may be asked for is more."""
     if microbatches is not None:
         check_int("microbatches", microbatches, 1)
     if isinstance(method, Scalarizer):  # which has no rows, and takes any

@@ -188,9 +188,9 @@ def value_and_grad(
 
 
 class _Decision(NamedTuple):
-    """What a method decides at one call: the weights; or the gradient of the parameters that it sees, or both.
+    """A step's weights, or the gradient if the method makes no weights; both where rows were kept.
 
-    ``evaluated`` are the losses that were read with the rows of that gradient; ``None`` where there are no rows.
+    ``evaluated`` are the losses that were read with the rows of that gradient.
     """
 
     evaluated: Evaluated | None
@@ -263,7 +263,7 @@ def _decide_by_visits(rowwise, state, point, mask, restrict):
 
 
 def _refresh(method, refresh, decide, state, present):
-    """A step's weights, or the gradient if the method makes no weights: anew, or the last weights again."""
+    """The decision anew, or the last weights again."""
     if method.last_weights is None:
         expected = "a method that keeps its last weights, mtl.amortize(method), outside of mtl.chain"
         reject("refresh", expected, "one that does not")

@@ -39,6 +39,8 @@ def cr_mogm(
     where :math:`\hat\lambda` are the method's own weights. The average starts at a task's first weight unless it is
     given. It has the method's total while that and the tasks present stay the same; after a change it moves there.
 
+    Around :func:`mtlbalance.amortize` the average moves at refreshes only, and its last weights serve in between.
+
     Args:
       method: an aggregator that has weights.
       alpha: :math:`\alpha`, from 0 to 1. May be traced; for a schedule, build the method inside the training step.
@@ -70,8 +72,10 @@ def cr_mogm(
     check("alpha", alpha, FRACTION)
 
     def start(shape, dtype, inner):
-        given = 0.0 if initial_weights is None else initial_weights
-        weights = per_task("initial_weights", given, shape, dtype, scalar=initial_weights is None)
+        if initial_weights is not None:
+            weights = per_task("initial_weights", initial_weights, shape, dtype, scalar=False)
+        else:  # what a step without a refresh takes before there was one; the average starts at the first weights
+            weights = method.last_weights(inner) if method.last_weights else jnp.zeros(shape, dtype)
         return CRMOGMState(zero_counts(shape), weights, inner)
 
     def smooth(state, weights, mask):

@@ -32,8 +32,8 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
     optimizers that act leaf by leaf; with a global-norm clip, or weight decay on the parameters, they differ.
 
     Optimizers that want ``value=``, ``grad=`` or ``value_fn=`` get them. The entries of absent tasks are kept, in
-    the fields and in what the optimizer has for each (Adam's moments); what it has for all of them, such as a step
-    counter or a norm (LAMB), goes on with any task present. To keep NaN out, wrap the result:
+    the fields and in what the optimizer has for each (Adam's moments); shared quantities (a step counter, LAMB's norm)
+    advance whenever any task is present. To keep NaN out, wrap the result:
     ``skip_nonfinite(learn(...))``.
 
     Args:

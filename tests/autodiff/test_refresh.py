@@ -134,6 +134,44 @@ def test_skip_nonfinite_goes_outside():
     assert after.skipped == 1
 
 
+NESTED = {
+    "cr_mogm(amortize)": lambda: aggregation.cr_mogm(mtl.amortize(aggregation.mgda())),
+    "amortize(cr_mogm)": lambda: mtl.amortize(aggregation.cr_mogm(aggregation.mgda())),
+    "skip(cr_mogm(amortize))": lambda: mtl.skip_nonfinite(aggregation.cr_mogm(mtl.amortize(aggregation.mgda()))),
+    "amortize(amortize)": lambda: mtl.amortize(mtl.amortize(aggregation.mgda())),
+    "amortize(chain)": lambda: mtl.amortize(mtl.chain(scalarization.scale_invariant(), aggregation.mgda())),
+}
+
+
+@pytest.mark.parametrize("nested", NESTED)
+def test_a_step_without_a_refresh_has_the_weights_that_the_last_refresh_showed(nested):
+    """Those of the outermost wrapper, and before the first refresh equal ones."""
+    method, params = NESTED[nested](), jnp.ones(2)
+    step = mtl.value_and_grad(lambda p, s: s * jnp.array([1.0, 2.0]) * p, method, return_weights=True)
+    state = method.init((2, 2))
+    (_, _, weights), _ = step(params, state, 1.0, refresh=False)
+    np.testing.assert_array_equal(weights, [0.5, 0.5])
+    shown = []
+    for scale in jnp.array([[1.0, 1.0], [1.0, 9.0]]):
+        (_, state, weights), _ = step(params, state, scale, refresh=True)
+        shown.append(weights)
+    assert np.abs(shown[1] - shown[0]).max() > 0.01
+    (_, same, again), gradient = step(params, state, scale, refresh=False)
+    np.testing.assert_array_equal(again, shown[1])
+    jax.tree.map(np.testing.assert_array_equal, same, state)
+    np.testing.assert_allclose(gradient, again * jnp.array([1.0, 18.0]), rtol=1e-6)
+    if nested.startswith("cr_mogm"):
+        np.testing.assert_allclose(again, [0.8197, 0.1803], atol=1e-4)
+
+
+def test_a_chain_around_weights_that_are_kept_is_refused():
+    """Its own weights are others, and it keeps none."""
+    method = mtl.chain(scalarization.scale_invariant(), mtl.amortize(aggregation.mgda()))
+    step = mtl.value_and_grad(lambda params: jnp.array([1.0, 2.0]) * params, method)
+    with pytest.raises(ValueError, match=r"refresh: .*mtl.amortize\(method\), outside of mtl.chain"):
+        step(jnp.ones(2), method.init((2, 2)), refresh=False)
+
+
 def test_errors():
     plain, amortized = aggregation.upgrad(), mtl.amortize(aggregation.upgrad())
     batch = jax.tree.map(lambda x: x[0], BATCHES)

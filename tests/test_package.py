@@ -1,0 +1,69 @@
+"""The house: files and functions that fit a screen or two, and imports that run one way."""
+
+import ast
+import pathlib
+
+import mtlbalance
+
+PACKAGE = pathlib.Path(mtlbalance.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# From the bottom up: a file imports what stands on a lower floor, or beside it in its own folder if that is no method's.
+FLOORS = [
+    ["hyperparameters", "numerics"],
+    ["losses", "states"],
+    ["gramian", "contract", "solvers"],
+    ["returned"],
+    ["boundary"],
+    ["base"],
+    ["wrappers"],
+    ["scalarization", "aggregation"],
+    ["autodiff", "transforms", "diagnostics"],
+    ["__init__"],
+]
+FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+
+
+def room(path):
+    """The module or folder of the package in which a file is."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """The modules of the package that a file imports, as ``["autodiff", "point"]``; the public names are no room."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mtlbalance":
+            inside = node.module.split(".")[1:]
+            yield from [inside] if inside else [[alias.name] for alias in node.names]
+
+
+def code_lines(function, lines):
+    """The lines of a function that are neither empty nor its docstring."""
+    first, *_ = function.body
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    docstring = range(first.lineno, first.end_lineno + 1) if is_docstring else ()
+    numbers = range(function.lineno, function.end_lineno + 1)
+    return sum(bool(lines[n - 1].strip()) for n in numbers if n not in docstring)
+
+
+def test_files_and_functions_are_short():
+    for path in FILES:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 350, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert code_lines(node, lines) <= 60, (path, node.name, code_lines(node, lines))
+
+
+def test_imports_run_one_way():
+    assert {room(path) for path in FILES} == FLOOR.keys()
+    for path in FILES:
+        for module in imported(path):
+            beside = module[0] == room(path)
+            assert beside or FLOOR[module[0]] < FLOOR[room(path)], (path, module)
+
+
+def test_no_method_imports_another():
+    for path in FILES:
+        if room(path) in ("scalarization", "aggregation") and path.stem != "__init__":
+            assert not [m for m in imported(path) if m[0] in ("scalarization", "aggregation")], path
