@@ -204,8 +204,8 @@ def _present_only(gradients, present):
     """The tasks' gradients, zero for those that are absent: there they may be anything."""
     if present is None:
         return gradients
-    keep = lambda there, gradient: jax.tree.map(lambda x: jnp.where(there, x, 0), gradient)
-    return [keep(there, gradient) for there, gradient in zip(present, gradients, strict=True)]
+    or_zero = lambda is_present, gradient: jax.tree.map(lambda x: jnp.where(is_present, x, 0), gradient)
+    return list(map(or_zero, present, gradients))
 
 
 def one_hot(i: chex.Numeric, values: chex.Array) -> chex.Array:
