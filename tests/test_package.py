@@ -8,7 +8,7 @@ import mtlbalance
 PACKAGE = pathlib.Path(mtlbalance.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# From the bottom up: a file imports what stands on a lower floor, or beside it in its own folder if that is no method's.
+# From the bottom up: a file imports what stands on a lower floor, or in its own folder.
 FLOORS = [
     ["hyperparameters", "numerics"],
     ["losses", "states"],

@@ -31,8 +31,8 @@ def amortize(method: Method) -> Method:
     equal and sum to 1.
 
     An absent task keeps its last weight for the time when it is back; in between it has none. A learned method goes
-    inside: ``amortize(learn(uw(), optimizer))``; :func:`skip_nonfinite` goes outside. Other wrappers may stand on either
-    side but :func:`chain`, whose weights are others than its aggregator's: ``amortize(chain(...))``.
+    inside: ``amortize(learn(uw(), optimizer))``; :func:`skip_nonfinite` goes outside. Others may stand on either side,
+    but for :func:`chain`, whose weights are not its aggregator's: ``amortize(chain(...))``.
 
     Args:
       method: a scalarizer without learned fields, or an aggregator that makes weights.
