@@ -212,9 +212,9 @@ ABOUT = (
     "or the notebook of ConFIG's authors; MGDA, Nash-MTL and FairGrad after 35,000 steps. From A the sum has not "
     "arrived after 50,000 clipped steps; unclipped it does after some 40,000. seconds: all five starts, with "
     "compiling. theirs: what FAMO's authors report for 50,000 steps in PyTorch on their machine. *: run on the losses "
-    "plus 21 times their scale, because the method is for losses that are positive, or of one sign. mean, sum, constant and "
-    "random are the same in both families. Not run: Krum and the trimmed mean, which need three tasks, and DTP, which "
-    "needs an indicator for each."
+    "plus 21 times their scale, because the method is for losses that are positive, or of one sign. mean, sum, "
+    "constant and random are the same in both families. Not run: Krum and the trimmed mean, which need three tasks, "
+    "and DTP, which needs an indicator for each."
 )
 
 
