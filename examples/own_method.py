@@ -3,7 +3,7 @@
 ``base.scalarizer`` makes a method of two plain functions of one array. It sees to names, masks, counted losses, dtypes
 and compiling, and what it returns goes wherever a method of the library goes.
 
-Run it with ``python examples/own_method.py``: about five seconds on two CPU cores. It needs ``mtlbalance[examples]``.
+Run it with ``python examples/own_method.py``: about ten seconds on two CPU cores. It needs ``mtlbalance[examples]``.
 """
 
 from typing import NamedTuple
