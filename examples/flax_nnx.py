@@ -41,7 +41,7 @@ def to_function(model):
 
 
 def main(argv=None):
-    train_loop.run(lambda key: to_function(Reader(rngs=nnx.Rngs(key))), argv, __file__)
+    train_loop.run(lambda key: to_function(Reader(rngs=nnx.Rngs(key))), argv, __doc__, __file__)
 
 
 if __name__ == "__main__":

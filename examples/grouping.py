@@ -1,6 +1,6 @@
 """How finely to balance: the whole model, each part, each layer or each tensor on its own.
 
-Two tasks may agree on the whole and conflict in one layer. So the network of ``quickstart.py`` is trained by UPGrad
+Two tasks may agree on the whole and conflict in one layer. So the network of ``digits.py`` is trained by UPGrad
 with one decision for all its parameters, and with one for each group of them: ``optax.partition``, where every group
 has an ``mtl.aggregate`` and a state of its own. A last model decides on one layer and applies its weights to all
 parameters, in some two thirds of their time per step: ``decide_on=``.
@@ -16,28 +16,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from quickstart import (
-    BATCH_SIZE,
-    STEPS_PER_EPOCH,
-    TASKS,
-    draw_pairs,
-    evaluate,
-    init_params,
-    load_data,
-    read_arguments,
-    task_losses,
-)
-from rich.console import Console
-from rich.table import Table
+import report
+from digits import TASKS, draw_pairs, evaluate, init_params, load_data, task_losses
 from tqdm import tqdm
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, diagnostics, scalarization
 from mtlbalance.gramian import gramian
 
+BATCH_SIZE = 128
+STEPS_PER_EPOCH = 100
 TRUNK = ("trunk_1", "trunk_2")
 LAST = TRUNK[-1]
 PAIRS = np.triu_indices(len(TASKS), 1)
@@ -170,45 +160,38 @@ def train(models, start, digits, epochs, key):
 
 
 def print_table(models, metrics, milliseconds, conflicts):
-    table = Table(
-        title="On the test images",
-        caption="left, right: accuracy. sum: mean absolute error, in raw units. groups: parameters with a decision of "
-        "their own. conflicts: how often two tasks' gradients conflict in these groups (equal weights: in the whole "
-        f"model) of this training, over all pairs of tasks and {WATCHED_BATCHES} batches after every epoch.",
-        caption_justify="left",
-    )
-    table.add_column("balanced")
-    for column in "left ↑", "right ↑", "sum ↓", "groups", "conflicts", "ms/step":
-        table.add_column(column, justify="right")
+    rows = []
     for name, found in metrics.items():
         _, _, grouping, groups = models[name]
-        scores = f"{found['left']:.1%}", f"{found['right']:.1%}", f"{found['sum']:.2f}"
         share = f"{np.mean([conflicts[name][grouping][group] for group in groups]):.0%}"
-        table.add_row(name, *scores, str(len(groups)), share, f"{milliseconds[name]:.2f}")
-    Console().print(table)
+        rows.append((name, *report.format_scores(found), f"{len(groups)}", share, f"{milliseconds[name]:.2f}"))
+    caption = f"{report.ABOUT_SCORES} groups: parameters with a decision of their own. conflicts: how often two tasks' "
+    caption += (
+        "gradients conflict in these groups (equal weights: in the whole model) of this training, over all pairs "
+    )
+    caption += f"of tasks and {WATCHED_BATCHES} batches after every epoch."
+    columns = ("balanced", *report.SCORES, "groups", "conflicts", "ms/step")
+    report.print_table("On the test images", columns, rows, caption)
 
 
 def draw_conflicts(conflicts, output):
     """One panel per pair of tasks: how often they conflict in each layer, and in the whole model."""
-    curves = {**conflicts["each layer"], "whole model": conflicts["whole model"]["all"]}
-    fig, axes = plt.subplots(1, len(TASKS), figsize=(9.6, 3.5), sharex=True, sharey=True, layout="constrained")
-    for pair, (ax, i, j) in enumerate(zip(axes, *PAIRS, strict=True)):
-        for (name, found), style in zip(curves.items(), ["C0-o", "C1-s", "k:"], strict=True):
-            share = found[..., pair].mean(axis=1)
-            ax.plot(1 + np.arange(len(share)), share, style, markersize=4, label=name)
-        ax.set(title=f"{TASKS[i]} and {TASKS[j]}", xlabel="epoch", ylim=(-0.03, 1))
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.yaxis.set_major_formatter("{x:.0%}")
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("batches with a conflict")
-    axes[-1].legend()
-    fig.suptitle("How often two tasks conflict, in a training with equal weights")
-    fig.savefig(output, dpi=100)
-    plt.close(fig)
+    curves = {"whole model": conflicts["whole model"]["all"], **conflicts["each layer"]}
+    size = {"figsize": (9.6, 3.5), "sharex": True, "sharey": True}
+    subject = "Where and when the tasks conflict, with equal weights"
+    with report.picture(output, subject, 1, len(TASKS), **size) as (fig, axes):
+        for pair, (ax, i, j) in enumerate(zip(axes, *PAIRS, strict=True)):
+            shares = {name: found[..., pair].mean(axis=1) for name, found in curves.items()}
+            epochs, title = 1 + np.arange(len(shares[LAST])), f"{TASKS[i]} and {TASKS[j]}"
+            report.draw_curves(ax, epochs, shares, ["0.7", "C0", "C1"], title=title, ylim=(-0.03, 1))
+            ax.yaxis.set_major_formatter("{x:.0%}")
+        axes[0].set_ylabel("batches with a conflict")
+        axes[-1].legend()
+        fig.suptitle("How often two tasks conflict, in a training with equal weights")
 
 
 def main(argv=None):
-    args = read_arguments(argv, __doc__, __file__, epochs=20)
+    args = report.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
 
     train_digits, test_pairs = load_data()
     init_key, data_key = jax.random.split(jax.random.key(args.seed))
@@ -219,7 +202,6 @@ def main(argv=None):
     metrics = {name: evaluate(params, test_pairs) for name, params in trained.items()}
     print_table(models, metrics, milliseconds, conflicts)
     draw_conflicts(conflicts["equal weights"], args.output)
-    print(f"Where and when the tasks conflict, with equal weights: {args.output}")
 
 
 if __name__ == "__main__":

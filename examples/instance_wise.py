@@ -1,6 +1,6 @@
 """Every example of the batch is an objective: UPGrad over 16 examples times two tasks.
 
-Two handwritten digits lie on top of each other, and one small network reads both, as in ``quickstart.py``. A batch of
+Two handwritten digits lie on top of each other, and one small network reads both, that of ``digits.py``. A batch of
 16 pairs has 32 losses, one per example and task. Three trainings see the same batches:
 
 * ``mean``: the gradient of the mean of all 32. It may raise some of them to lower the others.
@@ -20,12 +20,10 @@ import time
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from quickstart import draw_pairs, init_params, load_data, predict, read_arguments
-from rich.console import Console
-from rich.table import Table
+import report
+from digits import draw_pairs, init_params, load_data, predict
 from tqdm import tqdm
 
 import mtlbalance as mtl
@@ -34,7 +32,6 @@ from mtlbalance import aggregation, scalarization
 TASKS = ("left", "right")
 BATCH_SIZE = 16
 STEPS_PER_EPOCH = 100
-LOSS_TICKS = (0.1, 0.2, 0.5, 1, 2)
 SHOWN_EPOCH = 5  # of which the picture shows the weights: later most losses are almost 0
 
 
@@ -118,74 +115,53 @@ def train(losses_fn, method, state, params, data, epochs, key, progress):
 
 
 def print_table(records):
-    table = Table(
-        title="Losses of single examples and tasks",
-        caption="worst test: mean of the largest tenth of the test losses. train: in the last epoch. raised: the part "
-        "of a batch's loss that is in examples and tasks whose loss rises along the negative gradient, or along "
-        "Adam's step; mean of all steps. One seed: the docstring says what held on three.",
-        caption_justify="left",
-    )
-    table.add_column("method", no_wrap=True)
-    columns = "test\naccuracy ↑", "test\nloss ↓", "worst\ntest ↓", "train\nloss ↓", "raised\n↓", "raised\nAdam ↓"
-    for column in *columns, "ms per\nstep ↓":
-        table.add_column(column, justify="right")
+    rows = []
     for name, record in records.items():
         losses = record["test mean"][-1], record["test worst"][-1], record["losses"][-1].mean()
         raised = record["by gradient"].mean(), record["by Adam"].mean()
-        row = [f"{record['accuracy']:.1%}", *(f"{x:.3f}" for x in losses), *(f"{x:.1%}" for x in raised)]
-        table.add_row(name, *row, f"{record['ms']:.1f}")
-    Console().print(table)
-
-
-def draw_curves(axes, records):
-    """The test losses, and how much of the training loss goes against the gradient."""
-    # Thick below thin, so that all curves show where they coincide.
-    for i, (name, record) in enumerate(records.items()):
-        style = {"color": f"C{i}", "linewidth": 3.6 - 1.1 * i}
-        epochs = np.arange(len(record["test mean"]))
-        axes[0].plot(epochs, record["test mean"], **style, label=name)
-        axes[0].plot(epochs, record["test worst"], **style, linestyle=(0, (2, 1)))
-        axes[1].plot(epochs[1:], 100 * record["by gradient"].mean(axis=1), **style)
-    axes[0].plot([], [], color="gray", linestyle=(0, (2, 1)), label="worst tenth")
-    axes[0].set(title="test loss", xlabel="epoch", yscale="log", yticks=LOSS_TICKS, yticklabels=LOSS_TICKS)
-    axes[0].minorticks_off()
-    axes[0].legend(fontsize=8)
-    axes[1].set(
-        title="% of the batch's loss that a step along\nthe negative gradient raises", xlabel="epoch", ylim=(0, None)
-    )
+        cells = f"{record['accuracy']:.1%}", *(f"{x:.3f}" for x in losses), *(f"{x:.1%}" for x in raised)
+        rows.append((name, *cells, f"{record['ms']:.1f}"))
+    columns = "method", "test\naccuracy ↑", "test\nloss ↓", "worst\ntest ↓", "train\nloss ↓"
+    columns += "raised\n↓", "raised\nAdam ↓", "ms per\nstep ↓"
+    caption = "worst test: mean of the largest tenth of the test losses. train: in the last epoch. raised: the part of "
+    caption += "a batch's loss that is in examples and tasks whose loss rises along the negative gradient, or along "
+    caption += "Adam's step; mean of all steps. One seed: the docstring says what held on three."
+    report.print_table("Losses of single examples and tasks", columns, rows, caption)
 
 
 def draw_weights(ax, losses, weights, epoch):
     """Every weight of one epoch against its loss, and their mean for equally many losses each."""
-    losses, weights = np.ravel(losses), np.ravel(weights)
+    # Times their number: with the mean, each weight is then 1.
+    losses, weights = np.ravel(losses[epoch]), np.ravel(weights[epoch]) * BATCH_SIZE * len(TASKS)
     ax.plot(losses, weights, ".", color="C2", markersize=3, alpha=0.25, markeredgewidth=0)
     groups = np.array_split(np.argsort(losses), 25)
-    ax.plot(
-        [np.median(losses[i]) for i in groups], [weights[i].mean() for i in groups], color="black", label="on average"
-    )
+    average = np.transpose([(np.median(losses[i]), weights[i].mean()) for i in groups])
+    ax.plot(*average, color="black", label="on average")
     ax.axhline(1, color="C0", label="mean: all 1")
-    ax.set_xlim(1e-5, 20)
-    ax.set(
-        title=f"UPGrad 16x2: weights in epoch {epoch + 1}", xlabel="loss", ylabel="weight", xscale="log", yscale="log"
-    )
+    ax.set(xlabel="loss", ylabel="weight", xscale="log", yscale="log", xlim=(1e-5, 20))
+    ax.set_title(f"UPGrad 16x2: weights in epoch {epoch + 1}", fontsize=10)
     ax.legend(fontsize=8, loc="upper left")
 
 
 def draw(records, output):
-    fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.3), layout="constrained")
-    balanced, epoch = records["UPGrad 16x2"], min(SHOWN_EPOCH, len(records["mean"]["losses"])) - 1
-    draw_curves(axes[:2], records)
-    # Times their number: with the mean, each weight is then 1.
-    draw_weights(axes[2], balanced["losses"][epoch], balanced["weights"][epoch] * BATCH_SIZE * len(TASKS), epoch)
-    for ax in axes:
-        ax.grid(alpha=0.3)
-        ax.title.set_fontsize(10)
-    fig.savefig(output, dpi=100)
-    plt.close(fig)
+    """The test losses, how much of the training loss goes against the gradient, and the weights."""
+    raised = {name: 100 * record["by gradient"].mean(axis=1) for name, record in records.items()}
+    balanced, epochs = records["UPGrad 16x2"], np.arange(len(raised["mean"]) + 1)
+    with report.picture(output, "The losses and the weights", 1, 4, figsize=(12, 3.3)) as (_, axes):
+        titles = {"test mean": "test loss", "test worst": "worst tenth of the test losses"}
+        for ax, (key, title), ticks in zip(axes, titles.items(), ((0.1, 0.2, 0.5, 1, 2), (1, 2, 3)), strict=False):
+            report.draw_curves(ax, epochs, {name: record[key] for name, record in records.items()}, yscale="log")
+            ax.set_yticks(ticks, ticks)
+            ax.minorticks_off()
+            ax.set_title(title, fontsize=10)
+        report.draw_curves(axes[2], epochs[1:], raised, ylim=(0, None))
+        axes[2].set_title("% of the batch's loss that a step along\nthe negative gradient raises", fontsize=10)
+        axes[0].legend(fontsize=8)
+        draw_weights(axes[3], balanced["losses"], balanced["weights"], min(SHOWN_EPOCH, len(raised["mean"])) - 1)
 
 
 def main(argv=None):
-    args = read_arguments(argv, __doc__, __file__, epochs=20)
+    args = report.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
 
     train_digits, test_pairs = load_data()
     init_key, data_key = jax.random.split(jax.random.key(args.seed))
@@ -206,7 +182,6 @@ def main(argv=None):
 
     print_table(records)
     draw(records, args.output)
-    print(f"The losses and the weights: {args.output}")
 
 
 if __name__ == "__main__":

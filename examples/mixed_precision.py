@@ -5,7 +5,7 @@ loss before that pass and divides the gradient after it: a balancing method in b
 Here the factor acts on the backward pass alone. It comes in at the losses and goes out at the float32 parameters, so
 that nothing changes for the method, of whichever family it is.
 
-The tasks are those of ``quickstart.py``, but the error of the sum is measured in thousands, so that its square is a
+The tasks are those of ``digits.py``, but the error of the sum is measured in thousands, so that its square is a
 million times smaller. The method, UPGrad in log space, ignores units. In plain float16 most of the sum's gradient is
 still lost, and its error ends a fifth to a third larger. With the factor it is as in float32, and so it is in bfloat16,
 which has the range of float32, without one.
@@ -14,16 +14,14 @@ Run it with ``python examples/mixed_precision.py``: about half a minute on two C
 ``mtlbalance[examples]``.
 """
 
-import argparse
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from quickstart import TASKS, draw_pairs, evaluate, init_params, load_data, losses_of, predict
-from rich.console import Console
-from rich.table import Table
+import report
+from digits import TASKS, draw_pairs, evaluate, init_params, load_data, losses_of, predict
 from tqdm import tqdm
 
 import mtlbalance as mtl
@@ -149,28 +147,20 @@ def lost_entries(params, batch, scale, dtype):
 
 
 def print_table(rows):
-    table = Table(
-        title="On the test images, and in the gradients",
-        caption="left, right: accuracy. sum: mean absolute error, in raw units. lost: after training, the share of "
-        "the entries of a task's gradient that are zero, but not in float32. factor: of the loss scale, at the end.",
-        caption_justify="left",
+    columns = "network in", *report.SCORES, *(f"lost: {task}" for task in TASKS), "factor", "skipped"
+    caption = (
+        f"{report.ABOUT_SCORES} lost: after training, the share of the entries of a task's gradient that are zero, "
     )
-    table.add_column("network in")
-    columns = "left ↑", "right ↑", "sum ↓", "lost: left", "lost: right", "lost: sum", "factor", "skipped"
-    for column in columns:
-        table.add_column(column, justify="right")
+    caption += "but not in float32. factor: of the loss scale, at the end."
+    cells = []
     for name, (metrics, lost, factor, skipped) in rows.items():
-        cells = f"{metrics['left']:.1%}", f"{metrics['right']:.1%}", f"{metrics['sum']:.2f}"
-        cells += tuple(f"{lost[task]:.1%}" for task in TASKS)
-        table.add_row(name, *cells, f"2^{jnp.log2(factor):.0f}", f"{skipped}")
-    Console(width=110).print(table)
+        shares = [f"{lost[task]:.1%}" for task in TASKS]
+        cells.append([name, *report.format_scores(metrics), *shares, f"2^{jnp.log2(factor):.0f}", f"{skipped}"])
+    report.print_table("On the test images, and in the gradients", columns, cells, caption, width=110)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    args = report.arguments(__doc__, seed=0, epochs=12).parse_args(argv)
 
     train_digits, test_pairs = load_data()
     init_key, data_key, batch_key = jax.random.split(jax.random.key(args.seed), 3)

@@ -1,8 +1,8 @@
 """Two hundred preferences in one compiled program, for each of four methods, on a convex and a concave Pareto front.
 
 Two losses pull six numbers to different places, so the best for one is not the best for the other. A preference says
-how much each loss counts. Every preference is a training of its own, and ``jax.vmap`` over the preference runs all of
-them at once: the method is built inside the function that is mapped.
+how important each loss is: the more important, the smaller it gets. Every preference is a training of its own, and
+``jax.vmap`` over the preference runs all of them at once: the method is built inside the function that is mapped.
 
 The fronts are known: ``loss 2 = 1 - sqrt(loss 1)`` is convex, ``loss 2 = 1 - (loss 1)**2`` is concave. So is the best
 hypervolume, the area of the loss pairs that are worse than some point found, up to the pair (1.1, 1.1).
@@ -13,17 +13,14 @@ The problems are F1 and F4 of Lin et al., "Smooth Tchebycheff Scalarization for 
 Run it with ``python examples/pareto_front.py``: some five seconds on two CPU cores. It needs ``mtlbalance[examples]``.
 """
 
-import argparse
+import itertools
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from rich.console import Console
-from rich.table import Table
+import report
 from tqdm import tqdm
 
 from mtlbalance import scalarization
@@ -37,13 +34,13 @@ N_PREFERENCES = 200
 FIRST = (np.arange(N_PREFERENCES) + 0.5) / N_PREFERENCES
 PREFERENCES = np.stack([FIRST, 1 - FIRST], axis=1)
 
-# The weighted sum and STCH take a preference as importance: more of it, and the loss gets smaller. PBI and COSMOS take
-# it as a direction: more of it, and the loss may get larger. (COSMOS also has a weighted sum in it.)
+# The weighted sum and STCH take importance as it is. PBI and COSMOS take a direction to go in, where the less important
+# loss may be the larger one: of two losses, the importance the other way round. (COSMOS also has a weighted sum in it.)
 METHODS = {
     "weighted sum": scalarization.constant,
-    "STCH": lambda preference: scalarization.stch(mu=0.01, weights=preference),
-    "PBI": lambda preference: scalarization.pbi(theta=5.0, weights=preference),
-    "COSMOS": lambda preference: scalarization.cosmos(lambda_=8.0, weights=preference),
+    "STCH": lambda importance: scalarization.stch(mu=0.01, weights=importance),
+    "PBI": lambda importance: scalarization.pbi(theta=5.0, weights=importance[::-1]),
+    "COSMOS": lambda importance: scalarization.cosmos(lambda_=8.0, weights=importance[::-1]),
 }
 
 
@@ -105,56 +102,43 @@ def trace_front(build, power, n_steps):
 
 
 def print_table(points):
-    table = Table(
-        title="Hypervolume",
-        caption="In brackets: the share of what the whole front has. between: how many of the "
-        f"{N_PREFERENCES} points lie between the ends of the front, with both losses above {MARGIN}.",
-        caption_justify="left",
-    )
-    table.add_column("method")
-    for front in POWERS:
-        table.add_column(f"{front} ↑", justify="right")
-        table.add_column("between", justify="right")
-    for name in METHODS:
-        cells = []
-        for front, power in POWERS.items():
-            found = hypervolume(points[name, front])
-            cells += [f"{found:.4f} ({found / best_hypervolume(power):.1%})", f"{n_between(points[name, front])}"]
-        table.add_row(name, *cells)
-    Console().print(table)
+    def format_front(name, front):
+        found = points[name, front]
+        area = hypervolume(found)
+        return f"{area:.4f} ({area / best_hypervolume(POWERS[front]):.1%})", f"{n_between(found)}"
+
+    columns = ["method", *(column for front in POWERS for column in (f"{front} ↑", "between"))]
+    rows = [[name, *(cell for front in POWERS for cell in format_front(name, front))] for name in METHODS]
+    caption = "In brackets: the share of what the whole front has. between: how many of the "
+    caption += f"{N_PREFERENCES} points lie between the ends of the front, with both losses above {MARGIN}."
+    report.print_table("Hypervolume", columns, rows, caption)
 
 
 def draw_fronts(points, output):
     """One panel per method and front: the front as a line, and a point per preference."""
-    fig, axes = plt.subplots(2, len(METHODS), figsize=(9.6, 5.0), sharex=True, sharey=True, layout="compressed")
-    line = np.linspace(0, 1, 500)
-    for row, (front, power) in zip(axes, POWERS.items(), strict=True):
-        # In the corner that the front leaves free.
-        x, y, side, edge = {"convex": (0.95, 0.93, "right", "top"), "concave": (0.05, 0.07, "left", "bottom")}[front]
-        for ax, name in zip(row, METHODS, strict=True):
-            found = points[name, front]
+    line, ends = np.linspace(0, 1, 500), {"lim": (-0.06, 1.06), "ticks": [0, 0.5, 1]}
+    shared = {"figsize": (9.6, 5.0), "sharex": True, "sharey": True, "layout": "compressed"}
+    corners = {"convex": (0.95, 0.77, "right"), "concave": (0.05, 0.07, "left")}  # that the fronts leave free
+    with report.picture(output, "The fronts", 2, len(METHODS), **shared) as (fig, axes):
+        for ax, (front, name) in zip(axes.flat, itertools.product(POWERS, METHODS), strict=True):
+            found, power = points[name, front], POWERS[front]
             ax.plot(line, 1 - line**power, color="0.8", linewidth=8, label="the front")
             dots = ax.scatter(*found.T, c=PREFERENCES[:, 0], vmin=0, vmax=1, s=22, linewidth=0, zorder=2)
-            share = hypervolume(found) / best_hypervolume(power)
-            ax.text(x, y, f"{share:.1%} of the\nhypervolume", ha=side, va=edge, transform=ax.transAxes)
-            ax.set(aspect="equal", xlim=(-0.06, 1.06), ylim=(-0.06, 1.06), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-            ax.grid(alpha=0.3)
-        row[0].set_ylabel(f"{front} front\nloss 2")
-    for ax, name in zip(axes[0], METHODS, strict=True):
-        ax.set_title(name)
-    for ax in axes[1]:
-        ax.set_xlabel("loss 1")
-    axes[0, 0].legend(loc=(0.44, 0.5), fontsize="small", frameon=False)
-    fig.colorbar(dots, ax=axes, label="preference for loss 1", aspect=40, pad=0.01)
-    fig.savefig(output, dpi=100)
-    plt.close(fig)
+            share, (x, y, side) = hypervolume(found) / best_hypervolume(power), corners[front]
+            ax.text(x, y, f"{share:.1%} of the\nhypervolume", ha=side, transform=ax.transAxes)
+            ax.set(aspect="equal", **{axis + key: value for axis in "xy" for key, value in ends.items()})
+        for ax, name in zip(axes[0], METHODS, strict=True):
+            ax.set_title(name)
+        for ax, front in zip(axes[:, 0], POWERS, strict=True):
+            ax.set_ylabel(f"{front} front\nloss 2")
+        for ax in axes[1]:
+            ax.set_xlabel("loss 1")
+        axes[0, 0].legend(loc=(0.44, 0.5), fontsize="small", frameon=False)
+        fig.colorbar(dots, ax=axes, label="importance of loss 1", aspect=40, pad=0.01)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
-    args = parser.parse_args(argv)
+    args = report.arguments(__doc__, __file__, steps=3000).parse_args(argv)
 
     points = {}
     with tqdm([(name, front) for name in METHODS for front in POWERS], unit="front") as progress:
@@ -164,10 +148,9 @@ def main(argv=None):
 
     print_table(points)
     linear, stch = (n_between(points[name, "concave"]) for name in ("weighted sum", "STCH"))
-    print("Whatever the preference, a weighted sum is least at one of the two ends of a concave front.")
+    print("Whatever the importance, a weighted sum is least at one of the two ends of a concave front.")
     print(f"Of its {N_PREFERENCES} points {linear} lie between them, of STCH's {stch}.")
     draw_fronts(points, args.output)
-    print(f"The fronts: {args.output}")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import optax
-from quickstart import init_layers, load_images, read_arguments
-from rich.console import Console
-from rich.table import Table
+import report
+from digits import init_layers, load_images
 from tqdm import tqdm
 
 import mtlbalance as mtl
@@ -115,49 +114,37 @@ def loss_change(metrics):
 
 
 def print_table(metrics):
-    table = Table(
-        title="On the test images, by rows read",
-        caption=f"equal: equal weights. Averages over {N_SEEDS} seeds. change: of the loss by UPGrad, "
-        "and its standard deviation over the seeds.",
-        caption_justify="left",
-    )
-    for column in "rows", *(f"{kind}, {name}" for kind in ("accuracy", "loss") for name in metrics), "change":
-        table.add_column(column, justify="right")
     accuracy = [found["accuracy"].mean(axis=0) for found in metrics.values()]
     loss = [found["loss"].mean(axis=0) for found in metrics.values()]
     change = loss_change(metrics)
+    rows = []
     for row in range(N_ROWS):
         cells = [f"{x[row]:.1%}" for x in accuracy] + [f"{x[row]:.3f}" for x in loss]
-        table.add_row(str(row + 1), *cells, f"{change[:, row].mean():+.1f} ± {change[:, row].std():.1f}%")
-    Console(width=100).print(table)
+        rows.append([f"{row + 1}", *cells, f"{change[:, row].mean():+.1f} ± {change[:, row].std():.1f}%"])
+    columns = ["rows", *(f"{kind}, {name}" for kind in ("accuracy", "loss") for name in metrics), "change"]
+    caption = f"equal: equal weights. Averages over {N_SEEDS} seeds. change: of the loss by UPGrad, "
+    caption += "and its standard deviation over the seeds."
+    report.print_table("On the test images, by rows read", columns, rows, caption, width=100)
 
 
 def draw(metrics, weights, output):
     """What UPGrad changes in each row's loss, and the weights by which it does."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
-    rows = np.arange(1, N_ROWS + 1)
-    change = loss_change(metrics)
-    points = left.plot(rows, change.T, "o", color="C0", alpha=0.4, markeredgewidth=0)
-    (mean,) = left.plot(rows, change.mean(axis=0), color="C1", linewidth=2)
-    left.axhline(0, color="black", linewidth=0.8)
-    left.set(title="test loss: UPGrad against equal weights", xlabel="rows read", ylabel="change (%)", xticks=rows)
-    left.legend([points[0], mean], ["one seed", "mean of the seeds"])
-
-    by_epoch = N_ROWS * weights.mean(axis=(0, 2))
-    for row, curve, color in zip(rows, by_epoch.T, plt.cm.viridis(np.linspace(0, 0.95, N_ROWS)), strict=True):
-        right.plot(np.arange(1, len(curve) + 1), curve, ".-", color=color, label=row)
-    right.axhline(1, color="black", linewidth=0.8)
-    right.set(title="UPGrad's weights (equal weights: 1)", xlabel="epoch", ylabel="weight times 8")
-    right.xaxis.get_major_locator().set_params(integer=True)
-    right.legend(title="rows read", loc="center left", bbox_to_anchor=(1, 0.5))
-    for ax in left, right:
-        ax.grid(alpha=0.3)
-    fig.savefig(output, dpi=100)
-    plt.close(fig)
+    subject, rows = "The change in the losses, and UPGrad's weights", np.arange(1, N_ROWS + 1)
+    with report.picture(output, subject, 1, 2, figsize=(9.6, 3.6)) as (_, (left, right)):
+        labels = {"title": "test loss: UPGrad against equal weights", "ylabel": "change (%)", "xticks": rows}
+        report.draw_seeds(left, rows, loss_change(metrics).T, xlabel="rows read", **labels)
+        left.legend()
+        by_epoch = dict(zip(rows, N_ROWS * weights.mean(axis=(0, 2)).T, strict=True))
+        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, N_ROWS))
+        labels = {"title": "UPGrad's weights (equal weights: 1)", "ylabel": "weight times 8"}
+        report.draw_curves(right, np.arange(1, weights.shape[1] + 1), by_epoch, colors, **labels)
+        right.legend(title="rows read", loc="center left", bbox_to_anchor=(1, 0.5))
+        for ax, equal in (left, 0), (right, 1):
+            ax.axhline(equal, color="black", linewidth=0.8)
 
 
 def main(argv=None):
-    args = read_arguments(argv, __doc__, __file__, epochs=20)
+    args = report.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
 
     train_digits, test_digits = load_images()
     keys = jax.random.split(jax.random.key(args.seed), N_SEEDS)
@@ -171,7 +158,6 @@ def main(argv=None):
 
     print_table(metrics)
     draw(metrics, weights["UPGrad"], args.output)
-    print(f"The change in the losses, and UPGrad's weights: {args.output}")
 
 
 if __name__ == "__main__":

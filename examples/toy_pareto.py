@@ -14,21 +14,17 @@ Run it with ``python examples/toy_pareto.py``: some two minutes on two CPU cores
 ``--methods sum FAMO Nash-MTL`` for a few seconds. It needs ``mtlbalance[examples]``.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
+import report
 import rich.box
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 import mtlbalance as mtl
@@ -211,32 +207,29 @@ def trace_paths(run, n_steps):
 # The results.
 
 
+ABOUT = (
+    "A to E: x1 at the end, where that is on the front; the front goes from -7 to 7. papers: what their figures show, "
+    "or the notebook of ConFIG's authors; MGDA, Nash-MTL and FairGrad after 35,000 steps. From A the sum has not "
+    "arrived after 50,000 clipped steps; unclipped it does after some 40,000. seconds: all five starts, with "
+    "compiling. theirs: what FAMO's authors report for 50,000 steps in PyTorch on their machine. *: run on the losses "
+    "plus 21 times their scale, because the method is for losses that are positive, or of one sign. mean, sum, "
+    "constant and random are the same in both families. Not run: Krum and the trimmed mean, which need three tasks, "
+    "and DTP, which needs an indicator for each."
+)
+
+
 def print_table(paths, seconds):
-    table = Table(
-        title="Where each start ends",
-        caption="A to E: x1 at the end, where that is on the front; the front goes from -7 to 7. papers: what their "
-        "figures show, or the notebook of ConFIG's authors; MGDA, Nash-MTL and FairGrad after 35,000 steps. From A the "
-        "sum has not arrived after 50,000 clipped steps; unclipped it does after some 40,000. seconds: all five "
-        "starts, with compiling. theirs: what FAMO's authors report for 50,000 steps in PyTorch on their machine. *: "
-        "run on the losses plus 21 times their scale, because the method is for losses that are positive, or of one "
-        "sign. mean, sum, constant and random are the same in both families. Not run: Krum and the trimmed mean, which "
-        "need three tasks, and DTP, which needs an indicator for each.",
-        caption_justify="left",
-        box=rich.box.SIMPLE,
-        padding=0,
-        show_edge=False,
-    )
-    table.add_column("method", no_wrap=True)
-    for name in (*STARTS, "arrive", "papers", "seconds", "theirs"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for name, path in paths.items():
         run, there = METHODS[name], on_front(path[:, -1])
         x1 = np.round(path[:, -1, 0], 2) + 0.0  # not -0.00
         ends = [f"{end:.2f}" if arrived else "-" for end, arrived in zip(x1, there, strict=True)]
         theirs = "" if run.seconds is None else f"{run.seconds}"
         counts = f"{there.sum()} of {len(STARTS)}", run.published
-        table.add_row(name + "*" * run.shifted, *ends, *counts, f"{seconds[name]:.1f}", theirs)
-    Console().print(table)
+        rows.append((name + "*" * run.shifted, *ends, *counts, f"{seconds[name]:.1f}", theirs))
+    style = {"box": rich.box.SIMPLE, "padding": 0, "show_edge": False}
+    columns = "method", *STARTS, "arrive", "papers", "seconds", "theirs"
+    report.print_table("Where each start ends", columns, rows, ABOUT, **style)
 
 
 def print_summary(paths):
@@ -246,64 +239,63 @@ def print_summary(paths):
     print(f"Those of them that read the losses alone, in one backward pass a step: {', '.join(from_losses) or 'none'}.")
 
 
+def draw_ground(ax):
+    """The mean of the two losses, each in units of its scale; the front; and the ravines."""
+    sides, above = np.linspace(-11, 11, 401), np.linspace(0, 11, 100)
+    places = np.stack(np.meshgrid(sides, sides)).reshape(2, -1)
+    heights = np.mean(jax.vmap(task_losses, -1, -1)(places) / SCALES[:, None], axis=0).reshape(401, 401)
+    ax.contourf(sides, sides, heights, levels=np.arange(-16, 9, 2), extend="both", cmap="Greys_r", alpha=0.45)
+    front = [-7, -3.5, 0, 3.5, 7], [-8.43, -8.38, -8.36, -8.38, -8.43]
+    ax.plot(*front, color="gold", linewidth=6, label="Pareto set")
+    # The ravines are thinner than the contours' grid is fine.
+    for side, label in ((1, "ravine"), (-1, None)):
+        ax.plot(side * (7 - 2 * np.tanh(above)), above, "k:", linewidth=1, label=label)
+    ax.set(aspect="equal", xlim=(-11, 11), ylim=(-11, 11), xticks=[-7, 0, 7], yticks=[-8, 0, 8])
+
+
+def draw_path(ax, path, arrived, start):
+    """A path from its start to its end, which is at the frame where the path leaves it."""
+    ax.plot(*path.T, color=COLOURS[start], linewidth=1.6)
+    ax.plot(*STARTS[start], "o", color=COLOURS[start], markersize=5)
+    mark = {"marker": "*", "markersize": 10} if arrived else {"marker": "X", "markersize": 8}
+    edge = {"markeredgecolor": "black", "markeredgewidth": 0.7, "zorder": 3}
+    ax.plot(*np.clip(path[-1], -10.5, 10.5), color=COLOURS[start], **edge, **mark)
+
+
 def draw_paths(paths, output):
-    """One panel per method: the paths over the mean of the two losses, each in units of its scale."""
+    """One panel per method: its paths on the ground."""
     names = [name for name in PANELS if name in paths] or list(paths)[: len(PANELS)]
     n_columns = min(4, len(names))
     n_rows = -(-len(names) // n_columns)
+    shared = {"sharex": True, "sharey": True, "squeeze": False, "layout": "compressed", "grid": False}
     size = 2.4 * max(n_columns, 4), 0.5 + 2.5 * n_rows
-    shared = {"sharex": True, "sharey": True, "squeeze": False, "layout": "compressed"}
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, **shared)
-
-    sides = np.linspace(-11, 11, 401)
-    places = np.stack(np.meshgrid(sides, sides)).reshape(2, -1)
-    heights = np.mean(jax.vmap(task_losses, -1, -1)(places) / SCALES[:, None], axis=0).reshape(401, 401)
-    levels = {"levels": np.arange(-16, 9, 2), "extend": "both", "cmap": "Greys_r", "alpha": 0.45}
-    above = np.linspace(0, 11, 100)
-    for ax, name in zip(axes.flat, names, strict=False):
-        ax.contourf(sides, sides, heights, **levels)
-        ax.plot(
-            [-7, -3.5, 0, 3.5, 7], [-8.43, -8.38, -8.36, -8.38, -8.43], color="gold", linewidth=6, label="Pareto set"
-        )
-        # The ravines are thinner than the contours' grid is fine.
-        for side, label in ((1, "ravine"), (-1, None)):
-            ax.plot(side * (7 - 2 * np.tanh(above)), above, "k:", linewidth=1, label=label)
-        there = on_front(paths[name][:, -1])
-        for path, arrived, (start, place) in zip(paths[name], there, STARTS.items(), strict=True):
-            ax.plot(*path.T, color=COLOURS[start], linewidth=1.6)
-            ax.plot(*place, "o", color=COLOURS[start], markersize=5)
-            mark = {"marker": "*", "markersize": 10} if arrived else {"marker": "X", "markersize": 8}
-            end = np.clip(path[-1], -10.5, 10.5)  # at the frame for a path that leaves it
-            ax.plot(*end, color=COLOURS[start], markeredgecolor="black", markeredgewidth=0.7, zorder=3, **mark)
-        ax.set_title(f"{name}: {there.sum()} of {len(STARTS)}", fontsize="medium")
-        ax.set(aspect="equal", xlim=(-11, 11), ylim=(-11, 11), xticks=[-7, 0, 7], yticks=[-8, 0, 8])
-    for ax in list(axes.flat)[len(names) :]:
-        ax.set_axis_off()
-    for start, (x1, x2) in STARTS.items():
-        side = -1 if x1 < 0 else 1
-        axes[0, 0].text(
-            x1 + 0.6 * side, x2, start, ha="left" if x1 >= 0 else "right", va="center", color=COLOURS[start]
-        )
-    for ax in axes[-1]:
-        ax.set_xlabel("x1")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("x2", labelpad=0)
-    marks = {"start": "o", "end, on the front": "*", "end, elsewhere": "X"}
-    fig.suptitle("Shading: the mean of the two losses, each over its scale; dark is small", fontsize="medium")
-    handles = [plt.Line2D([], [], color="0.5", marker=mark, linestyle="", label=name) for name, mark in marks.items()]
-    lines, _ = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles=[*handles, *lines], loc="outside lower center", ncols=5, frameon=False)
-    fig.savefig(output, dpi=100)
-    plt.close(fig)
+    with report.picture(output, "The paths", n_rows, n_columns, figsize=size, **shared) as (fig, axes):
+        for mark, label in ("o", "start"), ("*", "end, on the front"), ("X", "end, elsewhere"):
+            axes[0, 0].plot([], [], color="0.5", marker=mark, linestyle="", label=label)
+        for ax, name in zip(axes.flat, names, strict=False):
+            draw_ground(ax)
+            there = on_front(paths[name][:, -1])
+            for path, arrived, start in zip(paths[name], there, STARTS, strict=True):
+                draw_path(ax, path, arrived, start)
+            ax.set_title(f"{name}: {there.sum()} of {len(STARTS)}", fontsize="medium")
+        for start, (x1, x2) in STARTS.items():
+            side, place = (-1, "right") if x1 < 0 else (1, "left")
+            axes[0, 0].text(x1 + 0.6 * side, x2, start, ha=place, va="center", color=COLOURS[start])
+        for ax in axes[-1]:
+            ax.set_xlabel("x1")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("x2", labelpad=0)
+        for ax in axes.flat[len(names) :]:
+            ax.set_axis_off()
+        fig.suptitle("Shading: the mean of the two losses, each over its scale; dark is small", fontsize="medium")
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50_000, help=f"a multiple of {EVERY}")
+    parser = report.arguments(__doc__, __file__, steps=50_000)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture")
     args = parser.parse_args(argv)
-    if args.steps < 1 or args.steps % EVERY:
+    if args.steps % EVERY:
         parser.error(f"--steps must be a multiple of {EVERY}, found {args.steps}")
 
     paths, seconds = {}, {}
@@ -317,7 +309,6 @@ def main(argv=None):
     print_table(paths, seconds)
     print_summary(paths)
     draw_paths(paths, args.output)
-    print(f"The paths: {args.output}")
 
 
 if __name__ == "__main__":

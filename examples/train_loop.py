@@ -1,10 +1,12 @@
 """One training loop for every method of both families, saved after every epoch.
 
-The tasks and the network are those of ``quickstart.py``. The method is an argument, by its name in
+The tasks and the network are those of ``digits.py``. The method is an argument, by its name in
 ``mtlbalance.scalarization`` or ``mtlbalance.aggregation``::
 
     python examples/train_loop.py famo
     python examples/train_loop.py cagrad --set c=0.8 --checkpoints /tmp/cagrad
+    python examples/train_loop.py cr_mogm --set method=upgrad
+    python examples/train_loop.py stch --set mu=0.1 --set 'weights={"left": 1, "right": 1, "sum": 0.1}'
 
 Both families have ``mean``, ``sum``, ``constant`` and ``random``: ``aggregation.mean`` is the second one. With
 ``--checkpoints`` a run that was interrupted goes on where it stopped when the same command is given again, to the
@@ -18,7 +20,7 @@ epoch of 100 steps is one compiled program.
 Twenty epochs take about ten seconds on two CPU cores. It needs ``mtlbalance[examples]``.
 """
 
-import argparse
+import inspect
 import json
 from contextlib import nullcontext
 from functools import partial
@@ -26,12 +28,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import optax
 import orbax.checkpoint as ocp
-from quickstart import TASKS, draw_pairs, init_params, load_data, losses_of, predict
-from rich.console import Console
-from rich.table import Table
+import report
+from digits import TASKS, draw_pairs, init_params, load_data, losses_of, predict
 from tqdm import tqdm
 
 import mtlbalance as mtl
@@ -41,19 +41,6 @@ BATCH_SIZE = 128
 FAMILIES = {"scalarization": scalarization, "aggregation": aggregation}
 DOUBLE_SAMPLED = ("aggregation.modo", "aggregation.sdmgrad")
 OBSERVES_ACCURACIES = ("scalarization.dtp",)
-
-# The sum's loss starts some forty times as large as the others.
-PREFERENCE = {"left": 1.0, "right": 1.0, "sum": 0.1}
-ARGUMENTS = {  # that have no default
-    "constant": {"weights": PREFERENCE},
-    "cosmos": {"lambda_": 1.0, "weights": PREFERENCE},
-    "cr_mogm": {"method": aggregation.upgrad()},
-    "krum": {"n_byzantine": 0, "n_selected": 2},
-    "pbi": {"theta": 1.0, "weights": PREFERENCE},
-    "random": {"key": 0},
-    "stch": {"mu": 0.1, "weights": PREFERENCE},
-    "trimmed_mean": {"trim_number": 1},
-}
 
 CAPTION = (
     "loss, correct: on the test images, before and after. weight: mean of the first and of the last epoch. "
@@ -75,13 +62,23 @@ def find_method(name, hyperparameters):
     if not found:
         raise SystemExit(f"no method {name}; there are {', '.join(method_names())}")
     family, name = found[0].split(".")
+    method = build(name, getattr(FAMILIES[family], name), dict(hyperparameters))
+    return found[0], mtl.learn(method, optax.adam(1e-2)) if getattr(method, "learned", ()) else method
+
+
+def build(name, factory, hyperparameters):
+    """The method, or a message that says what is wrong with its hyperparameters."""
+    parameters = inspect.signature(factory).parameters.values()
+    needed = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+    missing = [parameter for parameter in sorted(needed) if parameter not in hyperparameters]
+    if missing:
+        raise SystemExit(f"{name} needs {' and '.join(f'--set {parameter}=VALUE' for parameter in missing)}")
+    if "method" in needed:  # of CR-MOGM: another one by its name, with its defaults
+        hyperparameters["method"] = find_method(hyperparameters["method"], [])[1]
     try:
-        method = getattr(FAMILIES[family], name)(**ARGUMENTS.get(name, {}) | dict(hyperparameters))
+        return factory(**hyperparameters)
     except (TypeError, ValueError) as error:
         raise SystemExit(f"{name}: {error}") from error
-    if getattr(method, "learned", ()):
-        method = mtl.learn(method, optax.adam(1e-2))
-    return found[0], method
 
 
 def init_state(method, params):
@@ -224,37 +221,30 @@ def print_table(name, before, after, history):
     """What the training changed, task by task."""
     first, last = history[0], history[-1]
     has_weights = "weight" in last
-    title = f"{name}: what changed in epochs 1 to {len(history)}"
-    table = Table(title=title, caption=CAPTION, caption_justify="left")
-    table.add_column("\ntask")
-    columns = ["loss\nbefore", "loss\nafter", "correct\nbefore", "correct\nafter"]
-    for column in [*columns, *["weight\nfirst", "weight\nlast"] * has_weights, "\nraised"]:
-        table.add_column(column, justify="right")
+    columns = ["\ntask", "loss\nbefore", "loss\nafter", "correct\nbefore", "correct\nafter"]
+    rows = []
     for task in TASKS:
-        losses, accuracy = ([float(x[key][task]) for x in (before, after)] for key in ("loss", "accuracy"))
-        row = [f"{loss:.3g}" for loss in losses] + [f"{share:.1%}" for share in accuracy]
+        row = [task, *(f"{found['loss'][task]:.3g}" for found in (before, after))]
+        row += [f"{found['accuracy'][task]:.1%}" for found in (before, after)]
         row += [f"{means['weight'][task]:.2g}" for means in (first, last) if has_weights]
-        table.add_row(task, *row, f"{last['raised'][task]:.0%}")
-    Console().print(table)
+        rows.append([*row, f"{last['raised'][task]:.0%}"])
+    columns += ["weight\nfirst", "weight\nlast"] * has_weights + ["\nraised"]
+    report.print_table(f"{name}: what changed in epochs 1 to {len(history)}", columns, rows, CAPTION)
 
 
 def draw_history(title, history, output):
     """Each task's loss, weight if there is one, and how often a step raised its loss, over the epochs."""
     panels = {"loss": "training loss", "weight": "weight", "raised": "loss raised by a step"}
     panels = {key: label for key, label in panels.items() if key in history[0]}
-    fig, axes = plt.subplots(1, len(panels), figsize=(2.9 * len(panels) + 0.9, 3), layout="constrained")
-    for ax, (key, label) in zip(axes, panels.items(), strict=True):
-        for task in TASKS:
-            ax.plot(range(1, len(history) + 1), [means[key][task] for means in history], label=task)
-        ax.set(title=label, xlabel="epoch")
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    axes[-1].yaxis.set_major_formatter("{x:.0%}")
-    fig.legend(*axes[0].get_legend_handles_labels(), title="task", loc="outside right center")
-    fig.suptitle(title)
-    fig.savefig(output, dpi=100)
-    plt.close(fig)
+    size = 2.9 * len(panels) + 0.9, 3
+    with report.picture(output, "The training", 1, len(panels), figsize=size) as (fig, axes):
+        for ax, (key, label) in zip(axes, panels.items(), strict=True):
+            curves = {task: [means[key][task] for means in history] for task in TASKS}
+            report.draw_curves(ax, range(1, len(history) + 1), curves, title=label)
+        axes[0].set_yscale("log")
+        axes[-1].yaxis.set_major_formatter("{x:.0%}")
+        fig.legend(*axes[0].get_legend_handles_labels(), title="task", loc="outside right center")
+        fig.suptitle(title)
 
 
 def hyperparameter(text):
@@ -266,31 +256,21 @@ def hyperparameter(text):
         return [name, value]
 
 
-def at_least_one(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def read_arguments(argv, script):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def read_arguments(argv, doc, script):
+    parser = report.arguments(doc, script, seed=0, epochs=20)
+    parser.add_argument("--steps", type=report.at_least_one, default=100, help="of an epoch; 100 by default")
     parser.add_argument("method", nargs="?", default="upgrad", help="of either family; upgrad by default")
     given = {"action": "append", "type": hyperparameter, "default": [], "metavar": "NAME=VALUE"}
     parser.add_argument("--set", **given, help="a hyperparameter of the method; may be repeated")
-    parser.add_argument("--epochs", type=at_least_one, default=20)
-    parser.add_argument("--steps", type=at_least_one, default=100, help="steps of an epoch")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="1e-3 by default")
     parser.add_argument("--checkpoints", type=Path, help="a folder: save there, and go on from what is there")
-    parser.add_argument("--output", type=Path, default=Path(script).with_suffix(".png"), help="the picture")
     return parser.parse_args(argv)
 
 
-def run(init_network, argv, script):
+def run(init_network, argv, doc, script):
     """Trains a network of any framework; ``init_network`` makes ``predict`` and its parameters of a key."""
-    args = read_arguments(argv, script)
+    args = read_arguments(argv, doc, script)
     args.method, method = find_method(args.method, args.set)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     digits, test_pairs = load_data()
     predict, start = init_network(jax.random.key(args.seed))
     params, history = train(method, predict, start, digits, args)
@@ -298,11 +278,10 @@ def run(init_network, argv, script):
     before, after = (evaluate(predict(params, test_pairs["image"]), test_pairs) for params in (start, params))
     print_table(args.method, before, after, history)
     draw_history(args.method, history, args.output)
-    print(f"The training: {args.output}")
 
 
 def main(argv=None):
-    run(lambda key: (predict, init_params(key)), argv, __file__)
+    run(lambda key: (predict, init_params(key)), argv, __doc__, __file__)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from mtlbalance import aggregation, base, scalarization
 
 WEIGHTS = jnp.array([0.5, 2.0, 1.25, -0.5])
 THREE = jnp.arange(3)
+PREFERENCE = {"left": 1.0, "right": 1.0, "sum": 0.1}  # the sum's loss starts some forty times as large
 
 
 class Case(NamedTuple):
@@ -31,6 +32,8 @@ class Case(NamedTuple):
       total: what the weights of the tasks present always add up to, 1 or their number m; ``None`` if free.
       reads_losses: an aggregator that refuses a call without ``values``.
       local_draws: under ``shard_map`` every device draws for its own part of the parameters.
+      required: values of the public method's arguments that have no default, as JSON; the tasks are those of the
+        examples, and another method goes by its name.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Case(NamedTuple):
     total: Literal["1", "m"] | None = None
     reads_losses: bool = False
     local_draws: bool = False
+    required: dict[str, Any] = {}  # noqa: RUF012
 
 
 def following(rate=0.5):
@@ -90,8 +94,13 @@ SCALARIZERS = [
     Case("test-only following", following),
     Case("mean", scalarization.mean, total="1"),
     Case("sum", scalarization.sum, total="m"),
-    Case("constant", lambda tasks=THREE: scalarization.constant(_weights(tasks)), per_task=True),
-    Case("random", lambda: scalarization.random(key=3), draws=True, total="1"),
+    Case(
+        "constant",
+        lambda tasks=THREE: scalarization.constant(_weights(tasks)),
+        per_task=True,
+        required={"weights": PREFERENCE},
+    ),
+    Case("random", lambda: scalarization.random(key=3), draws=True, total="1", required={"key": 0}),
     Case("geometric_mean", scalarization.geometric_mean, nonlinear=True, needs_positive=True),
     Case(
         "scale_invariant", scalarization.scale_invariant, {"weights": (0.5, 1.0)}, nonlinear=True, needs_positive=True
@@ -102,6 +111,7 @@ SCALARIZERS = [
         {"mu": (0.01, 0.5, 10.0)},
         per_task=True,
         nonlinear=True,
+        required={"mu": 0.1},
     ),
     Case("stch-uniform", lambda: scalarization.stch(0.5), nonlinear=True),
     Case(
@@ -117,6 +127,7 @@ SCALARIZERS = [
         {"lambda_": (0.0, 2.0)},
         per_task=True,
         nonlinear=True,
+        required={"lambda_": 1.0, "weights": PREFERENCE},
     ),
     Case(
         "pbi",
@@ -124,6 +135,7 @@ SCALARIZERS = [
         {"theta": (0.0, 5.0)},
         per_task=True,
         nonlinear=True,
+        required={"theta": 1.0, "weights": PREFERENCE},
     ),
     Case(
         "famo",
@@ -189,8 +201,13 @@ SCALARIZERS = [
 AGGREGATORS = [
     Case("mean", aggregation.mean, total="1"),
     Case("sum", aggregation.sum, total="m"),
-    Case("constant", lambda tasks=THREE: aggregation.constant(_weights(tasks)), per_task=True),
-    Case("random", lambda: aggregation.random(key=3), draws=True, total="1"),
+    Case(
+        "constant",
+        lambda tasks=THREE: aggregation.constant(_weights(tasks)),
+        per_task=True,
+        required={"weights": PREFERENCE},
+    ),
+    Case("random", lambda: aggregation.random(key=3), draws=True, total="1", required={"key": 0}),
     Case("excess_mtl", aggregation.excess_mtl, {"robust_step_size": (0.01, 0.3, 1.0)}, sharded=True, total="1"),
     Case("excess_mtl-warmup", partial(aggregation.excess_mtl, n_warmup_steps=2), sharded=True, total="1"),
     Case("excess_mtl-raw", partial(aggregation.excess_mtl, 0.1, normalize_first_step=False), sharded=True, total="1"),
@@ -198,7 +215,14 @@ AGGREGATORS = [
     Case("config", preferring(aggregation.config), sharded=True, per_task=True),
     Case("aligned_mtl", aggregation.aligned_mtl, sharded=True),
     Case("aligned_mtl-median", preferring(aggregation.aligned_mtl, scale_mode="median"), sharded=True, per_task=True),
-    Case("krum", partial(aggregation.krum, n_byzantine=0, n_selected=2), sharded=True, fewest_tasks=3, total="1"),
+    Case(
+        "krum",
+        partial(aggregation.krum, n_byzantine=0, n_selected=2),
+        sharded=True,
+        fewest_tasks=3,
+        total="1",
+        required={"n_byzantine": 0},
+    ),
     Case("pcgrad", partial(aggregation.pcgrad, 3), draws=True, sharded=True),
     Case("gradvac", partial(aggregation.gradvac, 3), {"beta": (0.1, 0.5)}, draws=True, sharded=True),
     Case("mgda", aggregation.mgda, sharded=True, total="1"),
@@ -222,7 +246,7 @@ AGGREGATORS = [
         sharded=True,
         local_draws=True,
     ),
-    Case("trimmed_mean", partial(aggregation.trimmed_mean, 1), fewest_tasks=3),
+    Case("trimmed_mean", partial(aggregation.trimmed_mean, 1), fewest_tasks=3, required={"trim_number": 1}),
     Case("db_mtl", aggregation.db_mtl, sharded=True),
     Case("db_mtl-averages", averaging, {"beta": (0.0, 0.5, 0.9), "beta_sigma": (0.0, 0.5)}, sharded=True),
     Case(
@@ -262,6 +286,7 @@ AGGREGATORS = [
         lambda alpha=0.9, axis_name=None: aggregation.cr_mogm(aggregation.db_mtl(axis_name=axis_name), alpha),
         {"alpha": (0.0, 0.5, 0.9)},
         sharded=True,
+        required={"method": "upgrad"},
     ),
     Case(
         "cr_mogm-excess_mtl",

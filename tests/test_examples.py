@@ -1,15 +1,19 @@
 """The examples run to the end at tiny size, print their table, and make their picture if they have one."""
 
+import ast
 import pathlib
 import subprocess
 import sys
 
 import pytest
+import report
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 # What makes it small, and what it must print.
 TINY = {
+    "minimal": ([], "On other images"),
+    "own_method": (["--epochs", "1"], "On the test images"),
     "quickstart": (["--epochs", "1"], "On the test images"),
     "sweep": (["--steps", "10"], "On the test images"),
     "pareto_front": (["--steps", "10"], "lie between them"),
@@ -22,11 +26,12 @@ TINY = {
     "recurrent": (["--epochs", "1"], "On the test images, by rows read"),
     "mixed_precision": (["--epochs", "1"], "On the test images, and in the gradients"),
 }
-WITHOUT_PICTURE = ("mixed_precision",)
+WITHOUT_PICTURE = ("minimal", "mixed_precision")
+MODULES = ("digits", "report")  # of what the others share
 
 
 def test_every_example_is_run():
-    assert TINY.keys() == {path.stem for path in EXAMPLES.glob("*.py")}
+    assert {*TINY, *MODULES} == {path.stem for path in EXAMPLES.glob("*.py")}
 
 
 @pytest.mark.slow
@@ -40,3 +45,21 @@ def test_example_runs(name, tmp_path):
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
     assert name in WITHOUT_PICTURE or picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_picture_goes_where_git_ignores_it():
+    """So that the first command of the README changes no tracked file."""
+    command = ["git", "check-ignore", report.arguments("Help", "quickstart.py").parse_args([]).output]
+    done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_loop", "flax_nnx", "equinox_mlp"])
+def test_help_is_its_own(name):
+    """The first line of the example's docstring, also where the loop is another one's."""
+    script = EXAMPLES / f"{name}.py"
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+    about = ast.get_docstring(ast.parse(script.read_text())).splitlines()[0]
+    assert about in " ".join(done.stdout.split())

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import mixed_precision
 import numpy as np
 import pytest
+from digits import draw_pairs, init_params, load_images, predict
 from mixed_precision import LossScale, lost_entries, task_losses, update_scale
-from quickstart import draw_pairs, init_params, load_images, predict
 from tqdm import tqdm
 
 import mtlbalance as mtl

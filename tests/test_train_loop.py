@@ -1,6 +1,8 @@
 """The training loop of the examples: every method, interrupted and resumed, and in other frameworks."""
 
 import argparse
+import inspect
+import json
 import pathlib
 import re
 import subprocess
@@ -18,15 +20,24 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import train_loop
+from digits import TASKS, draw_pairs, init_params, load_data, load_images, predict, task_losses
 from flax import nnx
-from quickstart import TASKS, draw_pairs, init_params, load_data, load_images, predict, task_losses
+
+import mtlbalance as mtl
+from tests.catalogue import AGGREGATORS, SCALARIZERS
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = pathlib.Path(train_loop.__file__).parent
 
 NAMES = train_loop.method_names()
-WITHOUT_WEIGHTS = {"graddrop", "trimmed_mean", "moco", "m_config"}
+CASES = {"scalarization": SCALARIZERS, "aggregation": AGGREGATORS}
+REQUIRED = {f"{family}.{case.name}": case.required for family, cases in CASES.items() for case in cases}
+
+
+def given(name):
+    """``--set`` for each argument without a default."""
+    return [word for item in REQUIRED[name].items() for word in ("--set", "=".join((item[0], json.dumps(item[1]))))]
 
 
 def tiny(folder, *arguments, epochs=2):
@@ -42,8 +53,8 @@ def test_methods_are_built_before_a_device_is_there():
     """As optimizers are, so that a module may hold one and ``jax.distributed.initialize`` come later."""
     script = f"""
 import jax, train_loop
-for name in {NAMES}:
-    train_loop.find_method(name, [])
+for name, required in { ({name: REQUIRED[name] for name in NAMES}) }.items():
+    train_loop.find_method(name, required)
 jax.config.update("jax_num_cpu_devices", 2)  # raises once there is a device
 assert len(jax.devices()) == 2
 """
@@ -52,11 +63,12 @@ assert len(jax.devices()) == 2
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method(name, tmp_path, capsys):
-    train_loop.main(tiny(tmp_path, name))
+    train_loop.main(tiny(tmp_path, name, *given(name)))
     printed = capsys.readouterr().out
     rows = re.findall(r"^│ (\w+) +│(.*)│$", printed, re.MULTILINE)
     assert [task for task, _ in rows] == list(TASKS)
-    has_weights = name.rpartition(".")[-1] not in WITHOUT_WEIGHTS
+    _, method = train_loop.find_method(name, REQUIRED[name])
+    has_weights = isinstance(method, mtl.Scalarizer) or method.weighting is not None
     for _, row in rows:
         cells = [float(cell.strip().rstrip("%")) for cell in row.split("│")]
         assert len(cells) == (7 if has_weights else 5)
@@ -152,6 +164,30 @@ def test_wrong_hyperparameters_are_refused(capsys):
     with pytest.raises(SystemExit):
         train_loop.main(["cagrad", "--epochs", "0"])
     assert "invalid at_least_one value: '0'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if REQUIRED[name]])
+def test_a_missing_argument_is_named(name):
+    with pytest.raises(SystemExit) as raised:
+        train_loop.main([name])
+    needed = " and ".join(f"--set {argument}=VALUE" for argument in sorted(REQUIRED[name]))
+    assert str(raised.value) == f"{name.partition('.')[-1]} needs {needed}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_catalogue_has_what_has_no_default(name):
+    family, method = name.split(".")
+    parameters = inspect.signature(getattr(train_loop.FAMILIES[family], method)).parameters.values()
+    assert REQUIRED[name].keys() == {each.name for each in parameters if each.default is each.empty}
+
+
+def test_a_method_may_be_an_argument():
+    with pytest.raises(SystemExit, match="no method adam; there are"):
+        train_loop.main(["cr_mogm", "--set", "method=adam"])
+    with pytest.raises(SystemExit, match="cr_mogm: method: expected an Aggregator"):
+        train_loop.main(["cr_mogm", "--set", "method=dwa"])
+    with pytest.raises(SystemExit, match="cr_mogm: method: expected an Aggregator"):
+        train_loop.main(["cr_mogm", "--set", "method=graddrop"])  # which has no weights
 
 
 @pytest.mark.parametrize("name", ["adam", "aggregation.uw", "UWState", "aggregation.upgrad.", ""])

@@ -1,0 +1,83 @@
+"""A method of your own: each loss is divided by its running average, so that units do not count.
+
+``base.scalarizer`` makes a method of two plain functions of one array. It sees to names, masks, counted losses, dtypes
+and compiling, and what it returns goes wherever a method of the library goes.
+
+Run it with ``python examples/own_method.py``: about ten seconds on two CPU cores. It needs ``mtlbalance[examples]``.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import report
+from digits import TASKS, draw_pairs, evaluate, init_params, load_data, task_losses
+from tqdm import tqdm
+
+import mtlbalance as mtl
+from mtlbalance import base, scalarization
+
+STEPS_PER_EPOCH = 100
+
+
+class RunningScaleState(NamedTuple):
+    """The first field has one entry per task; all of them are arrays, as what a ``lax.scan`` carries must be."""
+
+    seen: jax.Array
+    average: jax.Array
+
+
+def running_scale(decay=0.99):
+    """The sum of the losses, each over the average of its own, with weights that are constants of differentiation."""
+
+    def init(shape, dtype):
+        return RunningScaleState(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, dtype))
+
+    def apply(state, values, mask):  # mask: which tasks are there; the others keep what is remembered of them
+        moved = jnp.where(state.seen == 0, values, decay * state.average + (1 - decay) * values)
+        average = jnp.where(mask, moved, state.average)
+        weights = jax.lax.stop_gradient(1 / jnp.where(mask, average, 1))
+        return jnp.sum(weights * values, where=mask), RunningScaleState(state.seen + mask, average)
+
+    return base.scalarizer(init, apply)
+
+
+def train(method, params, digits, epochs, key):
+    """Trains one model; returns its parameters, and the mean weights of every epoch."""
+    optimizer = optax.adam(1e-3)
+    grad_fn = mtl.value_and_grad(task_losses, method, return_weights=True)
+
+    def step(carry, key):
+        params, opt_state, state = carry
+        (_, state, weights), gradient = grad_fn(params, state, draw_pairs(key, digits, 128))
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        return (optax.apply_updates(params, updates), opt_state, state), weights
+
+    run_epoch = jax.jit(lambda carry, key: jax.lax.scan(step, carry, jax.random.split(key, STEPS_PER_EPOCH)))
+    carry, history = (params, optimizer.init(params), method.init(len(TASKS))), []
+    for epoch_key in tqdm(jax.random.split(key, epochs), unit="epoch"):
+        carry, weights = run_epoch(carry, epoch_key)
+        history.append(jax.tree.map(jnp.mean, weights))
+    return carry[0], jax.tree.map(lambda *means: jnp.stack(means), *history)
+
+
+def main(argv=None):
+    args = report.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
+    digits, test_pairs = load_data()
+    init_key, data_key = jax.random.split(jax.random.key(args.seed))
+    start, rows, weights = init_params(init_key), [], {}
+    for name, method in {"sum": scalarization.sum(), "running scale": running_scale()}.items():
+        params, weights[name] = train(method, start, digits, args.epochs, data_key)
+        rows.append((name, *report.format_scores(evaluate(params, test_pairs))))
+
+    report.print_table("On the test images", ("method", *report.SCORES), rows, report.ABOUT_SCORES)
+    with report.picture(args.output, "The weights over training", 1, 2, figsize=(7.2, 3.1), sharey=True) as (_, axes):
+        for ax, (name, curves) in zip(axes, weights.items(), strict=True):
+            report.draw_curves(ax, jnp.arange(1, args.epochs + 1), curves, title=name, yscale="log")
+        axes[0].set_ylabel("weight")
+        axes[0].legend(title="task")
+
+
+if __name__ == "__main__":
+    main()
