@@ -120,8 +120,8 @@ SCALARIZERS = [
     ),
     Case(
         "pbi",
-        lambda tasks=THREE, theta=5.0: scalarization.pbi(theta, jnp.abs(_weights(tasks)), reference=-0.5),
-        {"theta": (0.0, 5.0)},
+        lambda tasks=THREE, theta=5.0, reference=-0.5: scalarization.pbi(theta, jnp.abs(_weights(tasks)), reference),
+        {"theta": (0.0, 5.0), "reference": (-0.5, 0.0)},
         per_task=True,
         nonlinear=True,
     ),
@@ -200,13 +200,15 @@ AGGREGATORS = [
     Case("aligned_mtl-median", preferring(aggregation.aligned_mtl, scale_mode="median"), sharded=True, per_task=True),
     Case("krum", partial(aggregation.krum, n_byzantine=0, n_selected=2), sharded=True, fewest_tasks=3, total="1"),
     Case("pcgrad", partial(aggregation.pcgrad, 3), draws=True, sharded=True),
-    Case("gradvac", partial(aggregation.gradvac, 3), {"beta": (0.1, 0.5)}, draws=True, sharded=True),
+    Case(
+        "gradvac", partial(aggregation.gradvac, 3), {"beta": (0.1, 0.5), "eps": (1e-8, 1.0)}, draws=True, sharded=True
+    ),
     Case("mgda", aggregation.mgda, sharded=True, total="1"),
-    Case("upgrad", aggregation.upgrad, {"reg_eps": (0.0, 1e-4)}, sharded=True),
+    Case("upgrad", aggregation.upgrad, {"reg_eps": (0.0, 1e-4), "norm_eps": (1e3, 0.0)}, sharded=True),
     Case(
         "dual_proj",
         preferring(aggregation.dual_proj),
-        {"reg_eps": (0.0, 1e-4), "norm_eps": (0.0, 1e3)},
+        {"reg_eps": (0.0, 1e-4), "norm_eps": (1e3, 0.0)},
         sharded=True,
         per_task=True,
     ),
@@ -238,7 +240,7 @@ AGGREGATORS = [
         sharded=True,
     ),
     Case("moco-libmtl", partial(aggregation.moco, normalize=True, softmax=True), sharded=True, reads_losses=True),
-    Case("m_config", aggregation.m_config, {"beta_1": (0.0, 0.9), "beta_2": (0.0, 0.999)}, sharded=True),
+    Case("m_config", aggregation.m_config, {"beta_1": (0.0, 0.9), "beta_2": (0.0, 0.9)}, sharded=True),
     Case("gradnorm", aggregation.gradnorm, {"alpha": (0.0, 1.5)}, sharded=True, total="m", reads_losses=True),
     Case(
         "gradnorm-softmax",

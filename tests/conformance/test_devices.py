@@ -1,5 +1,7 @@
 """Eight simulated devices give what one does, and the state lies where the parameters lie."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tests.conformance.helpers import PARAMS, SAME
+from tests.conformance.helpers import PARAMS, QUICK, SAME
 from tests.events import compilations, recorded
 
 SPECS = {"dense": {"w": PartitionSpec("y", "x"), "b": PartitionSpec(("x", "y"))}, "scale": PartitionSpec()}
@@ -44,6 +46,7 @@ def sharded_init(built, mesh):
     return built.init(params=on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), SPECS))
 
 
+@pytest.mark.one_of_a_kind
 def test_eight_devices_give_what_one_gives(built, mesh):
     state, sharded = built.init(), sharded_init(built, mesh)
     for i in range(3):
@@ -58,6 +61,7 @@ def test_eight_devices_give_what_one_gives(built, mesh):
         )
 
 
+@pytest.mark.one_of_a_kind
 def test_state_lies_with_the_parameters_and_compiles_once(built, mesh):
     state = sharded_init(built, mesh)
     before = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -76,9 +80,9 @@ def test_state_lies_with_the_parameters_and_compiles_once(built, mesh):
     assert_lies_as(state, before)
 
 
+@pytest.mark.one_of_a_kind
+@pytest.mark.cases(lambda built: built.method.jacobian_shaped)
 def test_init_inside_jit_follows_an_explicit_sharding(aggregator):
-    if not aggregator.method.jacobian_shaped:
-        return
     mesh = MESHES["Explicit"]
     params = on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), SPECS)
     with jax.set_mesh(mesh):
@@ -89,10 +93,10 @@ def test_init_inside_jit_follows_an_explicit_sharding(aggregator):
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, memory), expected)
 
 
+@pytest.mark.one_of_a_kind
+@pytest.mark.cases(lambda built: not built.case.local_draws)
 def test_shard_map_reduces_over_the_axes_of_the_parameters(aggregator):
     """Every parameter is split over both: the replicated scale is left out."""
-    if aggregator.case.local_draws:
-        pytest.skip("every device draws for its own part of the parameters")
     method = aggregator.case.make(axis_name=AXES) if aggregator.case.sharded else aggregator.method
     params, rows = PARAMS["dense"], jax.tree.map(rows_spec, SPECS["dense"])
     state, sharded = aggregator.init(params=params), aggregator.init(method, params=params)
@@ -106,7 +110,7 @@ def test_shard_map_reduces_over_the_axes_of_the_parameters(aggregator):
 
     state_specs = jax.tree_util.tree_map_with_path(spec, sharded)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     @jax.shard_map(
         mesh=MESHES["Auto"], in_specs=(state_specs, rows, PartitionSpec()), out_specs=(SPECS["dense"], state_specs)
     )

@@ -49,6 +49,7 @@ def test_an_absent_tasks_value_changes_nothing(built, value):
     chex.assert_tree_all_finite(poisoned)
 
 
+@pytest.mark.cases(lambda built: built.case.fewest_tasks <= 2)
 def test_masked_is_the_method_on_the_present_tasks_alone(built):
     tasks = jnp.array([0, 2])
     alone = built.method_for(tasks)
@@ -63,6 +64,7 @@ def test_masked_is_the_method_on_the_present_tasks_alone(built):
         chex.assert_trees_all_close(masked, expected, **SAME)
 
 
+@pytest.mark.cases(lambda built: built.case.fewest_tasks <= 2)
 def test_masked_goes_on_as_the_present_tasks_would_alone(built):
     """Tasks of different ages, then some of them: as the method whose state is theirs."""
     tasks = jnp.array([0, 2])
@@ -100,10 +102,9 @@ def test_statistics_advance_while_present_and_only_then(built):
         np.testing.assert_array_equal(seen, masks.sum(0))
 
 
+@pytest.mark.cases(lambda built: built.case.total)
 def test_weights_of_the_tasks_present_add_up_to_their_total(built):
     """Whoever comes and goes."""
-    if built.case.total is None:
-        pytest.skip("the total is free")
     masks = jax.random.bernoulli(jax.random.key(1), 0.5, (20, 3)).at[:, 0].set(True)
     state = built.init()
     for i, mask in enumerate(masks):
@@ -124,6 +125,7 @@ def test_gradient_to_an_absent_value_is_zero_and_to_the_others_finite(scalarizer
     assert jnp.all(jnp.isfinite(gradient))
 
 
+@pytest.mark.one_of_a_kind
 def test_paths_of_an_aggregator_agree_under_a_mask(aggregator):
     state = warmed_up(aggregator)
     x = aggregator.poison(aggregator.sample(0), SOME, jnp.nan)
@@ -132,6 +134,7 @@ def test_paths_of_an_aggregator_agree_under_a_mask(aggregator):
         chex.assert_trees_all_close(found, expected, **SAME)
 
 
+@pytest.mark.one_of_a_kind
 def test_counted_losses_are_value_and_mask(scalarizer):
     state, values = warmed_up(scalarizer), scalarizer.sample(0)
     counts = jnp.array([4, 0, 7])
@@ -151,6 +154,7 @@ def test_counted_losses_are_value_and_mask(scalarizer):
     chex.assert_trees_all_equal(scalarizer.method.apply(state, absent), (jnp.zeros(()), state))
 
 
+@pytest.mark.one_of_a_kind
 def test_counted_and_masked_values_reach_an_aggregator(aggregator):
     state, x = warmed_up(aggregator), aggregator.sample(0)
     apply = aggregator.method.apply
@@ -161,6 +165,7 @@ def test_counted_and_masked_values_reach_an_aggregator(aggregator):
     chex.assert_trees_all_close(apply(state, x, values=names), masked, **SAME)
 
 
+@pytest.mark.one_of_a_kind
 def test_named_losses_are_the_array(scalarizer):
     names = {"left": jnp.array(0.7), "right": jnp.array(1.9), "sum": jnp.array(31.0)}
     array = jnp.array([0.7, 1.9, 31.0])
@@ -188,16 +193,20 @@ def test_losses_of_any_shape(scalarizer, shape):
     chex.assert_tree_all_finite((scalar, state))
 
 
+@pytest.mark.one_of_a_kind
 def test_one_loss_given_as_an_aggregators_values_is_checked(aggregator):
     with pytest.raises(ValueError, match=r"values: expected shape \(3,\).*found shape \(2,\)"):
         aggregator.method.apply(aggregator.init(), aggregator.sample(0), values=jnp.ones(2))
 
 
+@pytest.mark.cases(lambda built: built.case.reads_losses)
 def test_losses_that_are_read_must_be_given(aggregator):
-    state, x = aggregator.init(), aggregator.sample(0)
-    if aggregator.case.reads_losses:
-        with pytest.raises(TypeError, match="values: expected the losses, found None"):
-            aggregator.method.apply(state, x)
-    else:
-        values = jnp.array([1.0, 2.0, 3.0])
-        chex.assert_trees_all_equal(aggregator.method.apply(state, x, values=values), aggregator.apply(state, x))
+    with pytest.raises(TypeError, match="values: expected the losses, found None"):
+        aggregator.method.apply(aggregator.init(), aggregator.sample(0))
+
+
+@pytest.mark.one_of_a_kind
+@pytest.mark.cases(lambda built: not built.case.reads_losses)
+def test_losses_that_are_not_read_change_nothing(aggregator):
+    state, x, values = aggregator.init(), aggregator.sample(0), jnp.array([1.0, 2.0, 3.0])
+    chex.assert_trees_all_equal(aggregator.method.apply(state, x, values=values), aggregator.apply(state, x))
