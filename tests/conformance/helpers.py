@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,12 +71,16 @@ class Built:
 
     def step(self, state, x, mask=None, method=None, ends_epoch=True):
         """A step of a training loop: ``apply``, ``observe`` and, after the last one of an epoch, ``end_epoch``."""
-        method = method or self.method
         output, state = self.apply(state, x, mask, method)
+        return output, self.hooks(state, x, mask, method, ends_epoch)
+
+    def hooks(self, state, x, mask=None, method=None, ends_epoch=True):
+        """What a training loop calls between one ``apply`` and the next."""
+        method = method or self.method
         if self.is_scalarizer:
             # Serves as the losses after an optimizer's step, and as DTP's indicator from 0 to 1.
-            state = method.observe(state, jnp.abs(x) / (1 + jnp.abs(x)), mask=mask)
-        return output, method.end_epoch(state) if ends_epoch else state
+            state = method.observe(state, abs(x) / (1 + abs(x)), mask=mask)
+        return method.end_epoch(state) if ends_epoch else state
 
     def sample(self, seed, n_tasks=3, dtype=jnp.float32):
         """Losses that span two orders of magnitude, or a Jacobian tree whose rows do."""
@@ -94,12 +99,13 @@ class Built:
 
     def restrict(self, x, tasks):
         """The same inputs of some tasks only."""
-        return jax.tree.map(lambda leaf: leaf[tasks], x)
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[tasks], x)
 
     def restrict_state(self, state, tasks):
         """The part of a state that belongs to some of three tasks."""
 
         def leaf(x):
+            x = np.asarray(x)
             x = x[tasks] if x.shape[:1] == (3,) else x
             return x[:, tasks] if x.shape[1:] == (3,) else x
 
@@ -107,7 +113,19 @@ class Built:
 
     def poison(self, x, mask, value):
         """The same inputs with ``value`` wherever a task is absent."""
-        return jax.tree.map(lambda leaf: jnp.where(mtl.inputs.rows(mask, leaf), leaf, value), x)
+
+        def leaf(x):
+            x = np.array(x)
+            x[~np.asarray(mask)] = value
+            return x
+
+        return jax.tree.map(leaf, x)
+
+
+@functools.cache
+def scalar_and_gradient(method):
+    """As in training: a scalar, the new state and the scalar's gradient from one program."""
+    return jax.jit(jax.value_and_grad(method.apply, argnums=1, has_aux=True))
 
 
 def wrappers_of(state):
@@ -116,25 +134,24 @@ def wrappers_of(state):
     return (type(state).__name__, *(name for field in inner for name in wrappers_of(field))) if inner else ()
 
 
-def paths(aggregator, state, x, mask=None):
-    """The gradient and the new state by every way but ``apply`` itself, by the way's name."""
+def assert_path_agrees(aggregator, path, state, x, mask=None):
+    """The gradient and the new state by another way than ``apply`` itself."""
     method, given = aggregator.method, {"values": aggregator.losses(x), "mask": mask}
-    found = {}
-    if method.weighting is not None:
-        found["weighting"] = method.weighting.apply(state, x, **given)
-    if method.gramian_weighting is not None:
-        found["gramian_weighting"] = method.gramian_weighting.apply(state, mtl.gramian.gramian(x), **given)
-    if method.rowwise is not None:
-        found["rowwise"] = by_rows(method.rowwise, state, x, given)
-    for name, (weights, new_state) in found.items():
-        if name == "rowwise" and method.rowwise.weigh is None:
-            continue
-        assert mask is None or jnp.all(jnp.where(mask, 0, weights) == 0)
-        clean = x if mask is None else aggregator.poison(x, mask, 0.0)
-        found[name] = mtl.gramian.combine(weights, clean), new_state
-    return found
+    if path == "weighting":
+        found, new_state = method.weighting.apply(state, x, **given)
+    elif path == "gramian_weighting":
+        found, new_state = method.gramian_weighting.apply(state, mtl.gramian.gramian(x), **given)
+    else:
+        found, new_state = by_rows(method.rowwise, state, x, given)
+    if path != "rowwise" or method.rowwise.weigh is not None:
+        assert mask is None or np.all(np.where(mask, 0, found) == 0)
+        found = mtl.gramian.combine(found, x if mask is None else aggregator.poison(x, mask, 0.0))
+    expected = aggregator.apply(state, x, mask=mask)
+    chex.assert_trees_all_close((found, new_state), expected, **SAME)
+    return new_state
 
 
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def by_rows(rowwise, state, x, given):
     """As an engine runs it: visits in a loop, then the weights or the gradient."""
     indices = jnp.arange(3) if rowwise.visits is None else rowwise.visits(state, mask=given["mask"])

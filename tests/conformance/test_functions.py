@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mtlbalance as mtl
-from tests.conformance.helpers import PARAMS, QUICK, SAME, paths
+from tests.conformance.helpers import PARAMS, QUICK, SAME, assert_path_agrees
 from tests.events import compilations, recorded, traces
 
 
@@ -203,7 +203,8 @@ def test_new_state_is_cut_from_the_inputs_gradient(built):
         new_state = built.apply(built.init(), x)[1]
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(new_state) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
-    gradient = jax.grad(lambda x: jnp.asarray(state_total(x), jnp.float32))(built.sample(0))
+    total = jax.grad(lambda x: jnp.asarray(state_total(x), jnp.float32))
+    gradient = jax.jit(total, compiler_options=QUICK)(built.sample(0))
     chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
 
 
@@ -211,8 +212,10 @@ def test_scalar_is_linear_in_the_losses_unless_it_is_said_not_to_be(scalarizer):
     """Linear: the weights are constants of differentiation."""
     state, x = scalarizer.method.apply(scalarizer.init(), scalarizer.sample(1))[1], scalarizer.sample(0)
     scalar = lambda x: scalarizer.method.apply(state, x)[0]
-    assert jnp.any(jax.grad(scalar)(x) != 0)
-    assert jnp.any(jax.hessian(scalar)(x) != 0) == scalarizer.case.nonlinear
+    both = jax.jit(lambda x: (jax.grad(scalar)(x), jax.hessian(scalar)(x)), compiler_options=QUICK)
+    gradient, hessian = jax.device_get(both(x))
+    assert np.any(gradient != 0)
+    assert np.any(hessian != 0) == scalarizer.case.nonlinear
 
 
 @pytest.mark.one_of_a_kind
@@ -223,19 +226,32 @@ def test_aggregators_weights_are_constants_of_differentiation(aggregator):
     weights, _ = aggregator.method.weighting.apply(state, x, values=aggregator.losses(x))
     total = lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(aggregator.apply(state, x)[0]))
     expected = jax.tree.map(lambda leaf: jnp.broadcast_to(mtl.inputs.rows(weights, leaf), leaf.shape), x)
-    chex.assert_trees_all_close(jax.grad(total)(x), expected, **SAME)
+    chex.assert_trees_all_close(jax.jit(jax.grad(total), compiler_options=QUICK)(x), expected, **SAME)
 
 
-def test_all_paths_of_an_aggregator_agree(aggregator):
+@pytest.mark.one_of_a_kind
+@pytest.mark.cases(lambda built: built.method.weighting)
+def test_weighting_is_the_aggregator(aggregator):
+    state = jax.eval_shape(aggregator.init)
+    chex.assert_trees_all_equal_structs(jax.eval_shape(lambda: aggregator.method.weighting.init((3, PARAMS))), state)
+    agrees_over_four_calls(aggregator, "weighting")
+
+
+@pytest.mark.one_of_a_kind
+@pytest.mark.cases(lambda built: built.method.gramian_weighting)
+def test_gramian_weighting_is_the_aggregator(aggregator):
+    agrees_over_four_calls(aggregator, "gramian_weighting")
+
+
+@pytest.mark.cases(lambda built: built.method.rowwise)
+def test_row_by_row_is_the_aggregator(aggregator):
+    agrees_over_four_calls(aggregator, "rowwise")
+
+
+def agrees_over_four_calls(aggregator, path):
     state = aggregator.init()
     for i in range(4):
-        expected = aggregator.apply(state, aggregator.sample(i))
-        for found in paths(aggregator, state, aggregator.sample(i)).values():
-            chex.assert_trees_all_close(found, expected, **SAME)
-        _, state = expected
-    weighting = aggregator.method.weighting
-    if weighting is not None:
-        chex.assert_trees_all_equal_structs(weighting.init((3, PARAMS)), aggregator.init())
+        state = assert_path_agrees(aggregator, path, state, aggregator.sample(i))
 
 
 @pytest.mark.one_of_a_kind

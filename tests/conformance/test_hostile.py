@@ -10,7 +10,7 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance.inputs import rows
-from tests.conformance.helpers import Built
+from tests.conformance.helpers import Built, scalar_and_gradient
 
 LOSSES = {
     "zero": jnp.zeros(3),
@@ -39,8 +39,11 @@ def assert_stays_finite(built, x, state=None, method=None):
     method, state = method or built.method, built.init() if state is None else state
     for _ in range(4):
         if built.is_scalarizer:
-            chex.assert_tree_all_finite(jax.grad(method.apply, argnums=1, has_aux=True)(state, x)[0])
-        output, state = built.step(state, x, method=method)
+            (output, state), gradient = scalar_and_gradient(method)(state, x)
+            chex.assert_tree_all_finite(gradient)
+        else:
+            output, state = built.apply(state, x, method=method)
+        state = built.hooks(state, x, method=method)
         chex.assert_tree_all_finite((output, state))
 
 
