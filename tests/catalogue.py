@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import mtlbalance as mtl
@@ -34,6 +35,9 @@ class Case(NamedTuple):
       local_draws: under ``shard_map`` every device draws for its own part of the parameters.
       required: values of the public method's arguments that have no default, as JSON; the tasks are those of the
         examples, and another method goes by its name.
+      amplifies_rounding: its steps are far too large for long gradients: what two ways to compute rows round
+        differently grows from step to step.
+      variants: settings of the public method of this name whose properties hold on random Jacobians of up to 8 tasks.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Case(NamedTuple):
     reads_losses: bool = False
     local_draws: bool = False
     required: dict[str, Any] = {}  # noqa: RUF012
+    amplifies_rounding: bool = False
+    variants: dict[str, dict[str, Any]] = {}  # noqa: RUF012
 
 
 def following(rate=0.5):
@@ -90,8 +96,10 @@ def averaging(beta=0.9, beta_sigma=0.5, axis_name=None):
 
 ADAM_BEARS = 1e18  # beyond it the squares in its state overflow
 
+# The first case of each kind stands for all of them wherever kinds are told apart, see tests/conformance.
 SCALARIZERS = [
     Case("test-only following", following),
+    Case("group_dro", scalarization.group_dro, {"robust_step_size": (0.01, 1.0)}, total="1"),
     Case("mean", scalarization.mean, total="1"),
     Case("sum", scalarization.sum, total="m"),
     Case(
@@ -131,8 +139,8 @@ SCALARIZERS = [
     ),
     Case(
         "pbi",
-        lambda tasks=THREE, theta=5.0: scalarization.pbi(theta, jnp.abs(_weights(tasks)), reference=-0.5),
-        {"theta": (0.0, 5.0)},
+        lambda tasks=THREE, theta=5.0, reference=-0.5: scalarization.pbi(theta, jnp.abs(_weights(tasks)), reference),
+        {"theta": (0.0, 5.0), "reference": (-0.5, 0.0)},
         per_task=True,
         nonlinear=True,
         required={"theta": 1.0, "weights": PREFERENCE},
@@ -151,13 +159,13 @@ SCALARIZERS = [
     Case("uw_o", scalarization.uw_o),
     Case("uw_so", scalarization.uw_so, {"temperature": (0.1, 1.0, 5.0)}, total="1"),
     Case("imtl_l", scalarization.imtl_l, {"initial_log_scale": (-0.5, 0.0, 1.5)}),
-    Case("dwa", scalarization.dwa, {"temperature": (0.3, 2.0, 10.0)}, total="m"),
     Case(
         "dwa-steps",
         lambda **kw: scalarization.dwa(steps_per_epoch=2, **kw),
         {"temperature": (0.3, 2.0, 10.0)},
         total="m",
     ),
+    Case("dwa", scalarization.dwa, {"temperature": (0.3, 2.0, 10.0)}, total="m"),
     Case("lbtw", scalarization.lbtw, {"alpha": (0.0, 0.5, 1.0)}, total="m"),
     Case("cov_weighting", scalarization.cov_weighting, {"decay": (0.5, 0.9, 1.0)}, total="1"),
     # A window that fills often.
@@ -171,7 +179,6 @@ SCALARIZERS = [
         total="m",
     ),
     Case("dtp", scalarization.dtp, {"gamma": (0.0, 0.5, 2.0), "alpha": (0.1, 1.0)}),
-    Case("group_dro", scalarization.group_dro, {"robust_step_size": (0.01, 1.0)}, total="1"),
     Case("minmax", scalarization.minmax, {"initial_logits": (0.0, 1.0)}, total="m"),
     Case("self_adaptive", scalarization.self_adaptive, {"initial_multipliers": (0.5, 1.0)}),
     Case(
@@ -182,8 +189,8 @@ SCALARIZERS = [
     ),
     Case("learn-imtl_l", lambda: mtl.learn(scalarization.imtl_l(), optax.sgd(0.1, momentum=0.9))),
     Case("learn-minmax", lambda: mtl.learn(scalarization.minmax(), optax.adam(0.1)), largest=ADAM_BEARS, total="m"),
-    Case("skip-mean", lambda: mtl.skip_nonfinite(scalarization.mean()), total="1"),
     Case("skip-dwa", lambda: mtl.skip_nonfinite(scalarization.dwa(steps_per_epoch=2)), total="m"),
+    Case("skip-mean", lambda: mtl.skip_nonfinite(scalarization.mean()), total="1"),
     Case("skip-famo", lambda: mtl.skip_nonfinite(scalarization.famo()), nonlinear=True, needs_positive=True, total="1"),
     Case(
         "skip-learn-uw",
@@ -199,21 +206,31 @@ SCALARIZERS = [
 ]
 
 AGGREGATORS = [
-    Case("mean", aggregation.mean, total="1"),
-    Case("sum", aggregation.sum, total="m"),
+    Case("mgda", aggregation.mgda, sharded=True, total="1", variants={"mgda": {}}),
+    Case("mean", aggregation.mean, total="1", variants={"mean": {}}),
+    Case("sum", aggregation.sum, total="m", variants={"sum": {}}),
     Case(
         "constant",
         lambda tasks=THREE: aggregation.constant(_weights(tasks)),
         per_task=True,
+        variants={"constant": {"weights": np.linspace(0.5, 2.0, 8)}},
         required={"weights": PREFERENCE},
     ),
-    Case("random", lambda: aggregation.random(key=3), draws=True, total="1", required={"key": 0}),
     Case("excess_mtl", aggregation.excess_mtl, {"robust_step_size": (0.01, 0.3, 1.0)}, sharded=True, total="1"),
     Case("excess_mtl-warmup", partial(aggregation.excess_mtl, n_warmup_steps=2), sharded=True, total="1"),
     Case("excess_mtl-raw", partial(aggregation.excess_mtl, 0.1, normalize_first_step=False), sharded=True, total="1"),
-    Case("imtl_g", aggregation.imtl_g, sharded=True, total="1"),
-    Case("config", preferring(aggregation.config), sharded=True, per_task=True),
-    Case("aligned_mtl", aggregation.aligned_mtl, sharded=True),
+    Case("imtl_g", aggregation.imtl_g, sharded=True, total="1", variants={"imtl_g": {}}),
+    Case("config", preferring(aggregation.config), sharded=True, per_task=True, variants={"config": {}}),
+    Case(
+        "aligned_mtl",
+        aggregation.aligned_mtl,
+        sharded=True,
+        variants={
+            "aligned_mtl min": {},
+            "aligned_mtl median": {"scale_mode": "median"},
+            "aligned_mtl rmse": {"scale_mode": "rmse"},
+        },
+    ),
     Case("aligned_mtl-median", preferring(aggregation.aligned_mtl, scale_mode="median"), sharded=True, per_task=True),
     Case(
         "krum",
@@ -221,23 +238,69 @@ AGGREGATORS = [
         sharded=True,
         fewest_tasks=3,
         total="1",
+        variants={"krum": {"n_byzantine": 0, "n_selected": 2}},
         required={"n_byzantine": 0},
     ),
-    Case("pcgrad", partial(aggregation.pcgrad, 3), draws=True, sharded=True),
-    Case("gradvac", partial(aggregation.gradvac, 3), {"beta": (0.1, 0.5)}, draws=True, sharded=True),
-    Case("mgda", aggregation.mgda, sharded=True, total="1"),
-    Case("upgrad", aggregation.upgrad, {"reg_eps": (0.0, 1e-4)}, sharded=True),
+    Case("pcgrad", partial(aggregation.pcgrad, 3), draws=True, sharded=True, variants={"pcgrad": {}}),
+    Case(
+        "random",
+        lambda: aggregation.random(key=3),
+        draws=True,
+        total="1",
+        variants={"random": {"key": 0}},
+        required={"key": 0},
+    ),
+    Case(
+        "gradvac",
+        partial(aggregation.gradvac, 3),
+        {"beta": (0.1, 0.5), "eps": (1e-8, 1.0)},
+        draws=True,
+        sharded=True,
+        variants={"gradvac": {}},
+    ),
+    Case(
+        "upgrad",
+        aggregation.upgrad,
+        {"reg_eps": (0.0, 1e-4), "norm_eps": (1e3, 0.0)},
+        sharded=True,
+        variants={"upgrad": {}, "upgrad exact": {"reg_eps": 0.0}},
+    ),
     Case(
         "dual_proj",
         preferring(aggregation.dual_proj),
-        {"reg_eps": (0.0, 1e-4), "norm_eps": (0.0, 1e3)},
+        {"reg_eps": (0.0, 1e-4), "norm_eps": (1e3, 0.0)},
         sharded=True,
         per_task=True,
+        variants={"dual_proj": {}, "dual_proj exact": {"reg_eps": 0.0}},
     ),
-    Case("cagrad", aggregation.cagrad, {"c": (0.0, 0.5, 2.0)}, sharded=True),
-    Case("nash_mtl", aggregation.nash_mtl, {"max_norm": (0.0, 1.0)}, sharded=True),
-    Case("fairgrad", aggregation.fairgrad, {"alpha": (0.5, 1.0, 2.0)}, sharded=True),
-    Case("pcd", aggregation.pcd, {"tau": (0.0, 0.02, 0.5), "beta": (0.0, 0.999), "eps": (0.0, 1.0)}, sharded=True),
+    Case(
+        "cagrad",
+        aggregation.cagrad,
+        {"c": (0.0, 0.5, 2.0)},
+        sharded=True,
+        variants={"cagrad c=1/2": {}, "cagrad c=1": {"c": 1.0}, "cagrad c=2": {"c": 2.0}},
+    ),
+    Case(
+        "nash_mtl",
+        aggregation.nash_mtl,
+        {"max_norm": (0.0, 1.0)},
+        sharded=True,
+        variants={"nash_mtl": {}, "nash_mtl unbounded": {"max_norm": 0.0}},
+    ),
+    Case(
+        "fairgrad",
+        aggregation.fairgrad,
+        {"alpha": (0.5, 1.0, 2.0)},
+        sharded=True,
+        variants={"fairgrad": {}, "fairgrad alpha=2": {"alpha": 2.0}},
+    ),
+    Case(
+        "pcd",
+        aggregation.pcd,
+        {"tau": (0.0, 0.02, 0.5), "beta": (0.0, 0.999), "eps": (0.0, 1.0)},
+        sharded=True,
+        variants={"pcd": {"tau": 0.3}},
+    ),
     Case(
         "graddrop",
         partial(aggregation.graddrop, 3),
@@ -245,9 +308,15 @@ AGGREGATORS = [
         draws=True,
         sharded=True,
         local_draws=True,
+        variants={"graddrop": {"leak": 0.3}},
     ),
     Case("trimmed_mean", partial(aggregation.trimmed_mean, 1), fewest_tasks=3, required={"trim_number": 1}),
-    Case("db_mtl", aggregation.db_mtl, sharded=True),
+    Case(
+        "db_mtl",
+        aggregation.db_mtl,
+        sharded=True,
+        variants={"db_mtl": {}, "db_mtl averages": {"beta": 0.5, "beta_sigma": 0.5}},
+    ),
     Case("db_mtl-averages", averaging, {"beta": (0.0, 0.5, 0.9), "beta_sigma": (0.0, 0.5)}, sharded=True),
     Case(
         "moco",
@@ -260,10 +329,19 @@ AGGREGATORS = [
             "rho": (0.0, 0.3),
         },
         sharded=True,
+        variants={"moco": {}},
     ),
     Case("moco-libmtl", partial(aggregation.moco, normalize=True, softmax=True), sharded=True, reads_losses=True),
-    Case("m_config", aggregation.m_config, {"beta_1": (0.0, 0.9), "beta_2": (0.0, 0.999)}, sharded=True),
-    Case("gradnorm", aggregation.gradnorm, {"alpha": (0.0, 1.5)}, sharded=True, total="m", reads_losses=True),
+    Case("m_config", aggregation.m_config, {"beta_1": (0.0, 0.9), "beta_2": (0.0, 0.9)}, sharded=True),
+    Case(
+        "gradnorm",
+        aggregation.gradnorm,
+        {"alpha": (0.0, 1.5)},
+        sharded=True,
+        total="m",
+        reads_losses=True,
+        variants={"gradnorm": {}},
+    ),
     Case(
         "gradnorm-softmax",
         partial(aggregation.gradnorm, optimizer=optax.sgd(0.01), initial_losses=2.0, softmax=True),
@@ -271,21 +349,44 @@ AGGREGATORS = [
         total="m",
         reads_losses=True,
     ),
-    Case("lr_annealing", aggregation.lr_annealing, {"alpha": (0.0, 0.1, 1.0)}, sharded=True),
-    Case("grad_norm_weights", aggregation.grad_norm_weights, {"momentum": (0.0, 0.9)}, sharded=True),
-    Case("modo", aggregation.modo, {"gamma": (0.001, 0.1), "rho": (0.0, 0.1)}, sharded=True, total="1"),
+    Case(
+        "lr_annealing",
+        aggregation.lr_annealing,
+        {"alpha": (0.0, 0.1, 1.0)},
+        sharded=True,
+        variants={"lr_annealing": {"alpha": 0.5}},
+    ),
+    Case(
+        "grad_norm_weights",
+        aggregation.grad_norm_weights,
+        {"momentum": (0.0, 0.9)},
+        sharded=True,
+        variants={"grad_norm_weights": {"momentum": 0.5}},
+    ),
+    Case(
+        "modo",
+        aggregation.modo,
+        {"gamma": (0.001, 0.1), "rho": (0.0, 0.1)},
+        sharded=True,
+        total="1",
+        amplifies_rounding=True,
+        variants={"modo": {}},
+    ),
     Case(
         "sdmgrad",
         aggregation.sdmgrad,
         {"lr": (0.1, 10.0), "momentum": (0.0, 0.5), "lambda_": (0.0, 0.3)},
         sharded=True,
         total="1",
+        amplifies_rounding=True,
+        variants={"sdmgrad": {"lr": 0.1}},  # at 10 its steps overshoot, and amplify rounding to 0.1
     ),
     Case(
         "cr_mogm",
         lambda alpha=0.9, axis_name=None: aggregation.cr_mogm(aggregation.db_mtl(axis_name=axis_name), alpha),
         {"alpha": (0.0, 0.5, 0.9)},
         sharded=True,
+        variants={"cr_mogm": {"method": aggregation.mgda()}},
         required={"method": "upgrad"},
     ),
     Case(
@@ -317,6 +418,34 @@ AGGREGATORS = [
         reads_losses=True,
     ),
     Case(
+        "skip-excess_mtl",
+        lambda axis_name=None, **kw: mtl.skip_nonfinite(
+            aggregation.excess_mtl(axis_name=axis_name, **kw), axis_name=axis_name
+        ),
+        {"robust_step_size": (0.01, 0.3, 1.0)},
+        sharded=True,
+    ),
+    Case(
+        "cr_mogm-amortize-mgda",
+        lambda axis_name=None: aggregation.cr_mogm(mtl.amortize(aggregation.mgda(axis_name=axis_name))),
+        sharded=True,
+    ),
+    Case(
+        "amortize-chain-log-mgda",
+        lambda axis_name=None: mtl.amortize(
+            mtl.chain(scalarization.scale_invariant(), aggregation.mgda(axis_name=axis_name))
+        ),
+        sharded=True,
+        reads_losses=True,
+    ),
+    Case(
+        "skip-cr_mogm-amortize-excess_mtl",
+        lambda axis_name=None: mtl.skip_nonfinite(
+            aggregation.cr_mogm(mtl.amortize(aggregation.excess_mtl(axis_name=axis_name))), axis_name=axis_name
+        ),
+        sharded=True,
+    ),
+    Case(
         "skip-m_config",
         lambda axis_name=None: mtl.skip_nonfinite(aggregation.m_config(axis_name=axis_name), axis_name=axis_name),
         sharded=True,
@@ -327,14 +456,6 @@ AGGREGATORS = [
         sharded=True,
     ),
     Case("skip-random", lambda **kw: mtl.skip_nonfinite(aggregation.random(key=3), **kw), draws=True, sharded=True),
-    Case(
-        "skip-excess_mtl",
-        lambda axis_name=None, **kw: mtl.skip_nonfinite(
-            aggregation.excess_mtl(axis_name=axis_name, **kw), axis_name=axis_name
-        ),
-        {"robust_step_size": (0.01, 0.3, 1.0)},
-        sharded=True,
-    ),
     Case("amortize-db_mtl", lambda axis_name=None: mtl.amortize(aggregation.db_mtl(axis_name=axis_name)), sharded=True),
     Case(
         "amortize-excess_mtl",

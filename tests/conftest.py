@@ -1,19 +1,60 @@
-"""Eight simulated devices for every test; scripts that need torch are run by hand, not collected."""
+"""Eight simulated devices for every test, and compiled programs kept from one run to the next.
 
+Scripts that need torch are run by hand, not collected.
+"""
+
+import hashlib
 import itertools
+import os
+import platform
+from pathlib import Path
 
 import jax
+import jaxlib
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 collect_ignore_glob = ["benchmarks/*", "golden/record*.py"]
 finished = itertools.count(1)
+MOST_MAPS = 40_000  # of the 65530 pieces of memory that Linux lets a process map: each program takes a few
+
+
+def pytest_addoption(parser):
+    parser.addoption("--catalogue", help="file with lists SCALARIZERS, AGGREGATORS of tests.catalogue.Case to check")
+
+
+def pytest_configure(config):
+    """Keeps every program, the small ones too: here compiling is what costs time."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and hasattr(config, "cache"):
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"jax-{machine()}")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def machine():
+    """Programs are for one type of processor and one release of XLA: elsewhere they could crash."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = [x for x in cpuinfo.read_text().splitlines() if x.startswith("flags")] if cpuinfo.exists() else []
+    name = [jaxlib.__version__, platform.machine(), platform.processor(), *flags[:1]]
+    return hashlib.sha256("\n".join(name).encode()).hexdigest()[:16]
+
+
+def pytest_collection_modifyitems(items):
+    """Under xdist a file's tests share a process, and with it what they compile, unless they say otherwise."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
 
 
 @pytest.fixture(autouse=True)
 def forget_compiled_programs():
-    """Each maps some memory, of which Linux gives a process 65530 pieces: a few thousand programs would crash it."""
+    """Before there are so many that the process may not map any more memory."""
     yield
-    if next(finished) % 200 == 0:
+    if next(finished) % 20 == 0 and n_maps() > MOST_MAPS:
         jax.clear_caches()
+
+
+def n_maps():
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0

@@ -9,46 +9,15 @@ import numpy as np
 from hypothesis import strategies as st
 
 from mtlbalance import aggregation
+from tests.catalogue import AGGREGATORS
 
 # Compiling is what costs time here: smaller problems are this size by absent tasks, and by columns of zeros.
 TASKS, PARAMS = 8, 12
 KINDS = "free", "strong", "strictly weak", "non-weak"
 METHODS = {
-    "mean": aggregation.mean,
-    "sum": aggregation.sum,
-    "constant": lambda: aggregation.constant(jnp.linspace(0.5, 2.0, TASKS)),
-    "random": lambda: aggregation.random(key=0),
-    "upgrad": aggregation.upgrad,
-    "upgrad exact": lambda: aggregation.upgrad(reg_eps=0.0),
-    "dual_proj": aggregation.dual_proj,
-    "dual_proj exact": lambda: aggregation.dual_proj(reg_eps=0.0),
-    "mgda": aggregation.mgda,
-    "cagrad c=1/2": aggregation.cagrad,
-    "cagrad c=1": lambda: aggregation.cagrad(c=1.0),
-    "cagrad c=2": lambda: aggregation.cagrad(c=2.0),
-    "nash_mtl": aggregation.nash_mtl,
-    "nash_mtl unbounded": lambda: aggregation.nash_mtl(max_norm=0.0),
-    "fairgrad": aggregation.fairgrad,
-    "fairgrad alpha=2": lambda: aggregation.fairgrad(alpha=2.0),
-    "imtl_g": aggregation.imtl_g,
-    "config": aggregation.config,
-    "aligned_mtl min": aggregation.aligned_mtl,
-    "aligned_mtl median": lambda: aggregation.aligned_mtl(scale_mode="median"),
-    "aligned_mtl rmse": lambda: aggregation.aligned_mtl(scale_mode="rmse"),
-    "krum": lambda: aggregation.krum(n_byzantine=0, n_selected=2),
-    "pcgrad": aggregation.pcgrad,
-    "gradvac": aggregation.gradvac,
-    "modo": aggregation.modo,
-    "sdmgrad": lambda: aggregation.sdmgrad(lr=0.1),  # at 10 its steps overshoot, and amplify rounding to 0.1
-    "cr_mogm": lambda: aggregation.cr_mogm(aggregation.mgda()),
-    "pcd": lambda: aggregation.pcd(tau=0.3),
-    "db_mtl": aggregation.db_mtl,
-    "db_mtl averages": lambda: aggregation.db_mtl(beta=0.5, beta_sigma=0.5),
-    "moco": aggregation.moco,
-    "gradnorm": aggregation.gradnorm,
-    "lr_annealing": lambda: aggregation.lr_annealing(alpha=0.5),
-    "grad_norm_weights": lambda: aggregation.grad_norm_weights(momentum=0.5),
-    "graddrop": lambda: aggregation.graddrop(leak=0.3),
+    name: functools.partial(getattr(aggregation, case.name), **given)
+    for case in AGGREGATORS
+    for name, given in case.variants.items()
 }
 # Derandomized, so that a run repeats the last one.
 examples = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)

@@ -12,6 +12,7 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from tests.autodiff.models import layers, network, normal_batch, squared_errors
+from tests.catalogue import AGGREGATORS, SCALARIZERS
 
 PARAMS = layers(jax.random.key(0), [5, 16, 3])
 X, Y = normal_batch(1, 64, n_in=5, n_out=3)
@@ -118,26 +119,17 @@ def passes_in_readme():
     return dict(re.findall(r"^\| `(\w+\.\w+)\(.*\| ([12]) \|[^|]*\|$", readme, flags=re.MULTILINE))
 
 
-# All others take one, for one reason.
-AGGREGATORS = ["aggregation.imtl_g", "aggregation.excess_mtl", "aggregation.modo", "aggregation.m_config"]
-SPECIAL = {
-    "constant": lambda family: family.constant(jnp.ones(3)),
-    "stch": lambda family: family.stch(1.0),
-    "cosmos": lambda family: family.cosmos(1.0, jnp.ones(3)),
-    "pbi": lambda family: family.pbi(1.0, jnp.ones(3)),
-    "random": lambda family: family.random(0),
-}
+CASES = {"scalarization": SCALARIZERS, "aggregation": AGGREGATORS}
+# All other aggregators take one, for one reason.
+SOME = ["aggregation.imtl_g", "aggregation.excess_mtl", "aggregation.modo", "aggregation.m_config"]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in passes_in_readme() if name.startswith("scalarization")] + AGGREGATORS
-)
+@pytest.mark.parametrize("name", [name for name in passes_in_readme() if name.startswith("scalarization")] + SOME)
 def test_passes_are_as_in_the_readme(name):
     """One where the weights are known before the losses, or come from rows; then the model is compiled in once."""
-    family, name = name.split(".")
-    family, passes = getattr(mtl, family), passes_in_readme()[f"{family}.{name}"]
-    method = SPECIAL[name](family) if name in SPECIAL else getattr(family, name)()
-    if getattr(method, "learned", ()):
+    passes, (family, name) = passes_in_readme()[name], name.split(".")
+    method = next(case for case in CASES[family] if case.name == name).make()
+    if method.learned:
         method = mtl.learn(method, optax.sgd(0.1))
     step = mtl.value_and_grad(counted_losses, method, microbatches=4)
     compiled = jax.jit(step).lower(PARAMS, init(method), (X, Y, LABELS)).compile()

@@ -1,14 +1,74 @@
-"""Runs every check on every case of the catalogue: a check takes ``built``, ``scalarizer`` or ``aggregator``."""
+"""Runs every check on every case of the catalogue: a check takes ``built``, ``scalarizer`` or ``aggregator``.
 
-from tests.catalogue import AGGREGATORS, SCALARIZERS
+Two marks narrow that down. ``cases`` has a predicate: of the others the check says nothing. ``one_of_a_kind`` is for
+what tests the engine or the boundary, which know no method by name: on all but the first case of a kind it is slow.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests import catalogue
 from tests.conformance.helpers import Built
 
-BUILT = [Built(case, "scalarization") for case in SCALARIZERS] + [Built(case, "aggregation") for case in AGGREGATORS]
+FAMILIES = {"scalarizer": "scalarization", "aggregator": "aggregation"}
+LISTS = {"SCALARIZERS": "scalarization", "AGGREGATORS": "aggregation"}
+
+
+def pytest_configure(config):
+    path = config.getoption("catalogue")
+    rows = vars(load(path) if path else catalogue)
+    config.built = [Built(case, family) for name, family in LISTS.items() for case in rows.get(name, ())]
+    if not config.built:
+        wrong(path, "neither")
+    # A user's own methods get every check.
+    config.first_of_kind = {} if path else {built.kind: built for built in reversed(config.built)}
+
+
+def load(path):
+    if not Path(path).is_file():
+        wrong(path, "no file")
+    spec = importlib.util.spec_from_file_location("users_catalogue", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def wrong(path, found):
+    expected = "a Python file that defines SCALARIZERS or AGGREGATORS, lists of tests.catalogue.Case"
+    raise pytest.UsageError(f"--catalogue {path}: expected {expected}, found {found}")
 
 
 def pytest_generate_tests(metafunc):
     """``built`` stands for every case, ``scalarizer`` and ``aggregator`` for those of one family."""
-    families = {"built": None, "scalarizer": "scalarization", "aggregator": "aggregation"}
-    for argument in families.keys() & set(metafunc.fixturenames):
-        chosen = [b for b in BUILT if families[argument] in (None, b.family)]
+    for argument in {"built", *FAMILIES} & set(metafunc.fixturenames):
+        only = [mark.args[0] for mark in metafunc.definition.iter_markers("cases")]
+        chosen = [
+            built
+            for built in metafunc.config.built
+            if built.family == FAMILIES.get(argument, built.family) and all(holds(built) for holds in only)
+        ]
         metafunc.parametrize(argument, chosen, ids=[f"{b.family}-{b.case.name}" for b in chosen])
+
+
+def pytest_collection_modifyitems(config, items):
+    """All checks of a method next to each other and in one process: what one compiles serves the next.
+
+    After all other tests: there are many of these groups and each is small, so that two workers end together.
+    """
+    found = [(method_of(item), item) for item in items]
+    for built, item in found:
+        if built is None:
+            continue
+        item.add_marker(pytest.mark.xdist_group(f"{built.family}-{built.case.name}"))
+        if item.get_closest_marker("one_of_a_kind") and config.first_of_kind.get(built.kind, built) is not built:
+            item.add_marker(pytest.mark.slow)
+    order = {None: -1} | {built: i for i, built in enumerate(config.built)}
+    items[:] = [item for _, item in sorted(found, key=lambda pair: order[pair[0]])]
+
+
+def method_of(item):
+    """The case that a check runs on; ``None`` for other tests."""
+    params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return next((value for value in params if isinstance(value, Built)), None)

@@ -1,14 +1,16 @@
 """Eight simulated devices give what one does, and the state lies where the parameters lie."""
 
+from functools import partial
 from operator import attrgetter
 
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tests.conformance.helpers import PARAMS, SAME
+from tests.conformance.helpers import PARAMS, QUICK, SAME
 from tests.events import compilations, recorded
 
 SPECS = {"dense": {"w": PartitionSpec("y", "x"), "b": PartitionSpec(("x", "y"))}, "scale": PartitionSpec()}
@@ -45,41 +47,38 @@ def sharded_init(built, mesh):
     return built.init(params=on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), SPECS))
 
 
+@pytest.mark.one_of_a_kind
 def test_eight_devices_give_what_one_gives(built, mesh):
+    """With a state that lies with the parameters and stays there, from one program that gathers nothing."""
     state, sharded = built.init(), sharded_init(built, mesh)
-    for i in range(3):
-        output, state = built.apply(state, built.sample(i))
-        sharded_output, sharded = built.apply(sharded, place(built, mesh, built.sample(i)))
-        chex.assert_trees_all_close(jax.device_get(sharded_output), jax.device_get(output), **SAME)
-        chex.assert_trees_all_close(jax.device_get(sharded), jax.device_get(state), **SAME)
-    if not built.is_scalarizer:
-        expected = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
-        jax.tree.map(
-            lambda g, s: chex.assert_equal(g.sharding.is_equivalent_to(s, g.ndim), True), sharded_output, expected
-        )
-
-
-def test_state_lies_with_the_parameters_and_compiles_once(built, mesh):
-    state = sharded_init(built, mesh)
-    before = jax.tree.map(lambda leaf: leaf.sharding, state)
+    before = jax.tree.map(lambda leaf: leaf.sharding, sharded)
     assert all(sharding.mesh == mesh for sharding in jax.tree.leaves(before))
-    for name in getattr(built.method, "jacobian_shaped", ()):
-        memory = attrgetter(name)(state)
+    for name in built.method.jacobian_shaped:
+        memory = optax.tree.get(sharded, name)
         expected = jax.tree.map(lambda spec: NamedSharding(mesh, rows_spec(spec)), SPECS)
         chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, memory), expected)
-    step = jax.jit(built.apply, donate_argnums=0)
-    xs = [place(built, mesh, built.sample(i)) for i in range(3)]
+    step = jax.jit(built.apply, donate_argnums=0, compiler_options=QUICK)
+    placed = [place(built, mesh, built.sample(i)) for i in range(3)]
     with recorded() as events:
-        for x in xs:
-            _, state = step(state, x)
+        outputs, states = [], []
+        for x in placed:
+            output, sharded = step(sharded, x)
+            outputs.append(output)
+            states.append(jax.device_get(sharded))
     assert compilations(events) == 1
-    assert "all-gather" not in step.lower(state, xs[0]).compile().as_text()
-    assert_lies_as(state, before)
+    assert "all-gather" not in step.lower(sharded, placed[0]).compile().as_text()
+    assert_lies_as(sharded, before)
+    if not built.is_scalarizer:
+        assert_lies_as(output, jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS))
+    for i in range(3):
+        output, state = built.apply(state, built.sample(i))
+        chex.assert_trees_all_close(jax.device_get(outputs[i]), jax.device_get(output), **SAME)
+        chex.assert_trees_all_close(states[i], jax.device_get(state), **SAME)
 
 
+@pytest.mark.one_of_a_kind
+@pytest.mark.cases(lambda built: built.method.jacobian_shaped)
 def test_init_inside_jit_follows_an_explicit_sharding(aggregator):
-    if not aggregator.method.jacobian_shaped:
-        return
     mesh = MESHES["Explicit"]
     params = on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), SPECS)
     with jax.set_mesh(mesh):
@@ -90,13 +89,14 @@ def test_init_inside_jit_follows_an_explicit_sharding(aggregator):
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, memory), expected)
 
 
-def test_shard_map_reduces_over_the_axes_of_the_parameters(aggregator):
-    """Every parameter is split over both: the replicated scale is left out."""
-    if aggregator.case.local_draws:
-        pytest.skip("every device draws for its own part of the parameters")
+def mapped(aggregator, weighs=False):
+    """A call of the method or its weighting under ``shard_map``, and the first state.
+
+    Every parameter is split over both axes: the replicated scale is left out.
+    """
     method = aggregator.case.make(axis_name=AXES) if aggregator.case.sharded else aggregator.method
     params, rows = PARAMS["dense"], jax.tree.map(rows_spec, SPECS["dense"])
-    state, sharded = aggregator.init(params=params), aggregator.init(method, params=params)
+    state = aggregator.init(method, params=params)
 
     def spec(path, leaf):
         """The Jacobian's or the parameters' where a field is shaped like them, on every device elsewhere."""
@@ -105,15 +105,35 @@ def test_shard_map_reduces_over_the_axes_of_the_parameters(aggregator):
             return PartitionSpec()
         return (rows if leaf.ndim > params[parameter].ndim else SPECS["dense"])[parameter]
 
-    state_specs = jax.tree_util.tree_map_with_path(spec, sharded)
+    state_specs = jax.tree_util.tree_map_with_path(spec, state)
 
-    @jax.jit
+    output_specs = PartitionSpec() if weighs else SPECS["dense"]
+
+    @partial(jax.jit, compiler_options=QUICK)
     @jax.shard_map(
-        mesh=MESHES["Auto"], in_specs=(state_specs, rows, PartitionSpec()), out_specs=(SPECS["dense"], state_specs)
+        mesh=MESHES["Auto"], in_specs=(state_specs, rows, PartitionSpec()), out_specs=(output_specs, state_specs)
     )
-    def step(state, x, values):
-        return method.apply(state, x, values=values)
+    def call(state, x, values):
+        return (method.weighting if weighs else method).apply(state, x, values=values)
 
+    return call, state
+
+
+@pytest.mark.cases(lambda built: built.method.weighting)
+def test_shard_map_gives_every_device_the_same_weights(aggregator):
+    """Which ``shard_map`` refuses to trace where a sum over the axes has been left out."""
+    weigh, state = mapped(aggregator, weighs=True)
+    x = aggregator.sample(0)
+    weights, new_state = jax.eval_shape(weigh, state, x["dense"], aggregator.losses(x))
+    assert weights.shape == (3,)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+
+@pytest.mark.one_of_a_kind
+@pytest.mark.cases(lambda built: not built.case.local_draws)
+def test_shard_map_reduces_over_the_axes_of_the_parameters(aggregator):
+    step, sharded = mapped(aggregator)
+    state = aggregator.init(params=PARAMS["dense"])
     for i in range(3):
         x, values = aggregator.sample(i)["dense"], aggregator.losses(aggregator.sample(i))
         gradient, state = aggregator.method.apply(state, x, values=values)

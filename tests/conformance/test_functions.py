@@ -1,6 +1,7 @@
 """What makes a method a pair of pure functions: purity, transformations, stable states, compilation."""
 
 import re
+from functools import partial
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance.losses import broadcast_to_rows
-from tests.conformance.helpers import PARAMS, SAME, paths
+from tests.conformance.helpers import PARAMS, QUICK, SAME, assert_path_agrees
 from tests.events import compilations, recorded, traces
 
 
@@ -20,7 +21,7 @@ def outputs_and_state(built, state, xs):
     for i in range(jax.tree.leaves(xs)[0].shape[0]):
         output, state = built.step(state, built.restrict(xs, i))
         outputs.append(output)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs), state
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *outputs), state
 
 
 def test_inputs_stay_and_the_same_call_gives_the_same_answer(built):
@@ -31,6 +32,7 @@ def test_inputs_stay_and_the_same_call_gives_the_same_answer(built):
     chex.assert_trees_all_equal((state, x), before)
 
 
+@pytest.mark.one_of_a_kind
 def test_jit_gives_what_eager_gives(built):
     state, x = built.step(built.init(), built.sample(0))[1], built.sample(1)
     jitted = built.step(state, x)
@@ -41,33 +43,53 @@ def test_jit_gives_what_eager_gives(built):
 
 def test_scan_gives_what_a_loop_gives(built):
     xs = built.stack(5)
-    state, outputs = jax.lax.scan(lambda state, x: built.step(state, x)[::-1], built.init(), xs)
+    scan = partial(jax.lax.scan, lambda state, x: built.step(state, x)[::-1])
+    state, outputs = jax.jit(scan, compiler_options=QUICK)(built.init(), xs)
     chex.assert_trees_all_close((outputs, state), outputs_and_state(built, built.init(), xs), **SAME)
 
 
+@pytest.mark.cases(lambda built: not built.case.hyperparameters)
 def test_vmap_over_states_and_inputs_gives_what_a_loop_gives(built):
     xs = built.stack(3)
-    states = jax.tree.map(
-        lambda *x: jnp.stack(x), *[built.apply(built.init(), built.sample(9 + i))[1] for i in range(3)]
-    )
-    mapped = jax.vmap(built.apply)(states, xs)
-    for i in range(3):
-        single = built.apply(built.restrict(states, i), built.restrict(xs, i))
+    states = [built.apply(built.init(), built.sample(9 + i))[1] for i in range(3)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+    mapped = jax.jit(jax.vmap(built.apply), compiler_options=QUICK)(stacked, xs)
+    for i, state in enumerate(states):
+        single = built.apply(state, built.restrict(xs, i))
         chex.assert_trees_all_close(built.restrict(mapped, i), single, **SAME)
 
 
+@pytest.mark.cases(lambda built: built.case.hyperparameters)
 def test_vmap_over_float_hyperparameters_gives_what_a_loop_gives(built):
-    xs = built.stack(5)
+    """With states and inputs. Each hyperparameter has its values in turn, the others the second of theirs."""
+    swept, xs = built.case.hyperparameters, built.stack(5)
+    usual = {name: values[1] for name, values in swept.items()}
+    settings = [usual | {name: value} for name, values in swept.items() for value in values]
 
-    def run(name, value):
-        method = built.case.make(**{name: value})
-        step = lambda state, x: built.step(state, x, method=method)[::-1]
-        return jax.lax.scan(step, built.init(method), xs)
+    def run(given, xs):
+        method = built.case.make(**given)
 
-    for name, values in built.case.hyperparameters.items():
-        mapped = jax.vmap(lambda value, name=name: run(name, value))(jnp.array(values))
-        for i, value in enumerate(values):
-            chex.assert_trees_all_close(built.restrict(mapped, i), run(name, value), **SAME)
+        def step(state, inputs):
+            i, x = inputs
+            output, state = built.step(state, x, method=method, ends_epoch=False)
+            ends_epoch = partial(jnp.where, i % 2 == 1)
+            return jax.tree.map(ends_epoch, method.end_epoch(state), state), output
+
+        return jax.lax.scan(step, built.init(method), (jnp.arange(5), xs))
+
+    given = {name: np.array([setting[name] for setting in settings], np.float32) for name in swept}
+    copies = jax.tree.map(lambda x: np.broadcast_to(x, (len(settings), *x.shape)), xs)
+    mapped = jax.device_get(jax.jit(jax.vmap(run), compiler_options=QUICK)(given, copies))
+    one_by_one = jax.jit(run, compiler_options=QUICK)  # traced, so that one program serves for all
+    for i in range(len(settings)):
+        chex.assert_trees_all_close(
+            built.restrict(mapped, i), one_by_one(built.restrict(given, i), xs), rtol=1e-5, atol=1e-5
+        )
+    constants = jax.jit(partial(run, settings[0]), compiler_options=QUICK)(xs)
+    chex.assert_trees_all_close(built.restrict(mapped, 0), constants, rtol=1e-5, atol=1e-5)
+    for name, values in swept.items():
+        results = [built.restrict(mapped, settings.index(usual | {name: value})) for value in values]
+        assert any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, results[:2]), strict=True)), name
 
 
 def test_many_bare_calls_trace_once(built):
@@ -92,20 +114,21 @@ def test_state_keeps_structure_shapes_and_strong_dtypes(built):
 
     state = built.init()
     for dtype in jnp.float32, jnp.bfloat16:
-        check(built.apply(state, built.sample(0, dtype=dtype))[1])
-    check(built.apply(state, built.sample(0), mask=jnp.array([True, False, True]))[1])
-    check(built.method.end_epoch(state))
-    check(built.method.observe(state, jnp.ones(3)))
+        check(jax.eval_shape(built.apply, state, built.sample(0, dtype=dtype))[1])
+    check(jax.eval_shape(built.apply, state, built.sample(0), jnp.array([True, False, True]))[1])
+    check(jax.eval_shape(built.method.end_epoch, state))
+    check(jax.eval_shape(built.method.observe, state, jnp.ones(3)))
     check(jax.eval_shape(built.init))
 
 
 def test_first_leaf_has_one_entry_per_task(built):
     method = built.method_for(jnp.arange(5))
-    assert jax.tree.leaves(built.init(method, n_tasks=5))[0].shape == (5,)
+    assert jax.tree.leaves(jax.eval_shape(lambda: built.init(method, n_tasks=5)))[0].shape == (5,)
 
 
+@pytest.mark.one_of_a_kind
 def test_a_donated_state_leaves_init_and_method_usable(built):
-    step = jax.jit(built.apply, donate_argnums=0)
+    step = jax.jit(built.apply, donate_argnums=0, compiler_options=QUICK)
     _, once = step(built.init(), built.sample(0))
     leaves = jax.tree.leaves(built.init())
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.size}) == len([x for x in leaves if x.size])
@@ -114,7 +137,7 @@ def test_a_donated_state_leaves_init_and_method_usable(built):
     chex.assert_tree_all_finite(output)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.one_of_a_kind), jnp.float16])
 def test_half_precision_inputs_are_computed_in_float32(built, dtype):
     x = built.sample(0, dtype=dtype)
     state = built.apply(built.init(), built.sample(1))[1]
@@ -132,10 +155,10 @@ def test_half_precision_inputs_are_computed_in_float32(built, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.one_of_a_kind
+@pytest.mark.cases(lambda built: built.method.gramian_weighting)
 def test_half_precision_gramians_are_computed_in_float32(aggregator, dtype):
     weighting = aggregator.method.gramian_weighting
-    if weighting is None:
-        pytest.skip("needs more than the Gramian")
     x = aggregator.sample(0)
     products, values = mtl.gramian.gramian(x).astype(dtype), aggregator.losses(x)
     weights, _ = weighting.apply(weighting.init(3), products, values=values)
@@ -160,7 +183,8 @@ def test_float64_mode(built, made_for):
         method = built.case.make()
         state = method.init(losses) if built.is_scalarizer else built.init(method, params=params)
         for dtype in jnp.dtype("float64"), jnp.dtype("float32"):
-            output, new_state = built.apply(state, built.sample(0, dtype=dtype), method=method)
+            apply = partial(built.apply, method=method)
+            output, new_state = jax.eval_shape(apply, state, built.sample(0, dtype=dtype))
             chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
             assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {dtype}
         floats = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -174,12 +198,14 @@ def test_exports_for_cpu_cuda_and_tpu_without_callbacks(built):
     assert not re.search(r"custom_call @\S*callback", exported.mlir_module())
 
 
+@pytest.mark.one_of_a_kind
 def test_new_state_is_cut_from_the_inputs_gradient(built):
     def state_total(x):
         new_state = built.apply(built.init(), x)[1]
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(new_state) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
-    gradient = jax.grad(lambda x: jnp.asarray(state_total(x), jnp.float32))(built.sample(0))
+    total = jax.grad(lambda x: jnp.asarray(state_total(x), jnp.float32))
+    gradient = jax.jit(total, compiler_options=QUICK)(built.sample(0))
     chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
 
 
@@ -187,33 +213,49 @@ def test_scalar_is_linear_in_the_losses_unless_it_is_said_not_to_be(scalarizer):
     """Linear: the weights are constants of differentiation."""
     state, x = scalarizer.method.apply(scalarizer.init(), scalarizer.sample(1))[1], scalarizer.sample(0)
     scalar = lambda x: scalarizer.method.apply(state, x)[0]
-    assert jnp.any(jax.grad(scalar)(x) != 0)
-    assert jnp.any(jax.hessian(scalar)(x) != 0) == scalarizer.case.nonlinear
+    both = jax.jit(lambda x: (jax.grad(scalar)(x), jax.hessian(scalar)(x)), compiler_options=QUICK)
+    gradient, hessian = jax.device_get(both(x))
+    assert np.any(gradient != 0)
+    assert np.any(hessian != 0) == scalarizer.case.nonlinear
 
 
+@pytest.mark.one_of_a_kind
+@pytest.mark.cases(lambda built: built.method.weighting)
 def test_aggregators_weights_are_constants_of_differentiation(aggregator):
-    if aggregator.method.weighting is None:
-        pytest.skip("makes no weights of the Jacobian's rows")
     state = aggregator.apply(aggregator.init(), aggregator.sample(1))[1]
     x = aggregator.sample(0)
     weights, _ = aggregator.method.weighting.apply(state, x, values=aggregator.losses(x))
     total = lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(aggregator.apply(state, x)[0]))
     expected = jax.tree.map(lambda leaf: jnp.broadcast_to(broadcast_to_rows(weights, leaf), leaf.shape), x)
-    chex.assert_trees_all_close(jax.grad(total)(x), expected, **SAME)
+    chex.assert_trees_all_close(jax.jit(jax.grad(total), compiler_options=QUICK)(x), expected, **SAME)
 
 
-def test_all_paths_of_an_aggregator_agree(aggregator):
+@pytest.mark.one_of_a_kind
+@pytest.mark.cases(lambda built: built.method.weighting)
+def test_weighting_is_the_aggregator(aggregator):
+    state = jax.eval_shape(aggregator.init)
+    chex.assert_trees_all_equal_structs(jax.eval_shape(lambda: aggregator.method.weighting.init((3, PARAMS))), state)
+    agrees_over_four_calls(aggregator, "weighting")
+
+
+@pytest.mark.one_of_a_kind
+@pytest.mark.cases(lambda built: built.method.gramian_weighting)
+def test_gramian_weighting_is_the_aggregator(aggregator):
+    agrees_over_four_calls(aggregator, "gramian_weighting")
+
+
+@pytest.mark.cases(lambda built: built.method.rowwise)
+def test_row_by_row_is_the_aggregator(aggregator):
+    agrees_over_four_calls(aggregator, "rowwise")
+
+
+def agrees_over_four_calls(aggregator, path):
     state = aggregator.init()
     for i in range(4):
-        expected = aggregator.apply(state, aggregator.sample(i))
-        for found in paths(aggregator, state, aggregator.sample(i)).values():
-            chex.assert_trees_all_close(found, expected, **SAME)
-        _, state = expected
-    weighting = aggregator.method.weighting
-    if weighting is not None:
-        chex.assert_trees_all_equal_structs(weighting.init((3, PARAMS)), aggregator.init())
+        state = assert_path_agrees(aggregator, path, state, aggregator.sample(i))
 
 
+@pytest.mark.one_of_a_kind
 def test_checkpoint_and_resume_is_a_straight_run(built, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     xs = built.stack(6)

@@ -10,7 +10,7 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance.losses import broadcast_to_rows
-from tests.conformance.helpers import Built
+from tests.conformance.helpers import Built, scalar_and_gradient
 
 LOSSES = {
     "zero": jnp.zeros(3),
@@ -39,8 +39,11 @@ def assert_stays_finite(built, x, state=None, method=None):
     method, state = method or built.method, built.init() if state is None else state
     for _ in range(4):
         if built.is_scalarizer:
-            chex.assert_tree_all_finite(jax.grad(method.apply, argnums=1, has_aux=True)(state, x)[0])
-        output, state = built.step(state, x, method=method)
+            (output, state), gradient = scalar_and_gradient(method)(state, x)
+            chex.assert_tree_all_finite(gradient)
+        else:
+            output, state = built.apply(state, x, method=method)
+        state = built.hooks(state, x, method=method)
         chex.assert_tree_all_finite((output, state))
 
 
@@ -93,11 +96,19 @@ def test_degenerate_jacobians_stay_finite(aggregator, combination):
     assert_stays_finite(aggregator, x)
 
 
-@pytest.mark.parametrize("n_tasks", [1, 40])
-def test_one_task_and_forty(built, n_tasks):
+def assert_tasks_stay_finite(built, n_tasks):
     method = built.method_for(jnp.arange(n_tasks))
     state = built.init(method, n_tasks=n_tasks)
     assert_stays_finite(built, built.sample(0, n_tasks=n_tasks), state, method)
+
+
+@pytest.mark.cases(lambda built: built.case.fewest_tasks == 1)
+def test_one_task(built):
+    assert_tasks_stay_finite(built, 1)
+
+
+def test_forty_tasks(built):
+    assert_tasks_stay_finite(built, 40)
 
 
 def test_a_jacobian_without_parameters(aggregator):
@@ -112,6 +123,7 @@ def test_a_jacobian_without_parameters(aggregator):
         chex.assert_tree_all_finite(new_state)
 
 
+@pytest.mark.one_of_a_kind
 def test_wrong_losses_raise(scalarizer):
     state, apply = scalarizer.init(), scalarizer.method.apply
     with pytest.raises(ValueError, match=r"values: expected shape \(3,\), as given to init, found shape \(4,\)"):
@@ -129,6 +141,7 @@ def test_wrong_losses_raise(scalarizer):
         apply(state, mtl.Counted(jnp.ones(3), jnp.ones(())))
 
 
+@pytest.mark.one_of_a_kind
 def test_an_error_leaves_a_donated_state_usable(built):
     state, wrong = built.init(), built.sample(0, n_tasks=4)
     with pytest.raises(ValueError, match=r"values|jacobian"):
@@ -137,6 +150,7 @@ def test_an_error_leaves_a_donated_state_usable(built):
     chex.assert_trees_all_equal(state, built.init())
 
 
+@pytest.mark.one_of_a_kind
 def test_wrong_masks_raise(built):
     state, x = built.init(), built.sample(0)
     with pytest.raises(TypeError, match="mask: expected booleans, found dtype int32"):
@@ -145,6 +159,7 @@ def test_wrong_masks_raise(built):
         built.apply(state, x, mask=jnp.ones(2, bool))
 
 
+@pytest.mark.one_of_a_kind
 def test_a_mask_of_other_names_raises(scalarizer):
     losses = {"left": 1.0, "right": 2.0, "sum": 3.0}
     with pytest.raises(ValueError, match="mask: expected one array, or the shapes of values"):
@@ -154,6 +169,7 @@ def test_a_mask_of_other_names_raises(scalarizer):
         scalarizer.method.apply(scalarizer.init(), uneven, mask=labels)
 
 
+@pytest.mark.one_of_a_kind
 def test_wrong_jacobians_raise(aggregator):
     state, x = aggregator.init(), aggregator.sample(0)
     apply = partial(aggregator.method.apply, values=aggregator.losses(x))
@@ -180,6 +196,7 @@ def test_wrong_jacobians_raise(aggregator):
             (rowwise.weigh or rowwise.finish)(state, jnp.ones(2), **given)
 
 
+@pytest.mark.one_of_a_kind
 def test_wrong_shapes_for_init_raise(scalarizer):
     init = scalarizer.method.init
     for empty in 0, (3, 0), -1, {}:
@@ -190,6 +207,7 @@ def test_wrong_shapes_for_init_raise(scalarizer):
             init(not_losses)
 
 
+@pytest.mark.one_of_a_kind
 def test_wrong_pairs_for_init_raise(aggregator):
     init = aggregator.method.init
     for slip in {"w": jnp.ones(3)}, (jnp.ones(3), jnp.ones(3)), 3, (2.0, 3), (1, 2, 3):

@@ -14,14 +14,13 @@ import mtlbalance as mtl
 from mtlbalance import base
 from mtlbalance.losses import broadcast_to_rows
 from mtlbalance.states import select
+from tests.conformance.helpers import QUICK
 
 NAMES = ("depth", "normals", "segment")  # in the order in which JAX flattens them
 SHARED = {"trunk": True, "heads": False}
 ROUNDING = 1e-5  # of the largest term: one computation compiled in several ways, in float32
 STEPS = 100
-# Their steps are far too large for gradients this long: what two ways to compute rows round differently grows from step
-# to step.
-AMPLIFY_ROUNDING = ("modo", "sdmgrad")
+quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def new_params(seed=0):
@@ -82,7 +81,7 @@ class Expected(NamedTuple):
     jacobian: Any
 
 
-losses_and_jacobian = jax.jit(lambda params, batch: (losses_fn(params, batch), jax.jacrev(losses_fn)(params, batch)))
+losses_and_jacobian = quick_jit(lambda params, batch: (losses_fn(params, batch), jax.jacrev(losses_fn)(params, batch)))
 
 
 def step_of(grad_fn, params, state, *args, **kwargs):
@@ -117,7 +116,7 @@ def terms_of(weights, jacobian):
 
 def trained(built):
     """The method, its learned fields trained, because the training step refuses it otherwise."""
-    return mtl.learn(built.method, optax.sgd(1e-3)) if getattr(built.method, "learned", ()) else built.method
+    return mtl.learn(built.method, optax.sgd(1e-3)) if built.method.learned else built.method
 
 
 def init(method, params):
@@ -175,9 +174,8 @@ def assert_same_step(step, expected, shared=False, stacked=False, rounding=ROUND
     assert_close(of_all(combined), expected.gradient, terms, rounding)
 
 
+@pytest.mark.cases(lambda built: built.method.learned)
 def test_learned_fields_must_be_trained_by_someone(scalarizer):
-    if not scalarizer.method.learned:
-        pytest.skip("has nothing to learn")
     with pytest.raises(ValueError, match=r"mtl\.learn"):
         mtl.value_and_grad(losses_fn, scalarizer.method)
 
@@ -191,7 +189,7 @@ def grad_fns(method, ways, **kwargs):
 def take_three(method, state, grad_fns, batches, **kwargs):
     """Three steps by every function and by hand, each with its own state; keywords are for the hand."""
 
-    @jax.jit
+    @quick_jit
     def take(params, states, hand, batch, mask):
         taken = {name: step_of(grad_fn, params, states[name], batch, mask=mask) for name, grad_fn in grad_fns.items()}
         return taken, by_hand(method, params, hand, batch, mask, **kwargs)
@@ -203,20 +201,18 @@ def take_three(method, state, grad_fns, batches, **kwargs):
         states, hand = {name: step.state for name, step in taken.items()}, expected.state
 
 
+@pytest.mark.one_of_a_kind
 def test_every_way_gives_what_the_jacobian_gives(built):
-    """Named losses do too, and the weights are those of the gradient."""
+    """And the weights are those of the gradient."""
     method, params = trained(built), new_params()
     steps = grad_fns(method, ways(method))
-    steps["named"] = mtl.value_and_grad(named_losses_fn, method, return_weights=makes_weights(method))
     batches = [(new_batch(i), None) for i in range(3)]
     for taken, expected in take_three(method, init(method, params), steps, batches):
-        named = taken.pop("named")
-        assert set(named.losses) == set(named.weights or NAMES) == set(NAMES)
-        taken["named"] = named._replace(losses=in_order(named.losses), weights=in_order(named.weights))
         for step in taken.values():
             assert_same_step(step, expected)
 
 
+@pytest.mark.one_of_a_kind
 def test_heads_get_the_plain_gradient_where_the_trunk_is_shared(built):
     method, params = trained(built), new_params()
     steps = grad_fns(method, {None, ways(method)[-1]}, shared=SHARED)
@@ -226,6 +222,7 @@ def test_heads_get_the_plain_gradient_where_the_trunk_is_shared(built):
             assert_same_step(step, expected, shared=True)
 
 
+@pytest.mark.one_of_a_kind
 def test_weights_are_decided_on_a_part_and_applied_to_all(aggregator):
     method, params, batch = aggregator.method, new_params(), new_batch(0)
     if method.weighting is None:
@@ -239,9 +236,10 @@ def test_weights_are_decided_on_a_part_and_applied_to_all(aggregator):
     expected = Expected(losses, new_state, combined(weights, jacobian), jacobian)
     for grad_fn in steps.values():
         # Aligned-MTL's weights are those of an ill-conditioned Gramian here: 1.5e-5.
-        assert_same_step(step_of(jax.jit(grad_fn), params, state, batch), expected, rounding=2 * ROUNDING)
+        assert_same_step(step_of(quick_jit(grad_fn), params, state, batch), expected, rounding=2 * ROUNDING)
 
 
+@pytest.mark.one_of_a_kind
 def test_absent_tasks_are_left_out_whether_masked_or_without_labels(built):
     """In their place there may be anything that has a gradient."""
     method, params = trained(built), new_params()
@@ -250,8 +248,9 @@ def test_absent_tasks_are_left_out_whether_masked_or_without_labels(built):
     counted = mtl.value_and_grad(counted_losses_fn, method, return_weights=makes_weights(method))
 
     def of_named(params, state, batch, *, mask):
-        (_, *rest), gradient = named(params, state, batch, mask=dict(zip(NAMES, mask, strict=True)))
-        return (losses_fn(params, batch), rest[0], *map(in_order, rest[1:])), gradient
+        (losses, new_state, *weights), gradient = named(params, state, batch, mask=dict(zip(NAMES, mask, strict=True)))
+        assert all(set(per_task) == set(NAMES) for per_task in (losses, *weights))
+        return (in_order(losses), new_state, *map(in_order, weights)), gradient
 
     def of_counted(params, state, batch, *, mask):
         (losses, *rest), gradient = counted(params, state, batch, present=mask)
@@ -265,10 +264,11 @@ def test_absent_tasks_are_left_out_whether_masked_or_without_labels(built):
             assert_same_step(step, expected)
 
 
+@pytest.mark.one_of_a_kind
 def test_a_hundred_steps_of_sgd_in_a_scan_are_those_by_hand(built):
     """With both hooks; each run goes its own way, so that the smallest systematic difference adds up."""
     method, params = trained(built), new_params()
-    way = None if built.case.name in AMPLIFY_ROUNDING else ways(method)[-1]
+    way = None if built.case.amplifies_rounding else ways(method)[-1]
     (grad_fn,) = grad_fns(method, [way]).values()
 
     def update(params, step, batch, ends_epoch):
@@ -285,7 +285,7 @@ def test_a_hundred_steps_of_sgd_in_a_scan_are_those_by_hand(built):
         return carry, steps
 
     start = params, init(method, params)
-    run = jax.jit(partial(jax.lax.scan, both))
+    run = quick_jit(partial(jax.lax.scan, both))
     (library, hand), (steps, expected) = run((start, start), jnp.arange(STEPS))
     np.testing.assert_allclose(steps.losses, expected.losses, rtol=ROUNDING)
     assert_same_step(steps, expected, stacked=True)
@@ -293,6 +293,7 @@ def test_a_hundred_steps_of_sgd_in_a_scan_are_those_by_hand(built):
     assert len(np.unique(steps.losses[:, 0])) == STEPS
 
 
+@pytest.mark.one_of_a_kind
 def test_amortized_weights_serve_until_they_are_refreshed(built):
     """Whether ``refresh`` is traced or not; without it the next gradient has the last weights."""
     plain, params = trained(built), new_params()
@@ -304,7 +305,7 @@ def test_amortized_weights_serve_until_they_are_refreshed(built):
     inner_of = lambda state: state if method is plain else state.inner
     grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)
 
-    @jax.jit
+    @quick_jit
     def take(params, state, batch, refresh, mask):
         again = partial(step_of, grad_fn, params, state, batch, refresh=False)
         taken = {
