@@ -6,7 +6,6 @@ from operator import attrgetter
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -54,7 +53,7 @@ def test_eight_devices_give_what_one_gives(built, mesh):
     before = jax.tree.map(lambda leaf: leaf.sharding, sharded)
     assert all(sharding.mesh == mesh for sharding in jax.tree.leaves(before))
     for name in built.method.jacobian_shaped:
-        memory = optax.tree.get(sharded, name)
+        memory = attrgetter(name)(sharded)
         expected = jax.tree.map(lambda spec: NamedSharding(mesh, rows_spec(spec)), SPECS)
         chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, memory), expected)
     step = jax.jit(built.apply, donate_argnums=0, compiler_options=QUICK)

@@ -301,7 +301,7 @@ def test_amortized_weights_serve_until_they_are_refreshed(built):
         with pytest.raises(ValueError, match="method: expected an aggregator that makes weights"):
             mtl.amortize(plain)
         return
-    method = plain if optax.tree.get(init(plain, params), "last_weights") is not None else mtl.amortize(plain)
+    method = plain if plain.last_weights else mtl.amortize(plain)
     inner_of = lambda state: state if method is plain else state.inner
     grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)
 
@@ -321,12 +321,13 @@ def test_amortized_weights_serve_until_they_are_refreshed(built):
         taken, expected = take(params, state, new_batch(i), refresh, mask)
         for step in [taken["refreshed"], taken["traced"]] if refresh else [taken["refreshed"]]:
             assert_same_step(step._replace(state=inner_of(step.state)), expected)
-            chex.assert_trees_all_equal(optax.tree.get(step.state, "last_weights"), step.weights)
+            # XLA may compute what is in the output and in the state twice.
+            chex.assert_trees_all_close(method.last_weights(step.state), step.weights, rtol=1e-6)
         if not refresh:
             assert_close(taken["traced"].gradient, taken["again"].gradient)
             chex.assert_trees_all_equal(taken["traced"].weights, taken["again"].weights)
             chex.assert_trees_all_equal(taken["traced"].state, state)
-        last = optax.tree.get(state, "last_weights")
+        last = method.last_weights(state)
         losses, jacobian = losses_and_jacobian(params, new_batch(i))
         for name, weights in {"again": last, "masked": jnp.where(mask, last, 0)}.items():
             assert_close(taken[name].losses, losses)
