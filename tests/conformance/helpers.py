@@ -79,7 +79,7 @@ class Built:
         method = method or self.method
         if self.is_scalarizer:
             # Serves as the losses after an optimizer's step, and as DTP's indicator from 0 to 1.
-            state = method.observe(state, abs(x) / (1 + abs(x)), mask=mask)
+            state = method.observe(state, jnp.abs(x) / (1 + jnp.abs(x)), mask=mask)
         return method.end_epoch(state) if ends_epoch else state
 
     def sample(self, seed, n_tasks=3, dtype=jnp.float32):
