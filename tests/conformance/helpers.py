@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import mtlbalance as mtl
+from tests.quick import QUICK
 
 PARAMS = {
     "dense": {"w": jax.ShapeDtypeStruct((4, 16), jnp.float32), "b": jax.ShapeDtypeStruct((8,), jnp.float32)},
     "scale": jax.ShapeDtypeStruct((), jnp.float32),
 }
 
-# For programs of which the equations are checked and not what fusing does to them: a third less to compile.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SAME = {"rtol": 1e-5, "atol": 1e-6}  # one computation compiled in two ways, in float32
 
 
