@@ -3,6 +3,8 @@
 Scripts that need torch are run by hand, not collected.
 """
 
+import collections
+import fnmatch
 import hashlib
 import itertools
 import os
@@ -40,11 +42,26 @@ def machine():
     return hashlib.sha256("\n".join(name).encode()).hexdigest()[:16]
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Under xdist a file's tests share a process, and with it what they compile, unless they say otherwise."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.location[0]))
+    marked = collections.defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("by_default"):
+            marked[mark.args].append(item)
+    for patterns, cases in marked.items():
+        others = [case for case in cases if not runs_by_default(case, patterns)]
+        if len(others) == len(cases) and not any("::" in argument for argument in config.args):
+            raise pytest.UsageError(f"{cases[0].nodeid}: nothing matches by_default{patterns}")
+        for item in others:
+            item.add_marker(pytest.mark.slow)
+
+
+def runs_by_default(item, patterns):
+    names = item.name, item.callspec.id if hasattr(item, "callspec") else ""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 @pytest.fixture(autouse=True)

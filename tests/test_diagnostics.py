@@ -294,6 +294,7 @@ def test_jit_scan_and_vmap_are_the_plain_call():
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.by_default("Explicit")
 def test_eight_devices_give_what_one_gives_without_a_gather(kind):
     mesh = jax.make_mesh((4, 2), ("x", "y"), 2 * (getattr(AxisType, kind),))
     specs = {"w": PartitionSpec("x", "y"), "v": PartitionSpec(("x", "y")), "s": PartitionSpec()}
@@ -331,6 +332,7 @@ def test_shard_map_adds_up_over_the_axis(function):
 
 
 @pytest.mark.parametrize("case", SCALARIZERS, ids=lambda case: case.name)
+@pytest.mark.by_default("geometric_mean", "famo", "uw", "dwa-steps", "learn-uw", "skip-dwa")
 def test_effective_weights_are_those_of_the_training_step(case):
     """At the third state, all tasks present and without one; 1e-6 for one derivative compiled twice."""
     method = case.make()

@@ -34,7 +34,7 @@ def test_every_example_is_run():
     assert {*TINY, *MODULES} == {path.stem for path in EXAMPLES.glob("*.py")}
 
 
-@pytest.mark.slow
+@pytest.mark.by_default("toy_pareto")
 @pytest.mark.parametrize("name", TINY)
 def test_example_runs(name, tmp_path):
     arguments, expected = TINY[name]

@@ -15,7 +15,9 @@ from tqdm import tqdm
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.by_default(
+    "test_a_scalarizer_too", "test_the_scale_falls_at_once_and_rises_after_many_good_steps"
+)
 
 SCALE = jnp.array(2.0**16)
 

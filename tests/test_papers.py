@@ -11,7 +11,9 @@ import toy_pareto
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.by_default(
+    "test_what_is_known_*", "test_who_reaches_the_front[[]ExcessMTL*", "test_stch_covers_*", "test_weighted_sums_*"
+)
 
 
 # UW: a regression with two outputs.

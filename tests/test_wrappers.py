@@ -204,6 +204,7 @@ def test_a_bad_gradient_leaves_the_small_state_and_its_own_row(bad):
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, 1e25, 1e19])
+@pytest.mark.by_default("nan")
 def test_all_guarded_paths_agree_on_a_bad_gradient(bad):
     for method in mtl.skip_nonfinite(aggregation.excess_mtl()), mtl.skip_nonfinite(aggregation.mean()):
         start = method.apply(method.init((2, PARAMS)), jacobian())[1]

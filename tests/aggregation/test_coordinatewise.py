@@ -114,6 +114,7 @@ def test_one_bad_row_too_many_shows():
 
 
 @pytest.mark.parametrize("m", [1, 2, 13, 33, 64, 65, 70])
+@pytest.mark.by_default("2", "13", "65")
 def test_any_number_of_tasks_is_put_in_order(m):
     """Also beyond those whose comparisons are written out."""
     rows = np.random.default_rng(m).normal(size=(m, 50)).astype(np.float32)
@@ -123,6 +124,7 @@ def test_any_number_of_tasks_is_put_in_order(m):
 
 
 @pytest.mark.parametrize("m", [8, 70])
+@pytest.mark.by_default("8")
 def test_an_outer_derivative_goes_through_what_is_kept(m):
     rows = np.random.default_rng(m).normal(size=(m, 4)).astype(np.float32)
     rows[0, 0] = np.nan

@@ -37,6 +37,7 @@ def test_config_stops_between_opposite_gradients(seed):
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 4])
+@pytest.mark.by_default("2")
 def test_config_and_imtl_g_stop_between_opposite_gradients(n_rows):
     for seed in range(5):
         some = jax.random.normal(jax.random.key(seed), (n_rows, 9))

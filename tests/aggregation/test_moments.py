@@ -37,6 +37,7 @@ def after(method, n_calls, **given):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.by_default("moco", "m_config", "gradnorm")
 def test_what_is_remembered_of_an_absent_task_stays(name):
     """Bit for bit, whatever its loss and its gradient are; what is remembered of the others does not."""
     method, absent = METHODS[name], 2
@@ -217,6 +218,7 @@ FLOATS = {
 
 
 @pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.by_default("gradnorm lr")
 def test_a_float_may_be_mapped_over(name):
     make, numbers = FLOATS[name]
     losses = LOSSES * jnp.linspace(0.8, 1, M) ** jnp.arange(8)[:, None]
@@ -331,6 +333,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.by_default("momo", "lbfgs")
 def test_gradnorm_gives_its_optimizer_what_it_wants(optimizer):
     method = aggregation.gradnorm(optimizer=optimizer)
     state = after(method, 3)
@@ -348,6 +351,7 @@ REMEMBERING = {
 
 @pytest.mark.parametrize("loss", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("make", REMEMBERING.values(), ids=REMEMBERING)
+@pytest.mark.by_default("*-nan")
 def test_a_loss_that_is_not_finite_does_not_stay_in_what_is_remembered(make, loss):
     """Where rows are scaled by losses; by both paths."""
     method = mtl.skip_nonfinite(make())

@@ -10,6 +10,7 @@ from mtlbalance import aggregation, base, scalarization
 from mtlbalance.gramian import combine
 from mtlbalance.states import SeenState, count_seen
 from tests.autodiff.models import layers, network, normal_batch
+from tests.quick import quick_jit
 
 NAMES = "count", "depth", "label"
 TRUNK = layers(jax.random.key(0), [5, 16, 8])
@@ -66,19 +67,21 @@ def init(method, params):
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.by_default("imtl_g", "without weights")
 def test_step_is_that_of_one_function_with_a_mask(method):
     params = TRUNK, HEADS
     state = init(method, mtl.subset(params, MASK))
-    expected = jax.jit(mtl.value_and_grad(losses, method, shared=MASK, rows="vmap"))(params, state, BATCH)
+    expected = quick_jit(mtl.value_and_grad(losses, method, shared=MASK, rows="vmap"))(params, state, BATCH)
     ways = ["vmap", 1]
     ways += ["two_pass"] if getattr(method, "gramian_weighting", None) else []
     ways += ["stream"] if getattr(method, "rowwise", None) else []
     for keywords in [*({"rows": rows} for rows in ways), {"microbatches": 4}]:
         step = mtl.value_and_grad((trunk, HEAD_FNS), method, **keywords)
-        assert_close(jax.jit(step)(params, state, BATCH), expected)
+        assert_close(quick_jit(step)(params, state, BATCH), expected)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.by_default("excess_mtl", "dwa")
 def test_at_the_features(method):
     """The method sees the Jacobian of the features; its gradient is pulled back from there."""
     params, features = (TRUNK, HEADS), trunk(TRUNK, BATCH)
@@ -140,6 +143,7 @@ def test_counted_losses_and_absent_tasks():
 
 @pytest.mark.parametrize("at", ["parameters", "features"])
 @pytest.mark.parametrize("method", [aggregation.imtl_g(), scalarization.mean()], ids=["imtl_g", "mean"])
+@pytest.mark.by_default("imtl_g-features")
 def test_an_absent_head_may_have_any_gradient(method, at):
     """Infinite here, of a root at zero: it is known apart from the others', and left out."""
     rooted = HEAD_FNS | {

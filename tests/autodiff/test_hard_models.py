@@ -269,6 +269,7 @@ def _by_hand(losses, params, method):
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.by_default("shared_twice", "custom_vjp", "conditional", "forces")
 def test_gramian(model):
     """Compiled; all ways in one program, which compiles fast."""
     params, losses = model()
@@ -288,6 +289,7 @@ def test_gramian_not_compiled(model):
 
 
 @pytest.mark.parametrize("model", [batch_norm, custom_vjp, conditional, forces])
+@pytest.mark.by_default("custom_vjp")
 def test_gradient(model):
     params, losses = model()
     method = aggregation.upgrad()
@@ -372,6 +374,7 @@ def test_untransposable_by_rows(backward, rows):
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.by_default("jit")
 def test_two_passes_are_the_wide_models_default(two_passes, jit):
     """What the fallback's tests need in order to mean something."""
     params, losses = _wide_model(_double)
@@ -395,6 +398,7 @@ def test_untransposable_gramian_falls_back(two_passes, backward, jit):
 
 
 @pytest.mark.parametrize(("backward", "jit"), [(_halve_thrice, False), *((b, True) for b in UNTRANSPOSABLE)])
+@pytest.mark.by_default("_halve_thrice-True")
 def test_untransposable_gradient_falls_back(two_passes, backward, jit):
     """The weights are right; where the backward pass clips, the gradient depends on the way, and is not checked."""
     params, losses = _wide_model(backward)
@@ -451,6 +455,7 @@ def test_narrow_gramian(dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.by_default("bfloat16")
 def test_narrow_default_is_never_two_passes(two_passes, dtype):
     """Where they would be the default rows are taken, and nothing needs saying."""
     params, losses = _narrow_model(dtype)
@@ -471,6 +476,7 @@ def test_narrow_two_pass_is_refused(dtype):
 @pytest.mark.parametrize("rows", [None, 1])
 @pytest.mark.parametrize("make", [aggregation.upgrad, aggregation.excess_mtl])
 @pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.by_default("bfloat16-*-None")
 def test_narrow_gradient(dtype, make, rows):
     params, losses = _narrow_model(dtype)
     method = make()
@@ -496,6 +502,7 @@ def test_computing_in_bfloat16_costs_two_passes_what_it_costs_rows(rows):
 
 
 @pytest.mark.parametrize("rows", ["vmap", "two_pass"])
+@pytest.mark.by_default("two_pass")
 def test_float64(rows):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), _mlp_params())
@@ -529,6 +536,7 @@ def test_gramian_of_zero_gradients(rows):
 
 
 @pytest.mark.parametrize(("make", "rows"), METHODS_AND_WAYS)
+@pytest.mark.by_default("upgrad-two_pass", "excess_mtl-stream")
 def test_gradient_of_zero_gradients(make, rows):
     params, method = _mlp_params(), make()
     losses = lambda params: _read_out({"heads": jnp.zeros((5, N_TASKS))}, X @ params["w"])
@@ -556,6 +564,7 @@ def test_gramian_of_one_task(rows):
 
 
 @pytest.mark.parametrize(("make", "rows"), METHODS_AND_WAYS)
+@pytest.mark.by_default("upgrad-two_pass", "excess_mtl-stream")
 def test_gradient_of_one_task(make, rows):
     """There is nothing to balance."""
     params, losses = batch_norm()

@@ -37,6 +37,7 @@ def two_pass_temporaries(m, width, batch_size):
 
 
 @pytest.mark.parametrize("size", sorted(SIZES))
+@pytest.mark.by_default("size1")
 def test_two_passes_keep_three_plain_gradients_at_most(size):
     assert two_pass_temporaries(*size) <= 3 * temporaries(plain_step, *problem(*size))
 
@@ -48,6 +49,7 @@ def test_what_two_passes_keep_does_not_grow_with_the_tasks():
 
 @pytest.mark.parametrize("size", sorted(SIZES))
 @pytest.mark.parametrize("wrap", [lambda method: method, mtl.skip_nonfinite], ids=["bare", "skip_nonfinite"])
+@pytest.mark.by_default("skip_nonfinite-size1")
 def test_streamed_rows_keep_three_times_the_parameters_at_most(size, wrap):
     """Beside the state, which is donated, and what the plain gradient keeps; also inside an outer scan."""
     params, batch = problem(*size)
@@ -86,6 +88,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("method", OTHERS.values(), ids=OTHERS)
+@pytest.mark.by_default("m_config")
 def test_others_that_stream_rows_keep_as_little(method):
     """As above, at one size: what is remembered is changed in place, also by a single visit."""
     params, batch = problem(8, 512, 256)

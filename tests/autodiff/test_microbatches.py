@@ -13,6 +13,7 @@ import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from tests.autodiff.models import layers, network, normal_batch, squared_errors
 from tests.catalogue import AGGREGATORS, SCALARIZERS
+from tests.quick import quick_jit
 
 PARAMS = layers(jax.random.key(0), [5, 16, 3])
 X, Y = normal_batch(1, 64, n_in=5, n_out=3)
@@ -48,6 +49,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.by_default("geometric_mean", "imtl_g", "excess_mtl")
 def test_as_the_whole_batch(method):
     """In each way to compute rows, with four labels in 64 for one task; and with the rarest task absent."""
     state = init(method)
@@ -55,19 +57,20 @@ def test_as_the_whole_batch(method):
     ways = [None, 1]
     if isinstance(method, mtl.Aggregator):
         ways.append("stream" if method.rowwise else "two_pass")
-    whole = jax.jit(mtl.value_and_grad(counted_losses, method, return_weights=True))
+    whole = quick_jit(mtl.value_and_grad(counted_losses, method, return_weights=True))
     expected = [whole(PARAMS, state, batch) for batch in batches]
     for microbatches, rows in (1, None), (2, None), *((8, rows) for rows in ways):
         step = mtl.value_and_grad(counted_losses, method, return_weights=True, microbatches=microbatches, rows=rows)
-        step = jax.jit(step)
+        step = quick_jit(step)
         assert_close([step(PARAMS, state, batch) for batch in batches], expected)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.by_default("geometric_mean", "excess_mtl")
 def test_losses_without_counts_are_averaged(method):
     given = PARAMS, init(method), (X, Y, LABELS)
-    expected = jax.jit(mtl.value_and_grad(uncounted_losses, method))(*given)
-    assert_close(jax.jit(mtl.value_and_grad(uncounted_losses, method, microbatches=8))(*given), expected)
+    expected = quick_jit(mtl.value_and_grad(uncounted_losses, method))(*given)
+    assert_close(quick_jit(mtl.value_and_grad(uncounted_losses, method, microbatches=8))(*given), expected)
 
 
 def test_with_shared_parameters_and_heads():
@@ -75,8 +78,8 @@ def test_with_shared_parameters_and_heads():
     for keyword in "shared", "decide_on":
         mask = {keyword: [True, False]}
         given = PARAMS, init(method), (X, Y, LABELS)  # the state is for any parameters
-        expected = jax.jit(mtl.value_and_grad(counted_losses, method, **mask))(*given)
-        assert_close(jax.jit(mtl.value_and_grad(counted_losses, method, microbatches=4, **mask))(*given), expected)
+        expected = quick_jit(mtl.value_and_grad(counted_losses, method, **mask))(*given)
+        assert_close(quick_jit(mtl.value_and_grad(counted_losses, method, microbatches=4, **mask))(*given), expected)
 
 
 def test_low_precision_is_accumulated_in_float32():
@@ -125,6 +128,7 @@ SOME = ["aggregation.imtl_g", "aggregation.excess_mtl", "aggregation.modo", "agg
 
 
 @pytest.mark.parametrize("name", [name for name in passes_in_readme() if name.startswith("scalarization")] + SOME)
+@pytest.mark.by_default("scalarization.mean", "scalarization.geometric_mean", "aggregation.*")
 def test_passes_are_as_in_the_readme(name):
     """One where the weights are known before the losses, or come from rows; then the model is compiled in once."""
     passes, (family, name) = passes_in_readme()[name], name.split(".")

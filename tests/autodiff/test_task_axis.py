@@ -8,6 +8,7 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from tests.autodiff.models import layers, normal_batch, squared_error
+from tests.quick import quick_jit
 
 PARAMS = layers(jax.random.key(0), [5, 16, 3])
 BATCH = normal_batch(1, 4, 8, n_in=5, n_out=3)
@@ -22,6 +23,7 @@ def assert_close(found, expected, **kwargs):
 
 
 @pytest.mark.parametrize("rows", [None, "vmap", 1, 3])
+@pytest.mark.by_default("None", "1")
 def test_rows_are_those_of_one_hot_weights(rows):
     losses, jacobian = mtl.value_and_jac(squared_error, rows=rows, task_axis=0)(PARAMS, BATCH)
     assert_close(losses, all_losses(PARAMS, BATCH), rtol=1e-6)
@@ -51,12 +53,13 @@ def init(method, params):
 
 @pytest.mark.parametrize("method", METHODS, ids=["imtl_g", "excess_mtl", "geometric_mean", "amortized"])
 @pytest.mark.parametrize("microbatches", [None, 2])
+@pytest.mark.by_default("None-imtl_g", "2-excess_mtl")
 def test_step_is_that_of_a_function_of_all_losses(method, microbatches):
     state = init(method, PARAMS)
-    expected = jax.jit(mtl.value_and_grad(all_losses, method))(PARAMS, state, BATCH)
+    expected = quick_jit(mtl.value_and_grad(all_losses, method))(PARAMS, state, BATCH)
     for rows in None, 3, *(["stream"] if getattr(method, "rowwise", None) else []):
         step = mtl.value_and_grad(squared_error, method, rows=rows, task_axis=0, microbatches=microbatches)
-        assert_close(jax.jit(step)(PARAMS, state, BATCH), expected, rtol=1e-5, atol=1e-6)
+        assert_close(quick_jit(step)(PARAMS, state, BATCH), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_shared_and_decisive_parameters():
@@ -64,8 +67,8 @@ def test_shared_and_decisive_parameters():
     for keyword in "shared", "decide_on":
         mask = {keyword: [True, False]}
         given = PARAMS, method.init((4, PARAMS)), BATCH
-        expected = jax.jit(mtl.value_and_grad(all_losses, method, **mask))(*given)
-        step = jax.jit(mtl.value_and_grad(squared_error, method, task_axis=0, **mask))
+        expected = quick_jit(mtl.value_and_grad(all_losses, method, **mask))(*given)
+        step = quick_jit(mtl.value_and_grad(squared_error, method, task_axis=0, **mask))
         assert_close(step(*given), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -100,6 +103,7 @@ def test_streamed_rows_are_isolated_too():
 
 @pytest.mark.parametrize("microbatches", [None, 2])
 @pytest.mark.parametrize("method", [aggregation.imtl_g(), aggregation.excess_mtl()], ids=["imtl_g", "excess_mtl"])
+@pytest.mark.by_default("excess_mtl-2")
 def test_an_absent_task_may_have_any_row(method, microbatches):
     """Without labels its loss is 0/0; its row is known apart from the others, and left out."""
     mask = jnp.array([True, True, False, True])

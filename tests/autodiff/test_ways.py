@@ -48,6 +48,7 @@ def test_what_feeds_weights_is_multiplied_in_full_precision():
 
 
 @pytest.mark.parametrize("keywords", [{}, {"task_axis": 0}, {"microbatches": 1}], ids=str)
+@pytest.mark.by_default("{}")
 def test_a_method_that_needs_one_row_takes_one_backward_pass(keywords):
     """Of eight tasks; also where they have their own data, and a micro-batch is the batch."""
     passes = []
@@ -79,6 +80,7 @@ METHODS = {"upgrad": aggregation.upgrad(), "excess_mtl": aggregation.excess_mtl(
 
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.by_default("upgrad-Explicit", "excess_mtl-Auto")
 def test_eight_devices_take_the_step_that_one_takes(method, kind):
     """The batch split over them; on the Auto mesh the parameters too."""
     mesh = MESHES[kind]

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import mtlbalance as mtl
+from tests.quick import QUICK
 
 PARAMS = {
     "dense": {"w": jax.ShapeDtypeStruct((4, 16), jnp.float32), "b": jax.ShapeDtypeStruct((8,), jnp.float32)},
     "scale": jax.ShapeDtypeStruct((), jnp.float32),
 }
 
-# For programs of which the equations are checked and not what fusing does to them: a third less to compile.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SAME = {"rtol": 1e-5, "atol": 1e-6}  # one computation compiled in two ways, in float32
 
 
@@ -79,7 +78,7 @@ class Built:
         method = method or self.method
         if self.is_scalarizer:
             # Serves as the losses after an optimizer's step, and as DTP's indicator from 0 to 1.
-            state = method.observe(state, abs(x) / (1 + abs(x)), mask=mask)
+            state = method.observe(state, jnp.abs(x) / (1 + jnp.abs(x)), mask=mask)
         return method.end_epoch(state) if ends_epoch else state
 
     def sample(self, seed, n_tasks=3, dtype=jnp.float32):

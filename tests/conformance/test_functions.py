@@ -11,8 +11,9 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance.losses import broadcast_to_rows
-from tests.conformance.helpers import PARAMS, QUICK, SAME, assert_path_agrees
+from tests.conformance.helpers import PARAMS, SAME, assert_path_agrees
 from tests.events import compilations, recorded, traces
+from tests.quick import quick_jit
 
 
 def outputs_and_state(built, state, xs):
@@ -44,7 +45,7 @@ def test_jit_gives_what_eager_gives(built):
 def test_scan_gives_what_a_loop_gives(built):
     xs = built.stack(5)
     scan = partial(jax.lax.scan, lambda state, x: built.step(state, x)[::-1])
-    state, outputs = jax.jit(scan, compiler_options=QUICK)(built.init(), xs)
+    state, outputs = quick_jit(scan)(built.init(), xs)
     chex.assert_trees_all_close((outputs, state), outputs_and_state(built, built.init(), xs), **SAME)
 
 
@@ -53,7 +54,7 @@ def test_vmap_over_states_and_inputs_gives_what_a_loop_gives(built):
     xs = built.stack(3)
     states = [built.apply(built.init(), built.sample(9 + i))[1] for i in range(3)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
-    mapped = jax.jit(jax.vmap(built.apply), compiler_options=QUICK)(stacked, xs)
+    mapped = quick_jit(jax.vmap(built.apply))(stacked, xs)
     for i, state in enumerate(states):
         single = built.apply(state, built.restrict(xs, i))
         chex.assert_trees_all_close(built.restrict(mapped, i), single, **SAME)
@@ -79,13 +80,13 @@ def test_vmap_over_float_hyperparameters_gives_what_a_loop_gives(built):
 
     given = {name: np.array([setting[name] for setting in settings], np.float32) for name in swept}
     copies = jax.tree.map(lambda x: np.broadcast_to(x, (len(settings), *x.shape)), xs)
-    mapped = jax.device_get(jax.jit(jax.vmap(run), compiler_options=QUICK)(given, copies))
-    one_by_one = jax.jit(run, compiler_options=QUICK)  # traced, so that one program serves for all
+    mapped = jax.device_get(quick_jit(jax.vmap(run))(given, copies))
+    one_by_one = quick_jit(run)  # traced, so that one program serves for all
     for i in range(len(settings)):
         chex.assert_trees_all_close(
             built.restrict(mapped, i), one_by_one(built.restrict(given, i), xs), rtol=1e-5, atol=1e-5
         )
-    constants = jax.jit(partial(run, settings[0]), compiler_options=QUICK)(xs)
+    constants = quick_jit(partial(run, settings[0]))(xs)
     chex.assert_trees_all_close(built.restrict(mapped, 0), constants, rtol=1e-5, atol=1e-5)
     for name, values in swept.items():
         results = [built.restrict(mapped, settings.index(usual | {name: value})) for value in values]
@@ -128,7 +129,7 @@ def test_first_leaf_has_one_entry_per_task(built):
 
 @pytest.mark.one_of_a_kind
 def test_a_donated_state_leaves_init_and_method_usable(built):
-    step = jax.jit(built.apply, donate_argnums=0, compiler_options=QUICK)
+    step = quick_jit(built.apply, donate_argnums=0)
     _, once = step(built.init(), built.sample(0))
     leaves = jax.tree.leaves(built.init())
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves if leaf.size}) == len([x for x in leaves if x.size])
@@ -205,7 +206,7 @@ def test_new_state_is_cut_from_the_inputs_gradient(built):
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(new_state) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
     total = jax.grad(lambda x: jnp.asarray(state_total(x), jnp.float32))
-    gradient = jax.jit(total, compiler_options=QUICK)(built.sample(0))
+    gradient = quick_jit(total)(built.sample(0))
     chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
 
 
@@ -213,7 +214,7 @@ def test_scalar_is_linear_in_the_losses_unless_it_is_said_not_to_be(scalarizer):
     """Linear: the weights are constants of differentiation."""
     state, x = scalarizer.method.apply(scalarizer.init(), scalarizer.sample(1))[1], scalarizer.sample(0)
     scalar = lambda x: scalarizer.method.apply(state, x)[0]
-    both = jax.jit(lambda x: (jax.grad(scalar)(x), jax.hessian(scalar)(x)), compiler_options=QUICK)
+    both = quick_jit(lambda x: (jax.grad(scalar)(x), jax.hessian(scalar)(x)))
     gradient, hessian = jax.device_get(both(x))
     assert np.any(gradient != 0)
     assert np.any(hessian != 0) == scalarizer.case.nonlinear
@@ -227,7 +228,7 @@ def test_aggregators_weights_are_constants_of_differentiation(aggregator):
     weights, _ = aggregator.method.weighting.apply(state, x, values=aggregator.losses(x))
     total = lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(aggregator.apply(state, x)[0]))
     expected = jax.tree.map(lambda leaf: jnp.broadcast_to(broadcast_to_rows(weights, leaf), leaf.shape), x)
-    chex.assert_trees_all_close(jax.jit(jax.grad(total), compiler_options=QUICK)(x), expected, **SAME)
+    chex.assert_trees_all_close(quick_jit(jax.grad(total))(x), expected, **SAME)
 
 
 @pytest.mark.one_of_a_kind

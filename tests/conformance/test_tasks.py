@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import mtlbalance as mtl
-from tests.conformance.helpers import QUICK, SAME, assert_path_agrees, scalar_and_gradient
+from tests.conformance.helpers import SAME, assert_path_agrees, scalar_and_gradient
+from tests.quick import quick_jit
 
 ALL, NONE, SOME = np.ones(3, bool), np.zeros(3, bool), np.array([True, False, True])
 
@@ -161,7 +162,7 @@ def test_counted_losses_are_value_and_mask(scalarizer):
 @pytest.mark.one_of_a_kind
 def test_counted_and_masked_values_reach_an_aggregator(aggregator):
     state, x = warmed_up(aggregator), aggregator.sample(0)
-    apply = jax.jit(aggregator.method.apply, compiler_options=QUICK)
+    apply = quick_jit(aggregator.method.apply)
     masked = apply(state, x, values=jnp.array([0.5, 9.0, 3.0]), mask=SOME)
     counted = mtl.Counted(jnp.array([1.0, jnp.nan, 15.0]), jnp.array([2, 0, 5]))
     chex.assert_trees_all_close(apply(state, x, values=counted), masked, **SAME)

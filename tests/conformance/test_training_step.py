@@ -14,13 +14,12 @@ import mtlbalance as mtl
 from mtlbalance import base
 from mtlbalance.losses import broadcast_to_rows
 from mtlbalance.states import select
-from tests.conformance.helpers import QUICK
+from tests.quick import quick_jit
 
 NAMES = ("depth", "normals", "segment")  # in the order in which JAX flattens them
 SHARED = {"trunk": True, "heads": False}
 ROUNDING = 1e-5  # of the largest term: one computation compiled in several ways, in float32
 STEPS = 100
-quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def new_params(seed=0):

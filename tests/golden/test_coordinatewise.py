@@ -21,6 +21,7 @@ def size(case):
 
 @pytest.mark.parametrize("case", RECORDED["trimmed_mean"], ids=size)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.by_default("float32-*")
 def test_trimmed_mean(case, dtype):
     """What is kept is the same, so that only its sum is rounded, once for each term and once for the division."""
     rows, expected = np.array(case["jacobian"], np.float32), np.array(list(map(float.fromhex, case["gradient"])))
@@ -35,6 +36,7 @@ def test_trimmed_mean(case, dtype):
 
 
 @pytest.mark.parametrize("case", RECORDED["graddrop"], ids=size)
+@pytest.mark.by_default("m2-*", "m8-*-steep")
 def test_graddrop(case):
     """The moments of as many draws, of another generator; and those of the two values that a coordinate can have."""
     rows, leak, n_draws = np.array(case["jacobian"]), np.array(case["leak"]), case["n_draws"]

@@ -30,7 +30,7 @@ OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
 DIGITS = 1e-8  # of records rounded to nine digits, in sums of a few terms
 
 
-@pytest.fixture(params=["float32", "float64"])
+@pytest.fixture(params=[pytest.param("float32", marks=pytest.mark.slow), "float64"])
 def dtype(request):
     with jax.enable_x64(request.param == "float64"):
         yield jnp.dtype(request.param)

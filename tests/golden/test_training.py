@@ -131,6 +131,7 @@ def test_trainings_go_far_and_apart():
 
 
 @pytest.mark.parametrize(("name", "optimizer"), [key[1:] for key in RUNS if key[0] == "network"])
+@pytest.mark.by_default("*-sgd")
 def test_network(name, optimizer):
     """One step for every method; UW's log-variances are trained by the same optimizer, inside the method."""
     method = METHODS[name]()

@@ -69,6 +69,7 @@ def test_each_task_has_its_own_optimizer():
 @pytest.mark.parametrize("bad", [0.05, -1.0, jnp.nan, jnp.inf])
 @pytest.mark.parametrize("guard", [lambda method: method, mtl.skip_nonfinite], ids=["bare", "guarded"])
 @pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.by_default("*-nan", "*-0.05")
 def test_a_bad_loss_shows_and_does_not_poison_the_state(bad, guard, delayed):
     """One call with a loss below its bound, or not finite, before the step, and one after it."""
     method = guard(scalarization.famo(min_losses=0.1, delayed=delayed))
