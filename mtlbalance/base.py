@@ -1,4 +1,4 @@
-"""The contract of every method, and the builders that a method's file calls, ours or a user's.
+"""The builders that a method's file calls, ours or a user's; what they build is in :mod:`mtlbalance.contract`.
 
 A method's file holds plain functions of one array of losses (or one Jacobian), a boolean ``mask`` of the tasks present,
 and the state. A builder turns them into the public ones: it flattens named losses, reads :class:`Counted` losses and
@@ -87,7 +87,7 @@ def scalarizer(
         if not call.all_present:
             scalar = jnp.where(jnp.any(call.mask), scalar, 0)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(sums(values)))
-        return scalar.astype(dtype), settle(call, new_state, state)
+        return scalar.astype(dtype), settle("apply", call, new_state, state)
 
     hooks = public_hooks(end_epoch, observe)
     return Scalarizer(public_init, jax.jit(public_apply), *hooks, learned, last_weights=last_weights)
@@ -109,7 +109,7 @@ def aggregator(
 ) -> Aggregator:
     """Builds an :class:`Aggregator` from plain functions.
 
-    Give one of ``apply``, ``weighting``, ``gramian_weighting``; the others are derived.
+    Give one of ``gramian_weighting``, ``weighting`` and ``apply``; those after it are derived.
 
     Args:
       init: ``(m, params, dtype) -> state``.
@@ -137,7 +137,6 @@ def aggregator(
         apply = _combined(weighting)
     if apply is None:
         reject("aggregator", "one of apply, weighting and gramian_weighting", "none", TypeError)
-    combined = apply
     read, settled = partial(read_call, required=reads_losses), partial(settle, jacobian_shaped=jacobian_shaped)
 
     def initializer(needs_params):
@@ -151,19 +150,20 @@ def aggregator(
     def public_apply(state, jacobian, *, values=None, mask=None):
         call = read(state, values, mask)
         rows = read_jacobian(call, jacobian)
-        gradient, new_state = returned.gradient_and_state(combined(state, rows, call.values, call.mask), rows)
-        return zero_if_none(call, gradient), settled(call, new_state, state)
+        output = apply(state, rows, call.values, call.mask)
+        gradient, new_state = returned.gradient_and_state("apply", output, state, rows)
+        return zero_if_none(call, gradient), settled("apply", call, new_state, state)
 
-    def public_weighting(weigh, read_statistic):
+    def public_weighting(name, weigh, read_statistic):
         init = initializer(needs_params=bool(jacobian_shaped))
-        return Weighting(init, public_weigh(weigh, read_statistic, read, settled)) if weigh else None
+        return Weighting(init, public_weigh(name, weigh, read_statistic, read, settled)) if weigh else None
 
     return Aggregator(
         initializer(needs_params=True),
         jax.jit(public_apply),
         *public_hooks(end_epoch, observe, jacobian_shaped),
-        public_weighting(weighting, read_jacobian),
-        public_weighting(gramian_weighting, read_gramian),
+        public_weighting("weighting", weighting, read_jacobian),
+        public_weighting("gramian_weighting", gramian_weighting, read_gramian),
         rowwise and public_rowwise(rowwise, read, settled),
         jacobian_shaped=jacobian_shaped,
         last_weights=last_weights,
@@ -192,7 +192,8 @@ def rowwise_aggregator(
       finish: ``(state, statistics, values, mask) -> (gradient, new_state)`` in place of ``weigh``, for methods that
         combine what is in ``memory``.
       visits: ``(state, mask) -> indices`` of the rows that this call takes in; all by default.
-      memory: the state field with leaves ``[m, *param.shape]``, if there is one (:func:`~states.zeros_jacobian`).
+      memory: the state field with leaves ``[m, *param.shape]``, made by :func:`mtlbalance.states.zeros_jacobian`; none
+        by default.
       **others: as in :func:`aggregator`.
 
     Raises:
@@ -204,7 +205,9 @@ def rowwise_aggregator(
 
     def counting_init(m, params, dtype):
         state = init(m, params, dtype)
-        returned.check_fields(state, ("seen",))
+        returned.check_fields(state, ("seen",) if memory is None else ("seen", memory))
+        if memory is not None:
+            returned.check_memory(memory, getattr(state, memory), m)
         return state
 
     def read_memory(state, name, jacobian, skip):
@@ -236,12 +239,13 @@ def rowwise_aggregator(
         return with_memory(state, jax.tree.map(put, remembered, new)), statistic
 
     def weighting(state, jacobian, values, mask):
-        return weigh(*visit_all(state, jacobian, values, mask), values, mask)
+        output = weigh(*visit_all(state, jacobian, values, mask), values, mask)
+        return returned.weights_and_state("weigh", output, mask.shape)
 
     def apply(state, jacobian, values, mask):
         # As the new state, and what else is made of it, a constant of differentiation.
         state, statistics = visit_all(state, jax.lax.stop_gradient(jacobian), values, mask)
-        return finish(state, statistics, values, mask)
+        return returned.gradient_and_state("finish", finish(state, statistics, values, mask), state)
 
     return aggregator(
         counting_init,
@@ -281,14 +285,17 @@ def norms_aggregator(
 
 
 def weights_of(method: Scalarizer, state: Any, values: chex.Array, mask: chex.Array | None) -> tuple[chex.Array, Any]:
-    """A scalarizer's weights, which are the derivative of its scalar, and its new state."""
-    scalar = lambda values: method.apply(state, values, mask=mask)
-    return jax.grad(scalar, has_aux=True)(jax.lax.stop_gradient(values))
+    """A scalarizer's weights, which are the derivative of its scalar, and its new state.
+
+    The weights may be differentiated in turn: where they are to be constants, stop the gradient of the values.
+    """
+    return jax.grad(lambda values: method.apply(state, values, mask=mask), has_aux=True)(values)
 
 
 def _of_gramian(gramian_weighting, axis_name):
     def weighting(state, jacobian, values, mask):
-        return gramian_weighting(state, gramian_of_tasks(jacobian, len(mask), axis_name), values, mask)
+        output = gramian_weighting(state, gramian_of_tasks(jacobian, len(mask), axis_name), values, mask)
+        return returned.weights_and_state("gramian_weighting", output, mask.shape)
 
     return weighting
 
@@ -297,7 +304,7 @@ def _combined(weighting):
     def apply(state, jacobian, values, mask):
         # The weights are constants of differentiation: an outer grad never enters a solver.
         given = state, jax.lax.stop_gradient(jacobian), values, mask
-        weights, new_state = returned.weights_and_state(weighting(*given), mask.shape)
+        weights, new_state = returned.weights_and_state("weighting", weighting(*given), mask.shape)
         return combine(finish_weights(weights, mask, state_dtype(state, jacobian)), jacobian), new_state
 
     return apply

@@ -9,21 +9,21 @@ from mtlbalance.losses import read_call, read_row, read_statistics, state_dtype
 from mtlbalance.states import select
 
 
-def public_weigh(weigh, read_statistic, read, settle):
-    """A weighting's ``apply``."""
+def public_weigh(name, weigh, read_statistic, read, settled):
+    """A weighting's ``apply`` from the plain function of this name."""
 
     def apply(state, statistic, *, values=None, mask=None):
         call = read(state, values, mask)
         statistic = jax.lax.stop_gradient(read_statistic(call, statistic))
-        weights, new_state = returned.weights_and_state(
-            weigh(state, statistic, call.values, call.mask), call.mask.shape
-        )
-        return finish_weights(weights, call.mask, state_dtype(state, statistic)), settle(call, new_state, state)
+        output = weigh(state, statistic, call.values, call.mask)
+        weights, new_state = returned.weights_and_state(name, output, call.mask.shape)
+        weights = finish_weights(weights, call.mask, state_dtype(state, statistic))
+        return weights, settled(name, call, new_state, state)
 
     return jax.jit(apply)
 
 
-def public_rowwise(rowwise, read, settle):
+def public_rowwise(rowwise, read, settled):
     """A :class:`~mtlbalance.Rowwise` of public functions from one of plain ones."""
 
     def public_visit(state, i, row, *, values=None, mask=None):
@@ -33,18 +33,34 @@ def public_rowwise(rowwise, read, settle):
 
     def public_finish(state, statistics, *, values=None, mask=None):
         call = read(state, values, mask)
-        statistics = read_statistics(call, statistics)
-        gradient, new_state = returned.gradient_and_state(rowwise.finish(state, statistics, call.values, call.mask))
-        return jax.lax.stop_gradient(zero_if_none(call, gradient)), settle(call, new_state, state)
+        output = rowwise.finish(state, read_statistics(call, statistics), call.values, call.mask)
+        gradient, new_state = returned.gradient_and_state("finish", output, state)
+        return jax.lax.stop_gradient(zero_if_none(call, gradient)), settled("finish", call, new_state, state)
 
     def public_visits(state, *, values=None, mask=None):
         return rowwise.visits(state, read_call(state, values, mask).mask)
 
     return Rowwise(
         jax.jit(public_visit),
-        public_weigh(rowwise.weigh, read_statistics, read, settle) if rowwise.weigh else None,
+        public_weigh("weigh", rowwise.weigh, read_statistics, read, settled) if rowwise.weigh else None,
         jax.jit(public_finish) if rowwise.finish else None,
         jax.jit(public_visits) if rowwise.visits else None,
+    )
+
+
+def public_hooks(end_epoch, observe, jacobian_shaped=()) -> tuple[Hook, Hook]:
+    """``end_epoch`` and ``observe``, the identity where there is none."""
+
+    def public_end_epoch(state):
+        return _constants_like("end_epoch", end_epoch(state), state)
+
+    def public_observe(state, values, *, mask=None):
+        call = read_call(state, values, mask)
+        return settle("observe", call, observe(state, call.values, call.mask), state, jacobian_shaped)
+
+    return (
+        jax.jit(public_end_epoch) if end_epoch else lambda state: state,
+        jax.jit(public_observe) if observe else lambda state, values, *, mask=None: state,
     )
 
 
@@ -60,30 +76,18 @@ def finish_weights(weights, mask, dtype):
     return jax.lax.stop_gradient(jnp.where(mask, weights, 0).astype(dtype))
 
 
-def settle(call, new_state, state, jacobian_shaped=()):
-    """The new state in the old one's dtypes, a constant of differentiation; the old one with no task present."""
-    returned.check_same("the new state", new_state, state)
-    # With no task present nothing has happened. Jacobian-shaped leaves see to that row by row: selecting
-    # between two whole ones would hold both in memory.
-    if not call.all_present:
-        new_state = select(jnp.any(call.mask), new_state, state, new_anyway=jacobian_shaped)
-    same_dtype = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), new_state, state)
-    return jax.lax.stop_gradient(same_dtype)
+def settle(name, call, new_state, state, jacobian_shaped=()):
+    """The new state that the function of this name made; the old one with no task present: then nothing has happened.
+
+    Jacobian-shaped leaves see to that row by row: selecting between two whole ones would hold both in memory.
+    """
+    new_state = _constants_like(name, new_state, state)
+    if call.all_present:
+        return new_state
+    return select(jnp.any(call.mask), new_state, state, new_anyway=jacobian_shaped)
 
 
-def public_hooks(end_epoch, observe, jacobian_shaped=()) -> tuple[Hook, Hook]:
-    """``end_epoch`` and ``observe``, the identity where there is none."""
-
-    def public_end_epoch(state):
-        new_state = end_epoch(state)
-        returned.check_same("the new state of end_epoch", new_state, state)
-        return jax.lax.stop_gradient(new_state)
-
-    def public_observe(state, values, *, mask=None):
-        call = read_call(state, values, mask)
-        return settle(call, observe(state, call.values, call.mask), state, jacobian_shaped)
-
-    return (
-        jax.jit(public_end_epoch) if end_epoch else lambda state: state,
-        jax.jit(public_observe) if observe else lambda state, values, *, mask=None: state,
-    )
+def _constants_like(name, new_state, state):
+    """The new state in the old one's dtypes, a constant of differentiation."""
+    returned.check_same(f"the new state of {name}", new_state, state)
+    return jax.lax.stop_gradient(jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), new_state, state))

@@ -98,11 +98,12 @@ def combine(weights: chex.Array, jacobian: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(leaf_sum, jacobian)
 
 
-def total(tree: chex.ArrayTree) -> chex.Array | float:
+def total(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array | float:
     r"""Sum of all entries of a tree shaped like the parameters.
 
     Args:
       tree: arrays of any shapes.
+      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split, if any.
 
     Returns:
       A scalar in ``result_type(float32, leaves)``; 0 for a tree without leaves.
@@ -114,13 +115,13 @@ def total(tree: chex.ArrayTree) -> chex.Array | float:
       9.0
     """
     # A dot with ones: XLA's CPU backend adds up a leaf's last axis in one thread, one number at a time.
-    return sum((_contract(leaf, jnp.ones_like(leaf), free=0) for leaf in jax.tree.leaves(tree)), 0.0)
+    added = sum((_contract(leaf, jnp.ones_like(leaf), free=0) for leaf in jax.tree.leaves(tree)), 0.0)
+    return added if axis_name is None else jax.lax.psum(added, axis_name)
 
 
 def squared_norm(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array:
     """The squared norm of one task's gradient, summed over the axis by which its parameters are split, if any."""
-    square = jnp.asarray(total(jax.tree.map(jnp.square, tree)))
-    return square if axis_name is None else jax.lax.psum(square, axis_name)
+    return jnp.asarray(total(jax.tree.map(jnp.square, tree), axis_name))
 
 
 def _of_leaf(x, y):

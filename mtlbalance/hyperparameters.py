@@ -123,7 +123,7 @@ def per_task(
         one_for_all = "a scalar or " if scalar else ""
         reject(name, f"{one_for_all}one number per task, shape {shape}", f"shape {array.shape}")
     if bound is not None and not _holds(bound, leaves):
-        reject(name, bound.text, f"{value}")
+        reject(name, f"{bound.text} for each task", f"{value}")
     return jnp.broadcast_to(array, shape).astype(dtype)
 
 
@@ -140,15 +140,15 @@ def check_key(key: int | chex.Array) -> None:
         reject("key", "an int or a key", type(key).__name__, TypeError)
 
 
-def new_key(key: int | chex.Array) -> chex.PRNGKey:
-    """The typed key that a factory's ``key`` stands for: for ``init``, as making one takes a device."""
-    if _is_typed(key):
-        return key
-    return jax.random.wrap_key_data(jnp.asarray(key)) if getattr(key, "ndim", 0) else jax.random.key(key)
+def new_key_data(key: int | chex.Array) -> chex.Array:
+    """The data of the key that a factory's ``key`` stands for: for ``init``, as making one takes a device."""
+    if not _is_typed(key):
+        key = jax.random.wrap_key_data(jnp.asarray(key)) if getattr(key, "ndim", 0) else jax.random.key(key)
+    return jax.random.key_data(key)
 
 
 def key_impl(key: int | chex.Array) -> Any:
-    """How :func:`new_key` generates random numbers; ``None`` is JAX's default."""
+    """How the key of :func:`new_key_data` generates random numbers; ``None`` is JAX's default."""
     return jax.random.key_impl(key) if _is_typed(key) else None
 
 

@@ -35,6 +35,14 @@ def check_fields(state: Any, fields: tuple[str, ...]) -> None:
             reject("init", f"a state with a field {field!r}", found)
 
 
+def check_memory(name: str, memory: chex.ArrayTree, m: int) -> None:
+    """Raises unless every leaf of a field shaped like the Jacobian has one row per task."""
+    for path, leaf in jax.tree.leaves_with_path(memory):
+        if jnp.shape(leaf)[:1] != (m,):
+            where = f"init: the field {name!r}{jax.tree_util.keystr(path)}"
+            reject(where, f"a leading axis of {m}, as states.zeros_jacobian makes it", f"shape {jnp.shape(leaf)}")
+
+
 def scalar_and_state(output: Any) -> tuple[chex.Array, Any]:
     """What a scalarizer's ``apply`` returned."""
     scalar, state = _pair("apply", "(scalar, new_state)", output)
@@ -43,39 +51,49 @@ def scalar_and_state(output: Any) -> tuple[chex.Array, Any]:
     return jnp.asarray(scalar), state
 
 
-def weights_and_state(output: Any, shape: tuple[int, ...]) -> tuple[chex.Array, Any]:
-    """What a weighting returned."""
-    weights, state = _pair("weighting", "(weights, new_state)", output)
+def weights_and_state(name: str, output: Any, shape: tuple[int, ...]) -> tuple[chex.Array, Any]:
+    """What the function of this name returned, which weighs."""
+    weights, state = _pair(name, "(weights, new_state)", output)
     if not _is_array(weights) or jnp.shape(weights) != shape:
-        reject("weighting", f"(weights, new_state), the weights of shape {shape}", _described(output), TypeError)
+        reject(name, f"(weights, new_state), the weights of shape {shape}", _described(output), TypeError)
     return jnp.asarray(weights), state
 
 
-def gradient_and_state(output: Any, jacobian: chex.ArrayTree | None = None) -> tuple[chex.ArrayTree, Any]:
-    """What combined the rows of a Jacobian returned, the gradient in the Jacobian's dtypes if that is at hand."""
-    gradient, state = _pair("apply", "(gradient, new_state)", output)
+def gradient_and_state(
+    name: str, output: Any, state: Any, jacobian: chex.ArrayTree | None = None
+) -> tuple[chex.ArrayTree, Any]:
+    """What the function of this name returned, which combines; in the Jacobian's dtypes if that is at hand."""
+    gradient, new_state = _pair(name, "(gradient, new_state)", output)
+    if jax.tree.structure(gradient) == jax.tree.structure(state):
+        reject(name, "(gradient, new_state)", _described(output), TypeError)
     if jacobian is not None:
-        check_params_like("apply's gradient (it returns (gradient, new_state))", gradient, jacobian, skip=1)
+        check_params_like(f"the gradient of {name}", gradient, jacobian, skip=1)
         gradient = jax.tree.map(lambda g, rows: jnp.asarray(g, rows.dtype), gradient, jacobian)
-    return gradient, state
+    return gradient, new_state
 
 
 def visited(output: Any, memory: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.ArrayTree]:
     """What a visit returned."""
     new, statistic = _pair("visit", "(memory, statistic)", output)
-    check_same("visit's memory (it returns (memory, statistic))", new, memory)
+    check_same("the memory of visit, the first of (memory, statistic)", new, memory)
     return new, statistic
 
 
 def check_same(name: str, new: Any, old: Any) -> None:
-    """Raises unless what is new has the structure and the shapes of the old."""
+    """Raises unless what is new has the structure, the shapes and the kinds of numbers of the old."""
     found, expected = jax.tree.structure(new), jax.tree.structure(old)
     if found != expected:
-        reject(name, f"the structure that it had, {expected}", f"{found}", TypeError)
+        kinds = _kind(old), _kind(new)
+        was, now = kinds if kinds[0] != kinds[1] else (f"{expected}", f"{found}")
+        reject(name, f"what it was, {was}", now, TypeError)
     for (path, leaf), before in zip(jax.tree.leaves_with_path(new), jax.tree.leaves(old), strict=True):
+        where = f"{name}{jax.tree_util.keystr(path)}"
         if jnp.shape(leaf) != jnp.shape(before):
-            expected = f"shape {jnp.shape(before)}, as before"
-            reject(f"{name}{jax.tree_util.keystr(path)}", expected, f"shape {jnp.shape(leaf)}")
+            reject(where, f"shape {jnp.shape(before)}, as before", f"shape {jnp.shape(leaf)}")
+        # Another precision is cast back; a number that would be truncated, or a count that is none any more, is a slip.
+        now, was = jnp.result_type(leaf), jnp.result_type(before)
+        if jnp.issubdtype(now, jnp.floating) != jnp.issubdtype(was, jnp.floating):
+            reject(where, f"dtype {was}, as before", f"dtype {now}", TypeError)
 
 
 def _pair(where, expected, output):
@@ -92,3 +110,9 @@ def _described(output):
     parts = output if type(output) is tuple else (output,)
     names = [f"an array of shape {jnp.shape(x)}" if _is_array(x) else type(x).__name__ for x in parts]
     return f"({', '.join(names)})" if type(output) is tuple else names[0]
+
+
+def _kind(x):
+    """A state by its type and fields."""
+    fields = getattr(x, "_fields", None)
+    return type(x).__name__ if fields is None else f"{type(x).__name__}({', '.join(fields)})"

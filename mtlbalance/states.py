@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mtlbalance.hyperparameters import new_key
+from mtlbalance.hyperparameters import new_key_data
 
 
 class SeenState(NamedTuple):
@@ -42,16 +42,17 @@ def init_seen(tasks: int | tuple[int, ...], *_) -> SeenState:
     return SeenState(zero_counts(tasks))
 
 
-def init_seen_reading(read: Callable[[chex.Array, chex.ArrayDType], Any]) -> Callable[..., SeenState]:
-    """``init`` of a stateless method that has hyperparameters with one number per task.
+def init_seen_after(check: Callable[[chex.Array, chex.ArrayDType], Any]) -> Callable[..., SeenState]:
+    """``init`` of a stateless method whose arguments may not fit the tasks.
 
     Args:
-      read: ``(mask, dtype)``, which raises if they do not fit the tasks: in ``init``, before the training.
+      check: ``(mask, dtype)``, which raises then: what reads hyperparameters with one number per task will do. It is
+        called once in ``init``, so that its error comes before the training.
     """
 
     def init(tasks, *others):
         *_, dtype = others  # an aggregator's have the parameters before it
-        read(jnp.ones(tasks, bool), dtype)
+        check(jnp.ones(tasks, bool), dtype)
         return init_seen(tasks)
 
     return init
@@ -59,7 +60,7 @@ def init_seen_reading(read: Callable[[chex.Array, chex.ArrayDType], Any]) -> Cal
 
 def init_random(key: int | chex.Array) -> Callable[..., RandomState]:
     """``init`` of a method that remembers a key and nothing else."""
-    return lambda tasks, *_: RandomState(zero_counts(tasks), jax.random.key_data(new_key(key)))
+    return lambda tasks, *_: RandomState(zero_counts(tasks), new_key_data(key))
 
 
 def zero_counts(tasks: int | tuple[int, ...]) -> chex.Array:
@@ -90,7 +91,7 @@ def place(state: chex.ArrayTree, given: Any, jacobian_shaped: tuple[str, ...] = 
         if is_in(jacobian_shaped, path):
             return x
         is_placed = not isinstance(x, jax.core.Tracer) and _on_mesh(getattr(x, "sharding", None))
-        x = jnp.array(x, copy=True)
+        x = jnp.array(x, jnp.result_type(x), copy=True)  # with the dtype said, it is not weak
         return jax.device_put(x, NamedSharding(meshes[0], PartitionSpec())) if meshes and not is_placed else x
 
     return jax.tree_util.tree_map_with_path(leaf, state)
@@ -102,6 +103,11 @@ def place(state: chex.ArrayTree, given: Any, jacobian_shaped: tuple[str, ...] = 
 def count_seen(state, mask: chex.Array):
     """The state with ``seen`` one higher for every task present; it stops at the largest int32."""
     return state._replace(seen=jnp.where(mask, optax.safe_increment(state.seen), state.seen))
+
+
+def running_average(average: chex.Array, new: chex.Array, decay: chex.Numeric, seen: chex.Array) -> chex.Array:
+    """``decay * average + (1 - decay) * new``, for a task on its first call ``new`` itself."""
+    return jnp.where(seen == 0, new, decay * average + (1 - decay) * new)
 
 
 def split_key(state, impl):

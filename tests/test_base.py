@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import mtlbalance as mtl
 from mtlbalance import base, states
 from mtlbalance.states import SeenState, count_seen, init_seen
 
@@ -57,6 +58,11 @@ def apply_aggregator(init=init_seen, **functions):
 def apply_rowwise(init, visit, weigh=equal, **others):
     method = base.rowwise_aggregator(init, visit, weigh, **others)
     return method.apply(method.init((2, 3)), ROWS)
+
+
+def step_by_rows(method):
+    step = mtl.value_and_grad(lambda params: jnp.stack([params.sum(), 2 * params.sum()]), method, rows="stream")
+    return step(jnp.ones(3), method.init((2, 3)))
 
 
 def keep(memory, row, task):
@@ -117,29 +123,29 @@ MISTAKES = {
     "a new state of another shape": (
         lambda: apply_scalarizer(init_seen, lambda *given: (total(*given)[0], SeenState(jnp.zeros(5, jnp.int32)))),
         ValueError,
-        r"the new state.seen: expected shape \(2,\), as before, found shape \(5,\)",
+        r"the new state of apply.seen: expected shape \(2,\), as before, found shape \(5,\)",
     ),
     "a new state of another structure": (
         lambda: apply_scalarizer(init_seen, lambda *given: (total(*given)[0], Level(jnp.zeros(2)))),
         TypeError,
-        "the new state: expected the structure that it had, .*SeenState.*found .*Level",
+        r"the new state of apply: expected what it was, SeenState\(seen\), found Level\(level\)",
     ),
     "an epoch's end that forgets": (
         lambda: base.scalarizer(init_seen, total, end_epoch=lambda state: Level(state.seen)).end_epoch(init_seen(2)),
         TypeError,
-        "the new state of end_epoch: expected the structure that it had",
+        r"the new state of end_epoch: expected what it was, SeenState\(seen\), found Level\(level\)",
     ),
     "observed into another shape": (
         lambda: base.scalarizer(
             init_seen, total, observe=lambda state, values, mask: SeenState(jnp.zeros(3, jnp.int32))
         ).observe(init_seen(2), jnp.ones(2)),
         ValueError,
-        r"the new state.seen: expected shape \(2,\)",
+        r"the new state of observe.seen: expected shape \(2,\), as before, found shape \(3,\)",
     ),
     "(state, weights)": (
         lambda: apply_aggregator(gramian_weighting=lambda *given: equal(*given)[::-1]),
         TypeError,
-        r"weighting: expected \(weights, new_state\), the weights of shape \(2,\), found \(SeenState, an array",
+        r"gramian_weighting: expected \(weights, new_state\), the weights of shape \(2,\), found \(SeenState, an array",
     ),
     "one weight for all": (
         lambda: apply_aggregator(weighting=lambda state, jacobian, values, mask: (jnp.ones(()), state)),
@@ -149,7 +155,7 @@ MISTAKES = {
     "a gradient with the task axis": (
         lambda: apply_aggregator(apply=lambda state, jacobian, values, mask: (jacobian, state)),
         ValueError,
-        r"apply's gradient.*: expected shape \(3,\), found shape \(2, 3\)",
+        r"the gradient of apply: expected shape \(3,\), found shape \(2, 3\)",
     ),
     "a state without counts": (
         lambda: base.rowwise_aggregator(lambda m, params, dtype: Level(jnp.zeros(m)), keep, equal).init((2, 3)),
@@ -166,14 +172,60 @@ MISTAKES = {
         ValueError,
         "init: expected a state with a field 'log_var', found seen",
     ),
+    "(state, weights) after the visits": (
+        lambda: apply_rowwise(init_seen, keep, lambda *given: equal(*given)[::-1]),
+        TypeError,
+        r"weigh: expected \(weights, new_state\), the weights of shape \(2,\), found \(SeenState, an array",
+    ),
+    "(state, gradient)": (
+        lambda: apply_rowwise(init_seen, keep, None, finish=lambda state, *others: (state, jnp.zeros(3))),
+        TypeError,
+        r"finish: expected \(gradient, new_state\), found \(SeenState, an array of shape \(3,\)\)",
+    ),
+    "a gradient of another shape by rows": (
+        lambda: step_by_rows(
+            base.rowwise_aggregator(init_seen, keep, finish=lambda state, *others: (jnp.zeros(7), state))
+        ),
+        ValueError,
+        r"the gradient of finish: expected shape \(3,\), found shape \(7,\)",
+    ),
+    "counts that become numbers": (
+        lambda: base.scalarizer(init_seen, total, end_epoch=lambda state: SeenState(state.seen / 2)).end_epoch(
+            init_seen(2)
+        ),
+        TypeError,
+        "the new state of end_epoch.seen: expected dtype int32, as before, found dtype float32",
+    ),
+    "numbers that are truncated": (
+        lambda: apply_scalarizer(
+            lambda shape, dtype: Level(jnp.zeros(shape, dtype)),
+            lambda *given: (total(*given)[0], Level(jnp.ones(2, int))),
+        ),
+        TypeError,
+        "the new state of apply.level: expected dtype float32, as before, found dtype int32",
+    ),
+    "a memory without a task axis": (
+        lambda: apply_rowwise(
+            lambda m, params, dtype: Remembered(states.zero_counts(m), states.zeros_params(params, dtype)),
+            keep,
+            memory="averages",
+        ),
+        ValueError,
+        r"init: the field 'averages': expected a leading axis of 2, as states.zeros_jacobian makes it, found shape \(3,\)",
+    ),
     "(statistic, memory)": (
         lambda: apply_rowwise(
             remembering, lambda memory, row, task: (jnp.sum(row), memory), memory="averages", axis_name=None
         ),
         ValueError,
-        r"visit's memory \(it returns \(memory, statistic\)\): expected shape \(3,\), as before, found shape \(\)",
+        r"the memory of visit, the first of \(memory, statistic\): expected shape \(3,\), as before, found shape \(\)",
     ),
 }
+
+
+def test_a_python_number_in_a_state_becomes_a_strong_type():
+    method = base.scalarizer(lambda shape, dtype: Stepping(jnp.zeros(shape), 0.0, 1), total)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(method.init(2)))
 
 
 @pytest.mark.parametrize(("mistake", "error", "message"), MISTAKES.values(), ids=MISTAKES)

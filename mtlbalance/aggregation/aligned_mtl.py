@@ -5,13 +5,14 @@ https://arxiv.org/abs/2305.19000
 """
 
 from collections.abc import Hashable
+from functools import partial
 
 import chex
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import preference, reject
-from mtlbalance.states import count_seen, init_seen_reading
+from mtlbalance.states import count_seen, init_seen_after
 
 _SCALE_MODES = ("min", "median", "rmse")
 
@@ -60,8 +61,7 @@ def aligned_mtl(
     if scale_mode not in _SCALE_MODES:
         reject("scale_mode", f"one of {_SCALE_MODES}", f"{scale_mode!r}")
 
-    def preferences(mask, dtype):
-        return preference(pref_vector, mask, dtype)
+    preferences = partial(preference, pref_vector)
 
     def weigh(state, gramian, values, mask):
         del values
@@ -80,4 +80,4 @@ def aligned_mtl(
         aligned = jnp.dot(vectors, stretch * components, precision="highest")
         return jnp.where(n_kept > 0, aligned, preferred), count_seen(state, mask)
 
-    return base.aggregator(init_seen_reading(preferences), gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen_after(preferences), gramian_weighting=weigh, axis_name=axis_name)

@@ -5,12 +5,13 @@ https://arxiv.org/abs/2408.11104
 """
 
 from collections.abc import Hashable
+from functools import partial
 
 import chex
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import preference
-from mtlbalance.states import count_seen, init_seen_reading
+from mtlbalance.states import count_seen, init_seen_after
 
 
 def config(pref_vector: chex.ArrayTree | None = None, *, axis_name: Hashable | None = None) -> base.Aggregator:
@@ -50,12 +51,11 @@ def config(pref_vector: chex.ArrayTree | None = None, *, axis_name: Hashable | N
       Liu et al., `ConFIG <https://arxiv.org/abs/2408.11104>`_, ICLR 2025, eq. 2; https://github.com/tum-pbs/ConFIG.
     """
 
-    def preferences(mask, dtype):
-        return preference(pref_vector, mask, dtype)
+    preferences = partial(preference, pref_vector)
 
     def weigh(state, gramian, values, mask):
         del values
         preferred = preferences(mask, gramian.dtype)
         return numerics.conflict_free(gramian, preferred), count_seen(state, mask)
 
-    return base.aggregator(init_seen_reading(preferences), gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen_after(preferences), gramian_weighting=weigh, axis_name=axis_name)

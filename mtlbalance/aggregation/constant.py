@@ -4,7 +4,7 @@ import chex
 
 from mtlbalance import base
 from mtlbalance.hyperparameters import per_task
-from mtlbalance.states import count_seen, init_seen_reading
+from mtlbalance.states import count_seen, init_seen_after
 
 
 def constant(weights: chex.ArrayTree) -> base.Aggregator:
@@ -39,4 +39,4 @@ def constant(weights: chex.ArrayTree) -> base.Aggregator:
         del values
         return fixed_weights(mask, gramian.dtype), count_seen(state, mask)
 
-    return base.aggregator(init_seen_reading(fixed_weights), gramian_weighting=weigh)
+    return base.aggregator(init_seen_after(fixed_weights), gramian_weighting=weigh)

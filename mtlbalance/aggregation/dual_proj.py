@@ -5,13 +5,14 @@ https://arxiv.org/abs/1706.08840
 """
 
 from collections.abc import Hashable
+from functools import partial
 
 import chex
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import NONNEGATIVE, check, preference
 from mtlbalance.solvers import dual_cone
-from mtlbalance.states import count_seen, init_seen_reading
+from mtlbalance.states import count_seen, init_seen_after
 
 
 def dual_proj(
@@ -62,8 +63,7 @@ def dual_proj(
     check("reg_eps", reg_eps, NONNEGATIVE)
     check("norm_eps", norm_eps, NONNEGATIVE)
 
-    def preferences(mask, dtype):
-        return preference(pref_vector, mask, dtype)
+    preferences = partial(preference, pref_vector)
 
     def weigh(state, gramian, values, mask):
         del values
@@ -71,4 +71,4 @@ def dual_proj(
         regularized = numerics.regularized(gramian, reg_eps, norm_eps)
         return dual_cone(regularized, preferred, mask), count_seen(state, mask)
 
-    return base.aggregator(init_seen_reading(preferences), gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen_after(preferences), gramian_weighting=weigh, axis_name=axis_name)

@@ -111,12 +111,10 @@ def excess_mtl(
         # Eq. 7: the accumulator includes the gradient at hand.
         squares = jax.tree.map(lambda s, g: s + g * g, squared_gradients, gradient)
         excess = jax.tree.map(lambda s, g: g * (g * jax.lax.rsqrt(s + 1e-7)), squares, gradient)
-        return squares, total(excess)
+        return squares, total(excess, axis_name)
 
     def weigh(state, excess, values, mask):
         del values
-        if axis_name is not None:
-            excess = jax.lax.psum(excess, axis_name)
         warming_up = state.seen < n_warmup_steps
         unset = ~warming_up & (state.baseline == 0)
         gathered = state.baseline + excess / max(n_warmup_steps, 1)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
-from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, check, check_key, key_impl, new_key
+from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, check, check_key, key_impl, new_key_data
 from mtlbalance.states import count_seen, random_orders, zero_counts
 
 
@@ -84,7 +84,7 @@ def gradvac(
 
     def init(m, params, dtype):
         del params
-        return GradVacState(zero_counts(m), jnp.zeros((m, m), dtype), jax.random.key_data(new_key(key)))
+        return GradVacState(zero_counts(m), jnp.zeros((m, m), dtype), new_key_data(key))
 
     def weigh(state, gramian, values, mask):
         del values

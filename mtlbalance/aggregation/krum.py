@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.hyperparameters import check_int, reject
-from mtlbalance.states import count_seen, init_seen_reading
+from mtlbalance.states import count_seen, init_seen_after
 
 
 def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = None) -> base.Aggregator:
@@ -77,4 +77,4 @@ def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = 
         selected = (jnp.arange(n_selected) < n_best) / n_best.astype(gramian.dtype)
         return jnp.zeros(m, gramian.dtype).at[best].set(selected), count_seen(state, mask)
 
-    return base.aggregator(init_seen_reading(check_number), gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen_after(check_number), gramian_weighting=weigh, axis_name=axis_name)

@@ -92,10 +92,10 @@ def lr_annealing(
         del task
         sizes = jax.tree.map(jnp.abs, gradient)
         largest = jnp.max(jnp.stack([jnp.max(x, initial=0) for x in jax.tree.leaves(sizes)] or [jnp.zeros(())]))
-        added, count = jnp.asarray(total(sizes)), jnp.asarray(float(sum(x.size for x in jax.tree.leaves(sizes))))
+        added, count = jnp.asarray(total(sizes, axis_name)), float(sum(x.size for x in jax.tree.leaves(sizes)))
         if axis_name is not None:
             largest = jax.lax.pmax(largest, axis_name)
-            added, count = jax.lax.psum((added, count), axis_name)
+            count = jax.lax.psum(count, axis_name)
         return memory, (largest, added / jnp.maximum(count, 1))
 
     def weigh(state, statistics, values, mask):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.hyperparameters import check_int, reject
-from mtlbalance.states import count_seen, init_seen_reading
+from mtlbalance.states import count_seen, init_seen_after
 
 # Up to so many tasks the program sorts by comparisons written out one by one: each takes 1 to 2 ms to compile, and for
 # 128 tasks XLA no longer makes one pass of them.
@@ -83,7 +83,7 @@ def trimmed_mean(trim_number: int) -> base.Aggregator:
 
         return jax.tree.map(leaf, jacobian), count_seen(state, mask)
 
-    return base.aggregator(init_seen_reading(check_number), apply=apply)
+    return base.aggregator(init_seen_after(check_number), apply=apply)
 
 
 def _in_order(rows):

@@ -4,6 +4,7 @@ Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, http
 """
 
 from collections.abc import Hashable
+from functools import partial
 
 import chex
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import NONNEGATIVE, check, preference
 from mtlbalance.solvers import dual_cone
-from mtlbalance.states import count_seen, init_seen_reading
+from mtlbalance.states import count_seen, init_seen_after
 
 
 def upgrad(
@@ -65,8 +66,7 @@ def upgrad(
     check("reg_eps", reg_eps, NONNEGATIVE)
     check("norm_eps", norm_eps, NONNEGATIVE)
 
-    def preferences(mask, dtype):
-        return preference(pref_vector, mask, dtype)
+    preferences = partial(preference, pref_vector)
 
     def weigh(state, gramian, values, mask):
         del values
@@ -75,4 +75,4 @@ def upgrad(
         solutions = jax.vmap(lambda lower: dual_cone(regularized, lower, mask))(jnp.diag(preferred))
         return jnp.sum(solutions, axis=0), count_seen(state, mask)
 
-    return base.aggregator(init_seen_reading(preferences), gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init_seen_after(preferences), gramian_weighting=weigh, axis_name=axis_name)

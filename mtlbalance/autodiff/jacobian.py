@@ -15,10 +15,9 @@ from mtlbalance.autodiff.options import (
     check_per_task,
     check_rows,
     evaluate_at,
-    whole,
-    with_float0,
 )
 from mtlbalance.autodiff.point import Point, one_hot
+from mtlbalance.autodiff.subsets import whole, with_float0
 from mtlbalance.gramian import gramian
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import sums

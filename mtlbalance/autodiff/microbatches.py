@@ -26,7 +26,7 @@ def of_microbatches(point_of: Callable[..., Point], args: Any, n: int, axis: int
     first = jax.tree.map(lambda x: x[0], parts)
 
     def outputs_of(part, totals=None, read=lambda pullback: ()):
-        evaluated, result = point_of(part, totals).evaluate(read)
+        evaluated, result = point_of(part, totals).evaluate_and_pull(read)
         return (as_counted(evaluated.losses), evaluated.values, result), evaluated.aux
 
     def add_up(part_of, parts):

@@ -1,49 +1,22 @@
-"""The options of a step: which are allowed together, which parameters they select, and what they choose by default."""
+"""The options of a step: which are allowed together, and what they choose by default."""
 
 import numbers
-from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
 from mtlbalance.autodiff.microbatches import of_microbatches
 from mtlbalance.autodiff.point import Point, move_axis, n_bytes, of_features, of_losses, of_own_data
+from mtlbalance.autodiff.subsets import Subset
 from mtlbalance.contract import Aggregator, Scalarizer
 from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.losses import shape_of
+from mtlbalance.wrappers.plumbing import check_method
 
 # Bytes of a Jacobian up to which all rows are computed at once, and up to which they may be kept for speed alone.
 _SMALL, _LARGE = 4 * 2**20, 256 * 2**20
-
-Subset = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree]
-
-
-def subset(params: chex.ArrayTree, mask: Subset) -> chex.ArrayTree:
-    """The parameters that a mask selects, with :class:`optax.MaskedNode` in the place of the others.
-
-    For the state of a method that sees some of the parameters: ``method.init((m, mtl.subset(params, shared)))``.
-
-    Args:
-      params: any tree.
-      mask: a tree of booleans in the structure of ``params`` or a prefix of it, or a function from ``params`` to one.
-
-    Returns:
-      A tree with the selected leaves of ``params``.
-
-    Raises:
-      ValueError: if the mask has another structure.
-      TypeError: if it has anything but booleans that are known while tracing.
-
-    Example:
-      >>> import mtlbalance as mtl
-      >>> print(mtl.subset({"trunk": 1.0, "heads": {"a": 2.0, "b": 3.0}}, {"trunk": True, "heads": False}))
-      {'heads': {'a': MaskedNode(), 'b': MaskedNode()}, 'trunk': 1.0}
-    """
-    return select_subset(params, read_subset("mask", mask, params))
 
 
 def check_losses_fn(losses_fn: Any, shared: Subset | None, task_axis: int | None) -> None:
@@ -55,13 +28,9 @@ def check_losses_fn(losses_fn: Any, shared: Subset | None, task_axis: int | None
         reject("losses_fn", "one function with shared= or task_axis=", "a pair of trunk and heads")
 
 
-def check_method(method: Any, return_weights: bool, decide_on: Subset | None) -> None:
+def check_is_possible(method: Any, return_weights: bool, decide_on: Subset | None) -> None:
     """Raises unless a step can be taken by the method, and gives what is asked for."""
-    if not isinstance(method, Scalarizer | Aggregator):
-        reject("method", "a Scalarizer or an Aggregator", type(method).__name__, TypeError)
-    if method.learned:
-        reason = "a method with nothing left to learn: mtl.learn(method, optimizer) trains its fields"
-        reject("method", reason, f"learned={method.learned}")
+    check_method(method, "mtl.value_and_grad(losses_fn, mtl.learn(method, optimizer))")
     makes_weights = isinstance(method, Scalarizer) or method.weighting is not None
     for name, given in {"return_weights": return_weights, "decide_on": decide_on is not None}.items():
         if given and not makes_weights:
@@ -152,44 +121,3 @@ def check_per_task(values: chex.Array, state: Any = None) -> None:
     if values.ndim == 0 and not of_no_task:
         expected = "one loss for each task, as in jnp.stack([...]) or a dict"
         reject("losses_fn", expected, "a scalar: do not add the losses up")
-
-
-def read_subset(name: str, mask: Subset, params: chex.ArrayTree) -> chex.ArrayTree:
-    """A boolean for every leaf of the params."""
-    is_function = callable(mask) and jax.tree_util.all_leaves([mask])  # a module of booleans may be callable too
-    mask = mask(params) if is_function else mask
-    try:
-        full = jax.tree.broadcast(mask, params)
-    except ValueError as error:
-        expected = f"booleans in the params' structure, or in a prefix of it: {jax.tree.structure(params)}"
-        raise ValueError(f"{name}: expected {expected}, found {jax.tree.structure(mask)}") from error
-    for leaf in jax.tree.leaves(full):
-        if not isinstance(leaf, bool | np.bool_):
-            reject(name, "booleans, known while tracing", type(leaf).__name__, TypeError)
-    return full
-
-
-def select_subset(tree: chex.ArrayTree, mask: chex.ArrayTree) -> chex.ArrayTree:
-    """The leaves where the mask is true."""
-    return jax.tree.map(lambda selected, x: x if selected else optax.MaskedNode(), mask, tree)
-
-
-def join_subsets(mask: chex.ArrayTree, selected: chex.ArrayTree, others: chex.ArrayTree) -> chex.ArrayTree:
-    """``selected`` where the mask is true, which may have nothing elsewhere; else ``others``."""
-    return jax.tree.map(lambda first, x, y: x if first else y, mask, selected, others)
-
-
-def with_float0(gradient: chex.ArrayTree, params: chex.ArrayTree, lead: tuple[int, ...] = ()) -> chex.ArrayTree:
-    """Zeros of dtype ``float0`` in the place of integers' gradients, as JAX has them."""
-
-    def leaf(g, p):
-        if jnp.issubdtype(jnp.result_type(p), jnp.floating):
-            return g
-        return np.zeros((*lead, *jnp.shape(p)), jax.dtypes.float0)
-
-    return jax.tree.map(leaf, gradient, params)
-
-
-def whole(gradient: chex.ArrayTree) -> chex.ArrayTree:
-    """All of a gradient counts."""
-    return gradient

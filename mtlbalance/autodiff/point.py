@@ -51,26 +51,26 @@ class Point(NamedTuple):
 
     Attributes:
       evaluated: the losses there.
-      evaluate: ``(read) -> (evaluated, read(pullback))``. With micro-batches that is one pass over all of them, and
-        what ``read`` makes of each one's pull-back is added up: so ``read`` must be linear in it.
+      evaluate_and_pull: ``(read) -> (evaluated, read(pullback))``. With micro-batches that is one pass over all of
+        them, and what ``read`` makes of each one's pull-back is added up: so ``read`` must be linear in it.
     """
 
     evaluated: Evaluated
-    evaluate: Callable[..., tuple[Evaluated, Any]]
+    evaluate_and_pull: Callable[..., tuple[Evaluated, Any]]
 
     def pull(self, read: Callable[[Pullback], Any]) -> Any:
         """What ``read`` makes of the pull-back."""
-        return self.evaluate(read)[1]
+        return self.evaluate_and_pull(read)[1]
 
 
 def of_losses(losses_fn, params, args, kwargs, *, has_aux, totals=None) -> Point:
     """For a function that returns the losses of all tasks."""
 
-    def read(params):
+    def values_of(params):
         losses, aux = _with_aux(losses_fn(params, *args, **kwargs), has_aux)
         return _values(losses, totals), (losses, aux)
 
-    values, pull, outputs = jax.vjp(read, params, has_aux=True)
+    values, pull, outputs = jax.vjp(values_of, params, has_aux=True)
     weighted = _weighted(pull, values, params)
     row = lambda i: weighted(one_hot(i, values))
     rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n)
@@ -80,17 +80,17 @@ def of_losses(losses_fn, params, args, kwargs, *, has_aux, totals=None) -> Point
 def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Point:
     """For the loss function of one task, with a leading task axis on every positional argument."""
 
-    def read(params, task):
+    def value_of(params, task):
         part, total = task
         loss, aux = _with_aux(loss_fn(params, *part, **kwargs), has_aux)
         return _one_value("losses_fn", loss, total), (loss, aux)
 
     def gradient(task):
-        row, _ = jax.grad(read, has_aux=True, allow_int=True)(params, task)
+        row, _ = jax.grad(value_of, has_aux=True, allow_int=True)(params, task)
         return _without_float0(row, params)
 
     tasks = args, totals
-    values, pull, outputs = jax.vjp(lambda params: jax.vmap(read, (None, 0))(params, tasks), params, has_aux=True)
+    values, pull, outputs = jax.vjp(lambda params: jax.vmap(value_of, (None, 0))(params, tasks), params, has_aux=True)
     row = lambda i: gradient(jax.tree.map(lambda x: x[i], tasks))
     # Not pulled back from one-hot weights: that would differentiate every task's data for every row.
     rows = lambda restrict, n: _map(lambda task: restrict(gradient(task)), tasks, n)
@@ -113,11 +113,11 @@ def of_features(trunk_and_heads, params, args, kwargs, *, has_aux, totals=None) 
             reject(where, f"{expected} (heads get the trunk's arguments too)", f"dtype {x.dtype}", TypeError)
 
     def of_head(head, params, total):
-        def read(params, features):
+        def value_of(params, features):
             loss, aux = _with_aux(head(params, features, *args, **kwargs), has_aux)
             return _one_value("heads", loss, total), (loss, aux)
 
-        value, pull, output = jax.vjp(read, params, features, has_aux=True)
+        value, pull, output = jax.vjp(value_of, params, features, has_aux=True)
         gradient, row = pull(jnp.ones_like(value))
         return value, output, _without_float0(gradient, params), row
 

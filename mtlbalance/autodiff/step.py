@@ -12,26 +12,21 @@ import numpy as np
 from mtlbalance import base
 from mtlbalance.autodiff.jacobian import gramian_at
 from mtlbalance.autodiff.options import (
-    Subset,
     cheapest_rows,
     check_at,
+    check_is_possible,
     check_losses_fn,
-    check_method,
     check_params,
     check_per_task,
     evaluate_at,
-    join_subsets,
     possible_rows,
-    read_subset,
-    select_subset,
-    whole,
-    with_float0,
 )
 from mtlbalance.autodiff.point import Evaluated, pair_of
+from mtlbalance.autodiff.subsets import Subset, join_subsets, read_subset, select_subset, whole, with_float0
 from mtlbalance.contract import Aggregator, Scalarizer
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import reject
-from mtlbalance.losses import like_losses, present_rows, read_mask
+from mtlbalance.losses import check_params_like, like_losses, present_rows, read_mask
 
 
 def value_and_grad(
@@ -67,7 +62,7 @@ def value_and_grad(
       has_aux: ``losses_fn`` returns a pair ``(losses, aux)``; so do the trunk and every head.
       return_weights: also return one weight per task, in the structure of the losses.
       rows: how an aggregator's rows of the Jacobian are computed; the cheapest way by default.
-      shared: the parameters to balance, a mask as in :func:`optax.masked`; all by default.
+      shared: the parameters to balance, booleans as in :func:`optax.masked`; all by default.
       decide_on: the parameters on which weights are decided; the balanced ones by default.
       at: whether a method for a trunk and heads sees the gradients of its ``"parameters"`` or its ``"features"``.
       task_axis: the axis of all positional arguments after the state along which each task has its own data; none by
@@ -128,7 +123,7 @@ def value_and_grad(
       outputs are stacked. Keyword arguments are passed whole: give random keys as a batch of them.
 
       **Fewer decisions.** With a method wrapped in :func:`amortize`, ``grad_fn(..., refresh=False)`` takes the last
-      weights again, at the cost of one backward pass. ``decide_on``, a mask like ``shared``, decides the weights on
+      weights again, at the cost of one backward pass. ``decide_on``, booleans like ``shared``, decides the weights on
       some parameters (the last layer, norms, LoRA's) and applies them to all; the state is made for these:
       ``method.init((m, mtl.subset(params, decide_on)))``. Scalarizers decide on losses: nothing changes for them.
 
@@ -149,16 +144,16 @@ def value_and_grad(
     """
     has_features = isinstance(losses_fn, tuple)
     check_losses_fn(losses_fn, shared, task_axis)
-    check_method(method, return_weights, decide_on)
+    check_is_possible(method, return_weights, decide_on)
     check_at(at, has_features, decide_on, rows, microbatches)
     possible = possible_rows(method, rows, task_axis, microbatches)
 
     def grad_fn(params, state, /, *args, mask=None, refresh=None, **kwargs):
         check_params(params, allow_int)
-        mask_of_shared = pair_of(params).unflatten((True, False)) if has_features else shared
-        is_shared = None if mask_of_shared is None else read_subset("shared", mask_of_shared, params)
+        given = pair_of(params).unflatten((True, False)) if has_features else shared
+        is_shared = None if given is None else read_subset("shared", given, params)
         decides = is_shared if decide_on is None else read_subset("decide_on", decide_on, params)
-        restrict = whole if decides is None else partial(select_subset, mask=decides)
+        restrict = whole if decides is None else partial(select_subset, subset=decides)
 
         forms = {"has_aux": has_aux, "task_axis": task_axis, "microbatches": microbatches}
         point = evaluate_at(losses_fn, params, args, kwargs, **forms)
@@ -170,7 +165,9 @@ def value_and_grad(
 
         evaluated, new_state, weights, gradient = decision
         if gradient is None or decide_on is not None:
-            evaluated, gradient = point.evaluate(lambda pullback: _balanced(pullback, weights, present, is_shared))
+            evaluated, gradient = point.evaluate_and_pull(
+                lambda pullback: _balanced(pullback, weights, present, is_shared)
+            )
             if microbatches and refresh is None and isinstance(method, Scalarizer):
                 # The first pass over the micro-batches then serves the weights alone. Where they do not depend on the
                 # losses, as UW's do not, it is dead code, which XLA removes.
@@ -213,9 +210,9 @@ def _decide(method, state, point, present, restrict, rows, requested):
         weights, state = method.gramian_weighting.apply(state, gramian, **given)
         return _Decision(evaluated, state, weights, _combine(weights, jacobian, mask))
     if rows == "features":
-        evaluated, jacobian = point.evaluate(lambda pullback: pullback.features[0])
+        evaluated, jacobian = point.evaluate_and_pull(lambda pullback: pullback.features[0])
     else:
-        evaluated, jacobian = point.evaluate(lambda pullback: pullback.rows(restrict, rows))
+        evaluated, jacobian = point.evaluate_and_pull(lambda pullback: pullback.rows(restrict, rows))
     given = {"values": jnp.ravel(evaluated.values), "mask": mask}
     if method.weighting is not None:
         weights, state = method.weighting.apply(state, jacobian, **given)
@@ -258,7 +255,9 @@ def _decide_by_visits(rowwise, state, point, mask, restrict):
         weights, state = rowwise.weigh(state, statistics, **given)
         return _Decision(evaluated, state, weights)
     gradient, state = rowwise.finish(state, statistics, **given)
-    gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, jax.eval_shape(row, 0))
+    like = jax.eval_shape(row, 0)
+    check_params_like("the gradient of finish", gradient, like)
+    gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, like)
     return _Decision(evaluated, state, None, gradient)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.hyperparameters import per_task
-from mtlbalance.states import count_seen, init_seen_reading
+from mtlbalance.states import count_seen, init_seen_after
 
 
 def constant(weights: chex.ArrayTree) -> base.Scalarizer:
@@ -42,4 +42,4 @@ def constant(weights: chex.ArrayTree) -> base.Scalarizer:
         fixed = fixed_weights(mask, values.dtype)
         return jnp.sum(fixed * values, where=mask), count_seen(state, mask)
 
-    return base.scalarizer(init_seen_reading(fixed_weights), apply)
+    return base.scalarizer(init_seen_after(fixed_weights), apply)

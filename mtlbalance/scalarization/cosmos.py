@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import NONNEGATIVE, check, per_task
-from mtlbalance.states import count_seen, init_seen_reading
+from mtlbalance.states import count_seen, init_seen_after
 
 
 def cosmos(lambda_: chex.Numeric, weights: chex.ArrayTree) -> base.Scalarizer:
@@ -59,4 +59,4 @@ def cosmos(lambda_: chex.Numeric, weights: chex.ArrayTree) -> base.Scalarizer:
         cosine = jnp.sum(numerics.unit(preferred) * numerics.unit(values))
         return jnp.sum(preferred * values) - lambda_ * cosine, count_seen(state, mask)
 
-    return base.scalarizer(init_seen_reading(preferences), apply)
+    return base.scalarizer(init_seen_after(preferences), apply)

@@ -12,7 +12,7 @@ import optax
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import NONNEGATIVE, RATE, check
-from mtlbalance.states import select, zero_counts
+from mtlbalance.states import running_average, select, zero_counts
 
 
 class DTPState(NamedTuple):
@@ -82,7 +82,7 @@ def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer
         return numerics.weighted_sum(weights, values, mask), state
 
     def observe(state, values, mask):
-        kpi = jnp.where(state.observed == 0, values, alpha * values + (1 - alpha) * state.kpi)
+        kpi = running_average(state.kpi, values, 1 - alpha, state.observed)
         return select(mask, state._replace(kpi=kpi, observed=optax.safe_increment(state.observed)), state)
 
     return base.scalarizer(init, apply, observe=observe)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import NONNEGATIVE, Bound, check, per_task
-from mtlbalance.states import count_seen, init_seen_reading
+from mtlbalance.states import count_seen, init_seen_after
 
 
 def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
@@ -54,7 +54,7 @@ def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree 
     check("theta", theta, NONNEGATIVE)
 
     def preferences(mask, dtype):
-        bound = Bound("numbers of at least 0, not all 0", lambda w: (w >= 0) & np.any(w > 0))
+        bound = Bound("a number of at least 0, not all of them 0,", lambda w: (w >= 0) & np.any(w > 0))
         preferred = per_task("weights", weights, mask.shape, dtype, scalar=False, bound=bound)
         return preferred, per_task("reference", reference, mask.shape, dtype)
 
@@ -69,4 +69,4 @@ def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree 
         distance = scale * jnp.sqrt(jnp.sum(jnp.square(beside / scale)) + jnp.square(1e-6 / scale))
         return along + theta * distance, count_seen(state, mask)
 
-    return base.scalarizer(init_seen_reading(preferences), apply)
+    return base.scalarizer(init_seen_after(preferences), apply)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
-from mtlbalance.hyperparameters import FRACTION, POSITIVE_OR_INFINITE, check, check_key, key_impl, new_key
+from mtlbalance.hyperparameters import FRACTION, POSITIVE_OR_INFINITE, check, check_key, key_impl, new_key_data
 from mtlbalance.states import count_seen, split_key, zero_counts
 
 
@@ -93,9 +93,7 @@ def relobralo(
 
     def init(shape, dtype):
         zeros = jnp.zeros(shape, dtype)
-        return ReLoBRaLoState(
-            jnp.ones(shape, dtype), zeros, zeros, zero_counts(shape), jax.random.key_data(new_key(key))
-        )
+        return ReLoBRaLoState(jnp.ones(shape, dtype), zeros, zeros, zero_counts(shape), new_key_data(key))
 
     def apply(state, values, mask):
         draw_key, state = split_key(state, key_impl(key))

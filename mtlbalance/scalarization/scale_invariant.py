@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.hyperparameters import per_task
-from mtlbalance.states import count_seen, init_seen_reading
+from mtlbalance.states import count_seen, init_seen_after
 
 
 def scale_invariant(weights: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
@@ -54,4 +54,4 @@ def scale_invariant(weights: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
         logs = jnp.log(jnp.where(jnp.abs(values) < tiny, tiny, values))
         return jnp.sum(fixed * logs, where=mask), count_seen(state, mask)
 
-    return base.scalarizer(init_seen_reading(fixed_weights), apply)
+    return base.scalarizer(init_seen_after(fixed_weights), apply)

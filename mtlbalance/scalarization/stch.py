@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import POSITIVE, check, check_int, per_task, reject
-from mtlbalance.states import count_seen, init_seen_reading, zero_counts
+from mtlbalance.states import count_seen, init_seen_after, zero_counts
 
 
 class STCHState(NamedTuple):
@@ -111,7 +111,7 @@ def stch(
         return _smooth_max(preferred * (values - ideal), mu, mask), count_seen(state, mask)
 
     if n_warmup_epochs is None:
-        return base.scalarizer(init_seen_reading(preferences), apply)
+        return base.scalarizer(init_seen_after(preferences), apply)
 
     def init_warm_up(shape, dtype):
         zeros = zero_counts(shape)

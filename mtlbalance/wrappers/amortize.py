@@ -57,7 +57,7 @@ def amortize(method: Method) -> Method:
       >>> print([f"{x:.2f}" for x in state.last_weights], [f"{x:.2f}" for x in grads])
       ['0.80', '0.20'] ['0.80', '3.60']
     """
-    check_method(method, "amortize", makes_weights=True)
+    check_method(method, "amortize(learn(method, optimizer))", makes_weights=True)
 
     def start(shape, dtype, inner):
         return AmortizeState(jnp.full(shape, 1 / math.prod(shape), dtype), inner)

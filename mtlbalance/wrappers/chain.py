@@ -80,7 +80,7 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         return ChainState(scalarizer.init(jax.ShapeDtypeStruct((m,), dtype)), aggregator.init((m, params)))
 
     def factors(state, values, mask):
-        return base.weights_of(scalarizer, state.scalarizer, values, mask)
+        return base.weights_of(scalarizer, state.scalarizer, jax.lax.stop_gradient(values), mask)
 
     def apply(state, jacobian, values, mask):
         weights, first = factors(state, values, mask)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.hyperparameters import FRACTION, check, per_task, reject
-from mtlbalance.states import count_seen, zero_counts
+from mtlbalance.states import count_seen, running_average, zero_counts
 from mtlbalance.wrappers.plumbing import check_method, reweighted
 
 
@@ -68,7 +68,7 @@ def cr_mogm(
     """
     if not isinstance(method, base.Aggregator):
         reject("method", "an Aggregator", type(method).__name__, TypeError)
-    check_method(method, "cr_mogm", makes_weights=True)
+    check_method(method, "cr_mogm(learn(method, optimizer))", makes_weights=True)
     check("alpha", alpha, FRACTION)
 
     def start(shape, dtype, inner):
@@ -79,10 +79,10 @@ def cr_mogm(
         return CRMOGMState(zero_counts(shape), weights, inner)
 
     def smooth(state, weights, mask):
-        first = (state.seen == 0) & (initial_weights is None)
-        weights = jnp.where(first, weights, alpha * state.weights + (1 - alpha) * weights)
+        seen = state.seen if initial_weights is None else 1  # what is given is an average already
+        weights = running_average(state.weights, weights, alpha, seen)
         return weights, count_seen(state._replace(weights=jnp.where(mask, weights, state.weights)), mask)
 
-    # Those that a refresh of the method inside would show, and has shown.
+    # Only where the method inside keeps its weights can a step go without a refresh.
     last_weights = method.last_weights and (lambda state: state.weights)
     return reweighted(method, start, smooth, last_weights=last_weights)

@@ -56,8 +56,9 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
       >>> print(scalar, state.inner.log_var)
       2.5 [0.   0.15]
     """
-    if not getattr(method, "learned", ()):
-        reject("method", "a Scalarizer with learned fields", f"learned={getattr(method, 'learned', None)}")
+    if not isinstance(method, base.Scalarizer) or not method.learned:
+        found = f"learned={method.learned}" if isinstance(method, base.Scalarizer) else type(method).__name__
+        reject("method", "a Scalarizer with learned fields", found)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def learned_fields(state):

@@ -15,13 +15,12 @@ from mtlbalance.hyperparameters import reject
 Method = TypeVar("Method", Scalarizer, Aggregator)
 
 
-def check_method(method: Any, wrapper: str, *, makes_weights: bool = False) -> None:
-    """Raises unless this is a method with nothing left to learn, and one that makes weights if that is asked for."""
+def check_method(method: Any, usage: str, *, makes_weights: bool = False) -> None:
+    """Raises unless this is a method with nothing left to learn, as in ``usage``, and makes weights if it must."""
     if not isinstance(method, Scalarizer | Aggregator):
         reject("method", "a Scalarizer or an Aggregator", type(method).__name__, TypeError)
     if method.learned:
-        expected = f"a method with nothing left to learn, as in {wrapper}(learn(method, optimizer))"
-        reject("method", expected, f"learned={method.learned}")
+        reject("method", f"a method with nothing left to learn, as in {usage}", f"learned={method.learned}")
     if makes_weights and isinstance(method, Aggregator) and method.weighting is None:
         reject("method", "an aggregator that makes weights", "one without a weighting")
 
@@ -91,7 +90,7 @@ def _reweighted_scalarizer(method, start, change, hooks, keeps_scalar):
         return start(shape, dtype, method.init(jax.ShapeDtypeStruct(shape, dtype)))
 
     def apply(state, values, mask):
-        weights, inner = base.weights_of(method, state.inner, values, mask)
+        weights, inner = base.weights_of(method, state.inner, jax.lax.stop_gradient(values), mask)
         weights, new_state = change(state._replace(inner=inner), weights, mask)
         if keeps_scalar:
             return method.apply(state.inner, values, mask=mask)[0], new_state

@@ -63,7 +63,7 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
       >>> print(scalar, state.nonfinite, state.skipped, state.inner.count)
       nan [0 1] 1 [0 0]
     """
-    check_method(method, "skip_nonfinite")
+    check_method(method, "skip_nonfinite(learn(method, optimizer))")
     guard = partial(_advance, jacobian_shaped=method.jacobian_shaped, axis_name=axis_name)
 
     def observe(state, values, mask):

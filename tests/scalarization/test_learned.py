@@ -42,9 +42,9 @@ def test_a_start_of_another_length_raises():
 
 
 def test_a_start_of_zero_raises_where_nothing_would_move():
-    with pytest.raises(ValueError, match=r"initial_sigma: expected a number other than 0, found 0\.0"):
+    with pytest.raises(ValueError, match=r"initial_sigma: expected a number other than 0 for each task, found 0\.0"):
         scalarization.revised_uw(0.0).init(3)
-    with pytest.raises(ValueError, match="initial_multipliers: expected a number other than 0, found"):
+    with pytest.raises(ValueError, match="initial_multipliers: expected a number other than 0 for each task, found"):
         scalarization.self_adaptive([1.0, 0.0, 1.0]).init(3)
 
 

@@ -1,0 +1,78 @@
+"""Which parameters a method sees: trees of booleans, what they select, and how it is put together again."""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mtlbalance.hyperparameters import reject
+
+Subset = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree]
+
+
+def subset(params: chex.ArrayTree, mask: Subset) -> chex.ArrayTree:
+    """The parameters that a mask selects, with :class:`optax.MaskedNode` in the place of the others.
+
+    For the state of a method that sees some of the parameters: ``method.init((m, mtl.subset(params, shared)))``.
+
+    Args:
+      params: any tree.
+      mask: a tree of booleans in the structure of ``params`` or a prefix of it, or a function from ``params`` to one.
+
+    Returns:
+      A tree with the selected leaves of ``params``.
+
+    Raises:
+      ValueError: if the mask has another structure.
+      TypeError: if it has anything but booleans that are known while tracing.
+
+    Example:
+      >>> import mtlbalance as mtl
+      >>> print(mtl.subset({"trunk": 1.0, "heads": {"a": 2.0, "b": 3.0}}, {"trunk": True, "heads": False}))
+      {'heads': {'a': MaskedNode(), 'b': MaskedNode()}, 'trunk': 1.0}
+    """
+    return select_subset(params, read_subset("mask", mask, params))
+
+
+def read_subset(name: str, subset: Subset, params: chex.ArrayTree) -> chex.ArrayTree:
+    """A boolean for every leaf of the params."""
+    is_function = callable(subset) and jax.tree_util.all_leaves([subset])  # a module of booleans may be callable too
+    subset = subset(params) if is_function else subset
+    try:
+        full = jax.tree.broadcast(subset, params)
+    except ValueError as error:
+        expected = f"booleans in the params' structure, or in a prefix of it: {jax.tree.structure(params)}"
+        raise ValueError(f"{name}: expected {expected}, found {jax.tree.structure(subset)}") from error
+    for leaf in jax.tree.leaves(full):
+        if not isinstance(leaf, bool | np.bool_):
+            reject(name, "booleans, known while tracing", type(leaf).__name__, TypeError)
+    return full
+
+
+def select_subset(tree: chex.ArrayTree, subset: chex.ArrayTree) -> chex.ArrayTree:
+    """The leaves that are in the subset."""
+    return jax.tree.map(lambda selected, x: x if selected else optax.MaskedNode(), subset, tree)
+
+
+def join_subsets(subset: chex.ArrayTree, selected: chex.ArrayTree, others: chex.ArrayTree) -> chex.ArrayTree:
+    """``selected`` where a leaf is in the subset, which may have nothing elsewhere; else ``others``."""
+    return jax.tree.map(lambda first, x, y: x if first else y, subset, selected, others)
+
+
+def with_float0(gradient: chex.ArrayTree, params: chex.ArrayTree, lead: tuple[int, ...] = ()) -> chex.ArrayTree:
+    """Zeros of dtype ``float0`` in the place of integers' gradients, as JAX has them."""
+
+    def leaf(g, p):
+        if jnp.issubdtype(jnp.result_type(p), jnp.floating):
+            return g
+        return np.zeros((*lead, *jnp.shape(p)), jax.dtypes.float0)
+
+    return jax.tree.map(leaf, gradient, params)
+
+
+def whole(gradient: chex.ArrayTree) -> chex.ArrayTree:
+    """All of a gradient counts."""
+    return gradient
