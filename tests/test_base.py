@@ -211,7 +211,7 @@ MISTAKES = {
             memory="averages",
         ),
         ValueError,
-        r"init: the field 'averages': expected a leading axis of 2, as states.zeros_jacobian makes it, found shape \(3,\)",
+        r"init: the field 'averages': expected a leading axis of 2, as states.zeros_jacobian.*found shape \(3,\)",
     ),
     "(statistic, memory)": (
         lambda: apply_rowwise(

@@ -564,3 +564,16 @@ def test_keyword_arguments_may_have_our_names():
     np.testing.assert_allclose(gradient, [6.0, 6.0])
     _, jacobian = mtl.value_and_jac(losses)(jnp.ones(2), state=2.0, params=3.0)
     np.testing.assert_allclose(jacobian[:, 0], [0.0, 6.0, 12.0])
+
+
+def test_what_a_step_and_its_weights_are_made_of_may_be_differentiated_again():
+    """Of a scalarizer that is not linear in the losses: second derivatives through the weights."""
+    method, params = scalarization.scale_invariant(), jnp.array([0.5, -1.5])
+    losses_fn = lambda p: jnp.stack([1 + jnp.sum(p**2), jnp.sum(jnp.exp(p))])
+    state = method.init(2)
+    step = mtl.value_and_grad(losses_fn, method)
+    hessian = jax.hessian(lambda p: method.apply(state, losses_fn(p))[0])
+    np.testing.assert_allclose(jax.jacobian(lambda p: step(p, state)[1])(params), hessian(params), rtol=1e-5)
+    weights = lambda losses: mtl.diagnostics.effective_weights(method, state, losses)
+    losses = losses_fn(params)
+    np.testing.assert_allclose(jax.jacobian(weights)(losses), jnp.diag(-1 / losses**2), rtol=1e-6)
