@@ -7,6 +7,7 @@ import pytest
 
 from mtlbalance import aggregation, scalarization
 from tests.catalogue import AGGREGATORS, SCALARIZERS
+from tests.conformance import conftest
 
 FAMILIES = [(scalarization, SCALARIZERS), (aggregation, AGGREGATORS)]
 
@@ -39,3 +40,16 @@ def test_every_float_hyperparameter_is_swept(family, cases):
 def test_every_sweep_compares(case):
     """A single value, or the same twice, would compare nothing."""
     assert all(len(set(values)) == len(values) > 1 for values in case.hyperparameters.values())
+
+
+def test_a_catalogue_of_ones_own(tmp_path):
+    """What ``pytest tests/conformance --catalogue FILE`` reads, and what it says of a file that is none."""
+    file = tmp_path / "methods.py"
+    file.write_text("from tests.catalogue import Case, following\nSCALARIZERS = [Case('mine', following)]\n")
+    (built,) = conftest.build(vars(conftest.load(file)), file)
+    assert (built.family, built.case.name) == ("scalarization", "mine")
+    file.write_text("")
+    with pytest.raises(pytest.UsageError, match=r"SCALARIZERS or AGGREGATORS.*found neither"):
+        conftest.build(vars(conftest.load(file)), file)
+    with pytest.raises(pytest.UsageError, match="found no such file"):
+        conftest.load(tmp_path / "nothing.py")

@@ -13,36 +13,40 @@ from tests import catalogue
 from tests.conformance.helpers import Built
 
 FAMILIES = {"scalarizer": "scalarization", "aggregator": "aggregation"}
+ARGUMENTS = {"built", *FAMILIES}
 LISTS = {"SCALARIZERS": "scalarization", "AGGREGATORS": "aggregation"}
 
 
 def pytest_configure(config):
     path = config.getoption("catalogue")
-    rows = vars(load(path) if path else catalogue)
-    config.built = [Built(case, family) for name, family in LISTS.items() for case in rows.get(name, ())]
-    if not config.built:
-        wrong(path, "neither")
+    config.built = build(vars(load(path) if path else catalogue), path)
     # A user's own methods get every check.
     config.first_of_kind = {} if path else {built.kind: built for built in reversed(config.built)}
 
 
+def build(rows, path=None):
+    """The cases in a catalogue, whose lists may be one only."""
+    cases = [Built(case, family) for name, family in LISTS.items() for case in rows.get(name, ())]
+    return cases or reject(path, "neither")
+
+
 def load(path):
     if not Path(path).is_file():
-        wrong(path, "no file")
+        reject(path, "no such file")
     spec = importlib.util.spec_from_file_location("users_catalogue", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def wrong(path, found):
+def reject(path, found):
     expected = "a Python file that defines SCALARIZERS or AGGREGATORS, lists of tests.catalogue.Case"
     raise pytest.UsageError(f"--catalogue {path}: expected {expected}, found {found}")
 
 
 def pytest_generate_tests(metafunc):
     """``built`` stands for every case, ``scalarizer`` and ``aggregator`` for those of one family."""
-    for argument in {"built", *FAMILIES} & set(metafunc.fixturenames):
+    for argument in ARGUMENTS & set(metafunc.fixturenames):
         only = [mark.args[0] for mark in metafunc.definition.iter_markers("cases")]
         chosen = [
             built
@@ -64,6 +68,8 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.xdist_group(f"{built.family}-{built.case.name}"))
         if item.get_closest_marker("one_of_a_kind") and config.first_of_kind.get(built.kind, built) is not built:
             item.add_marker(pytest.mark.slow)
+    # A check for which a user's catalogue has no case would be reported as skipped.
+    found = [(built, item) for built, item in found if built or not ARGUMENTS & set(getattr(item, "fixturenames", ()))]
     order = {None: -1} | {built: i for i, built in enumerate(config.built)}
     items[:] = [item for _, item in sorted(found, key=lambda pair: order[pair[0]])]
 
