@@ -35,7 +35,7 @@ def running_scale(decay=0.99):
         return RunningScaleState(states.zero_counts(shape), jnp.zeros(shape, dtype))
 
     def apply(state, values, mask):  # mask: which tasks are there; the others keep what is remembered of them
-        moved = jnp.where(state.seen == 0, values, decay * state.average + (1 - decay) * values)
+        moved = states.running_average(state.average, values, decay, state.seen)
         weights = numerics.ratio(1.0, moved)  # finite for a loss of zero, too
         state = state._replace(average=jnp.where(mask, moved, state.average))
         return numerics.weighted_sum(weights, values, mask), states.count_seen(state, mask)

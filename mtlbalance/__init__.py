@@ -1,6 +1,16 @@
 """Balance several losses while training one model, in JAX."""
 
-from mtlbalance import aggregation, base, diagnostics, gramian, hyperparameters, numerics, scalarization, states
+from mtlbalance import (
+    aggregation,
+    base,
+    diagnostics,
+    gramian,
+    hyperparameters,
+    numerics,
+    scalarization,
+    solvers,
+    states,
+)
 from mtlbalance.autodiff import subset, value_and_grad, value_and_gramian, value_and_jac
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Weighting
 from mtlbalance.losses import Counted
@@ -40,6 +50,7 @@ __all__ = [
     "numerics",
     "scalarization",
     "skip_nonfinite",
+    "solvers",
     "states",
     "subset",
     "value_and_grad",

@@ -22,11 +22,12 @@ class Case(NamedTuple):
     Attributes:
       name: for the test's id.
       make: builds the method; takes the keywords of ``hyperparameters`` and, where ``sharded``, ``axis_name``.
-      hyperparameters: float hyperparameters and three values of each, to be mapped over.
+      hyperparameters: float hyperparameters and two or more values of each, to be mapped over; the second is the one
+        that serves while another one is varied.
       draws: the weights are drawn at random, so that subsets of tasks agree in distribution only.
       sharded: takes ``axis_name``.
       per_task: ``make`` takes the indices of the ``tasks`` that it is for.
-      nonlinear: the scalar is not linear in the losses at a given state.
+      nonlinear: the scalar is not linear in the losses at a given state, its constants of differentiation held.
       needs_positive: a negative loss makes the scalar NaN.
       largest: the largest loss that must not overflow.
       fewest_tasks: the method refuses fewer.

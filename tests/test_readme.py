@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -17,6 +19,25 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block-{i}" for i in range(len(BLOCKS))])
 def test_code_block_runs_on_its_own(block):
     exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_template_of_a_method_passes_the_checks(tmp_path):
+    """Of every method, with the row that stands below it."""
+    blocks = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
+    template = tmp_path / "my_methods.py"
+    template.write_text("\n".join(blocks))
+    command = [sys.executable, "-m", "pytest", "tests/conformance", "--catalogue", template, "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50
+
+
+def test_how_to_contribute_fits_a_hundred_lines():
+    assert len(CONTRIBUTING.splitlines()) <= 100
 
 
 def test_there_are_code_blocks():

@@ -26,8 +26,15 @@ def pytest_configure(config):
 
 def build(rows, path=None):
     """The cases in a catalogue, whose lists may be one only."""
-    cases = [Built(case, family) for name, family in LISTS.items() for case in rows.get(name, ())]
-    return cases or reject(path, "neither")
+    cases = [(case, family) for name, family in LISTS.items() for case in rows.get(name, ())]
+    return [build_one(path, *case) for case in cases] or reject(path, "neither, or empty ones")
+
+
+def build_one(path, case, family):
+    try:
+        return Built(case, family)
+    except Exception as error:
+        raise pytest.UsageError(f"--catalogue {path}: {case.name} cannot be built: {error}") from error
 
 
 def load(path):
@@ -35,7 +42,10 @@ def load(path):
         reject(path, "no such file")
     spec = importlib.util.spec_from_file_location("users_catalogue", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise pytest.UsageError(f"--catalogue {path}: {type(error).__name__}: {error}") from error
     return module
 
 

@@ -30,12 +30,12 @@ class Built:
     def kind(self):
         """What the boundary and the engine can tell of a method; they treat methods of one kind alike.
 
-        The paths it offers, its hooks, what its state is made of; or, for a wrapper, which one.
+        The paths it offers, its hooks, what its state is made of; or, for a wrapper, which one, and around what.
         """
         state = jax.eval_shape(self.init)
-        if wrappers := wrappers_of(state):
-            return self.family, *wrappers
         rowwise = getattr(self.method, "rowwise", None)
+        if wrappers := wrappers_of(state):
+            return self.family, *wrappers, bool(rowwise), bool(self.method.jacobian_shaped)
         kind = {
             "weighting": getattr(self.method, "weighting", None),
             "gramian_weighting": getattr(self.method, "gramian_weighting", None),

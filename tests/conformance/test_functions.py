@@ -66,6 +66,8 @@ def test_vmap_over_float_hyperparameters_gives_what_a_loop_gives(built):
     swept, xs = built.case.hyperparameters, built.stack(5)
     usual = {name: values[1] for name, values in swept.items()}
     settings = [usual | {name: value} for name, values in swept.items() for value in values]
+    for setting in settings:
+        built.case.make(**setting)  # within its bounds, which a traced one does not show
 
     def run(given, xs):
         method = built.case.make(**given)
