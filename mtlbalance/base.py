@@ -18,7 +18,6 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -59,6 +58,9 @@ def scalarizer(
       observe: ``(state, values, mask) -> new_state``.
       learned: state fields that are trained by gradient.
       last_weights: ``(state) -> weights`` of the last call, for a method that keeps them.
+
+    Returns:
+      A :class:`~mtlbalance.Scalarizer`.
 
     Raises:
       TypeError: when it is used, if a function returns something else; the error says what and which.
@@ -127,9 +129,25 @@ def aggregator(
       reads_losses: whether a call without ``values`` is an error.
       axis_name: mapped axis over which parameters are split, for the Gramian.
 
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with a weighting of whatever weighs, and ``rowwise`` if given.
+
     Raises:
       TypeError: if no function weighs or combines; when it is used, if one returns something else than it should.
       ValueError: from ``init``, if the state's first leaf has not one entry per task, or a field is not there.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import base, numerics, states
+      >>> def agreeing():  # each gradient by its inner product with the sum of all, if that is positive
+      ...     def weigh(state, gramian, values, mask):
+      ...         weights = numerics.normalize(jnp.maximum(jnp.sum(gramian, axis=1), 0), mask)
+      ...         return weights, states.count_seen(state, mask)
+      ...     return base.aggregator(states.init_seen, gramian_weighting=weigh)
+      >>> method = agreeing()
+      >>> gradient, state = method.apply(method.init((2, 2)), jnp.array([[3.0, 0.0], [-1.0, 1.0]]))
+      >>> print(gradient)
+      [3. 0.]
     """
     if weighting is None and gramian_weighting is not None:
         weighting = _of_gramian(gramian_weighting, axis_name)
@@ -196,9 +214,34 @@ def rowwise_aggregator(
         by default.
       **others: as in :func:`aggregator`.
 
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with ``rowwise``, and a weighting if there is ``weigh``.
+
     Raises:
       TypeError: unless there is one of ``weigh`` and ``finish``; and as :func:`aggregator`.
-      ValueError: as :func:`aggregator`.
+      ValueError: as :func:`aggregator`; and if a leaf of ``memory`` has not one row per task.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from typing import Any, NamedTuple
+      >>> from mtlbalance import base, gramian, states
+      >>> class LastState(NamedTuple):
+      ...     seen: Any
+      ...     last: Any
+      >>> def persistent():  # each gradient weighs as much as it agrees with the one before
+      ...     def init(m, params, dtype):
+      ...         return LastState(states.zero_counts(m), states.zeros_jacobian(m, params, dtype))
+      ...     def visit(last, row, task):
+      ...         product = gramian.total(jax.tree.map(jnp.multiply, last, row))
+      ...         return jax.tree.map(lambda old, new: jnp.where(task.present, new, old), last, row), product
+      ...     def weigh(state, products, values, mask):
+      ...         return jnp.maximum(products, 0), states.count_seen(state, mask)
+      ...     return base.rowwise_aggregator(init, visit, weigh, memory="last")
+      >>> method, rows = persistent(), jnp.array([[1.0, 0.0], [0.0, 2.0]])
+      >>> gradient, state = method.apply(method.init((2, 2)), rows)
+      >>> gradient, state = method.apply(state, rows)
+      >>> print(gradient)
+      [1. 8.]
     """
     if (weigh is None) == (finish is None):
         reject("rowwise_aggregator", "one of weigh and finish", "none" if weigh is None else "both", TypeError)
@@ -269,6 +312,9 @@ def norms_aggregator(
       axis_name: mapped axis over which parameters are split.
       **others: as in :func:`aggregator`.
 
+    Returns:
+      An :class:`~mtlbalance.Aggregator` with ``weighting``, ``gramian_weighting`` and ``rowwise``.
+
     Raises:
       TypeError: as :func:`aggregator`.
       ValueError: as :func:`aggregator`.
@@ -282,14 +328,6 @@ def norms_aggregator(
         return weigh(state, jnp.maximum(jnp.diagonal(gramian), 0), values, mask)
 
     return rowwise_aggregator(init, visit, weigh, gramian_weighting=of_gramian, axis_name=axis_name, **others)
-
-
-def weights_of(method: Scalarizer, state: Any, values: chex.Array, mask: chex.Array | None) -> tuple[chex.Array, Any]:
-    """A scalarizer's weights, which are the derivative of its scalar, and its new state.
-
-    The weights may be differentiated in turn: where they are to be constants, stop the gradient of the values.
-    """
-    return jax.grad(lambda values: method.apply(state, values, mask=mask), has_aux=True)(values)
 
 
 def _of_gramian(gramian_weighting, axis_name):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
+import jax
 
 Hook = Callable[..., Any]
 
@@ -111,3 +112,11 @@ class Aggregator(NamedTuple):
     learned: tuple[str, ...] = ()
     jacobian_shaped: tuple[str, ...] = ()
     last_weights: Callable[..., Any] | None = None
+
+
+def weights_of(method: Scalarizer, state: Any, values: chex.Array, mask: chex.Array | None) -> tuple[chex.Array, Any]:
+    """A scalarizer's weights, which are the derivative of its scalar, and its new state.
+
+    The weights may be differentiated in turn: where they are to be constants, stop the gradient of the values.
+    """
+    return jax.grad(lambda values: method.apply(state, values, mask=mask), has_aux=True)(values)

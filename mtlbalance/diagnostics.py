@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.contract import weights_of
 from mtlbalance.gramian import gramian as inner_products
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import (
@@ -54,8 +55,8 @@ def cosine_similarities(
     Example:
       >>> import jax.numpy as jnp
       >>> from mtlbalance import diagnostics, gramian
-      >>> products = gramian.gramian(jnp.array([[1.0, 0.0], [-3.0, 4.0]]))
-      >>> cosines = diagnostics.cosine_similarities(products, {"lift": 0.5, "drag": 2.0})
+      >>> inner_products = gramian.gramian(jnp.array([[1.0, 0.0], [-3.0, 4.0]]))
+      >>> cosines = diagnostics.cosine_similarities(inner_products, {"lift": 0.5, "drag": 2.0})
       >>> print(f"{cosines['lift']['drag']:.2f}")
       -0.60
     """
@@ -90,8 +91,8 @@ def conflicts(
     Example:
       >>> import jax.numpy as jnp
       >>> from mtlbalance import diagnostics, gramian
-      >>> products = gramian.gramian(jnp.array([[1.0, 0.0], [-3.0, 4.0], [1.0, 1.0]]))
-      >>> print(diagnostics.conflicts(products))
+      >>> inner_products = gramian.gramian(jnp.array([[1.0, 0.0], [-3.0, 4.0], [1.0, 1.0]]))
+      >>> print(diagnostics.conflicts(inner_products))
       [[False  True False]
        [ True False False]
        [False False False]]
@@ -125,8 +126,8 @@ def magnitude_ratios(
     Example:
       >>> import jax.numpy as jnp
       >>> from mtlbalance import diagnostics, gramian
-      >>> products = gramian.gramian(jnp.array([[1.0, 0.0], [-1.8, 2.4]]))
-      >>> print(diagnostics.magnitude_ratios(products))
+      >>> inner_products = gramian.gramian(jnp.array([[1.0, 0.0], [-1.8, 2.4]]))
+      >>> print(diagnostics.magnitude_ratios(inner_products))
       [0.5 1.5]
 
     References:
@@ -272,7 +273,7 @@ def effective_weights(
     if mask is not None:
         mask = read_mask(mask, values, array.shape)
         present = mask if present is None else mask & present
-    weights, _ = base.weights_of(scalarizer, state, array, present)
+    weights, _ = weights_of(scalarizer, state, array, present)
     return like_losses(weights, values)
 
 

@@ -76,8 +76,8 @@ def sdmgrad(
       ...     return jnp.stack([jnp.mean((params - batch) ** 2), jnp.mean((params + batch) ** 2)])
       >>> params, batch_1, batch_2, batch_3 = jnp.array([[0.5, 1.0], [2.0, 1.0], [3.0, 1.0], [1.0, 2.0]])
       >>> jacobian_1, jacobian_2 = (jax.jacrev(losses)(params, batch) for batch in (batch_1, batch_2))
-      >>> products = gramian(jacobian_1, jacobian_2)
-      >>> weights, state = method.gramian_weighting.apply(method.gramian_weighting.init(2), products)
+      >>> inner_products = gramian(jacobian_1, jacobian_2)
+      >>> weights, state = method.gramian_weighting.apply(method.gramian_weighting.init(2), inner_products)
       >>> print([f"{weight:.4f}" for weight in weights])
       ['0.6427', '0.3573']
       >>> gradient = jax.grad(lambda params: weights @ losses(params, batch_3))(params)

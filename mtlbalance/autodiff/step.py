@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtlbalance import base
 from mtlbalance.autodiff.jacobian import gramian_at
 from mtlbalance.autodiff.options import (
     cheapest_rows,
@@ -23,7 +22,7 @@ from mtlbalance.autodiff.options import (
 )
 from mtlbalance.autodiff.point import Evaluated, pair_of
 from mtlbalance.autodiff.subsets import Subset, join_subsets, read_subset, select_subset, whole, with_float0
-from mtlbalance.contract import Aggregator, Scalarizer
+from mtlbalance.contract import Aggregator, Scalarizer, weights_of
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import check_params_like, like_losses, present_rows, read_mask
@@ -171,7 +170,7 @@ def value_and_grad(
             if microbatches and refresh is None and isinstance(method, Scalarizer):
                 # The first pass over the micro-batches then serves the weights alone. Where they do not depend on the
                 # losses, as UW's do not, it is dead code, which XLA removes.
-                _, new_state = base.weights_of(method, state, evaluated.values, present)
+                _, new_state = weights_of(method, state, evaluated.values, present)
         elif is_shared is not None:
             plain = point.pull(lambda pullback: pullback.weighted(_ones(evaluated.values, present), present))
             gradient = join_subsets(is_shared, gradient, plain)
@@ -198,7 +197,7 @@ class _Decision(NamedTuple):
 
 def _decide(method, state, point, present, restrict, rows, requested):
     if isinstance(method, Scalarizer):
-        weights, state = base.weights_of(method, state, point.evaluated.values, present)
+        weights, state = weights_of(method, state, point.evaluated.values, present)
         return _Decision(None, state, weights)
     mask = None if present is None else jnp.ravel(present)
     if rows == "stream":

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base
-from mtlbalance.contract import Rowwise
+from mtlbalance.contract import Rowwise, weights_of
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import broadcast_to_rows
 from mtlbalance.wrappers.plumbing import within
@@ -80,7 +80,7 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         return ChainState(scalarizer.init(jax.ShapeDtypeStruct((m,), dtype)), aggregator.init((m, params)))
 
     def factors(state, values, mask):
-        return base.weights_of(scalarizer, state.scalarizer, jax.lax.stop_gradient(values), mask)
+        return weights_of(scalarizer, state.scalarizer, jax.lax.stop_gradient(values), mask)
 
     def apply(state, jacobian, values, mask):
         weights, first = factors(state, values, mask)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 
 from mtlbalance import base, numerics
-from mtlbalance.contract import Aggregator, Rowwise, Scalarizer
+from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, weights_of
 from mtlbalance.hyperparameters import reject
 
 Method = TypeVar("Method", Scalarizer, Aggregator)
@@ -90,7 +90,7 @@ def _reweighted_scalarizer(method, start, change, hooks, keeps_scalar):
         return start(shape, dtype, method.init(jax.ShapeDtypeStruct(shape, dtype)))
 
     def apply(state, values, mask):
-        weights, inner = base.weights_of(method, state.inner, jax.lax.stop_gradient(values), mask)
+        weights, inner = weights_of(method, state.inner, jax.lax.stop_gradient(values), mask)
         weights, new_state = change(state._replace(inner=inner), weights, mask)
         if keeps_scalar:
             return method.apply(state.inner, values, mask=mask)[0], new_state
