@@ -16,7 +16,7 @@ from digits import TASKS, draw_pairs, evaluate, init_params, load_data, task_los
 from tqdm import tqdm
 
 import mtlbalance as mtl
-from mtlbalance import base, numerics, scalarization, states
+from mtlbalance import base, numerics, states
 
 STEPS_PER_EPOCH = 100
 
@@ -43,9 +43,11 @@ def running_scale(decay=0.99):
     return base.scalarizer(init, apply)
 
 
-def train(method, params, digits, epochs, key):
-    """Trains one model; returns its parameters, and the mean weights of every epoch."""
-    optimizer = optax.adam(1e-3)
+def main(argv=None):
+    args = report.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
+    digits, test_pairs = load_data()
+    init_key, data_key = jax.random.split(jax.random.key(args.seed))
+    method, optimizer = running_scale(), optax.adam(1e-3)
     grad_fn = mtl.value_and_grad(task_losses, method, return_weights=True)
 
     def step(carry, key):
@@ -55,28 +57,18 @@ def train(method, params, digits, epochs, key):
         return (optax.apply_updates(params, updates), opt_state, state), weights
 
     run_epoch = jax.jit(lambda carry, key: jax.lax.scan(step, carry, jax.random.split(key, STEPS_PER_EPOCH)))
+    params = init_params(init_key)
     carry, history = (params, optimizer.init(params), method.init(len(TASKS))), []
-    for epoch_key in tqdm(jax.random.split(key, epochs), unit="epoch"):
+    for epoch_key in tqdm(jax.random.split(data_key, args.epochs), unit="epoch"):
         carry, weights = run_epoch(carry, epoch_key)
         history.append(jax.tree.map(jnp.mean, weights))
-    return carry[0], jax.tree.map(lambda *means: jnp.stack(means), *history)
 
-
-def main(argv=None):
-    args = report.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
-    digits, test_pairs = load_data()
-    init_key, data_key = jax.random.split(jax.random.key(args.seed))
-    start, rows, weights = init_params(init_key), [], {}
-    for name, method in {"sum": scalarization.sum(), "running scale": running_scale()}.items():
-        params, weights[name] = train(method, start, digits, args.epochs, data_key)
-        rows.append((name, *report.format_scores(evaluate(params, test_pairs))))
-
-    report.print_table("On the test images", ("method", *report.SCORES), rows, report.ABOUT_SCORES)
-    with report.picture(args.output, "The weights over training", 1, 2, figsize=(7.2, 3.1), sharey=True) as (_, axes):
-        for ax, (name, curves) in zip(axes, weights.items(), strict=True):
-            report.draw_curves(ax, jnp.arange(1, args.epochs + 1), curves, title=name, yscale="log")
-        axes[0].set_ylabel("weight")
-        axes[0].legend(title="task")
+    scores = report.format_scores(evaluate(carry[0], test_pairs))
+    report.print_table("On the test images", ("method", *report.SCORES), [("yours", *scores)], report.ABOUT_SCORES)
+    with report.picture(args.output, "The weights over training", figsize=(4.8, 3.2)) as (_, ax):
+        curves = jax.tree.map(lambda *means: jnp.stack(means), *history)
+        report.draw_curves(ax, jnp.arange(1, args.epochs + 1), curves, ylabel="weight", yscale="log")
+        ax.legend(title="task")
 
 
 if __name__ == "__main__":

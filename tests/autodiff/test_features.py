@@ -72,10 +72,10 @@ def test_step_is_that_of_one_function_with_a_mask(method):
     params = TRUNK, HEADS
     state = init(method, mtl.subset(params, MASK))
     expected = quick_jit(mtl.value_and_grad(losses, method, shared=MASK, rows="vmap"))(params, state, BATCH)
-    ways = ["vmap", 1]
-    ways += ["two_pass"] if getattr(method, "gramian_weighting", None) else []
-    ways += ["stream"] if getattr(method, "rowwise", None) else []
-    for keywords in [*({"rows": rows} for rows in ways), {"microbatches": 4}]:
+    possible = ["vmap", 1]
+    possible += ["two_pass"] if getattr(method, "gramian_weighting", None) else []
+    possible += ["stream"] if getattr(method, "rowwise", None) else []
+    for keywords in [*({"rows": rows} for rows in possible), {"microbatches": 4}]:
         step = mtl.value_and_grad((trunk, HEAD_FNS), method, **keywords)
         assert_close(quick_jit(step)(params, state, BATCH), expected)
 

@@ -54,12 +54,12 @@ def test_as_the_whole_batch(method):
     """In each way to compute rows, with four labels in 64 for one task; and with the rarest task absent."""
     state = init(method)
     batches = (X, Y, LABELS), (X, Y, LABELS & jnp.array([True, False, True]))
-    ways = [None, 1]
+    possible = [None, 1]
     if isinstance(method, mtl.Aggregator):
-        ways.append("stream" if method.rowwise else "two_pass")
+        possible.append("stream" if method.rowwise else "two_pass")
     whole = quick_jit(mtl.value_and_grad(counted_losses, method, return_weights=True))
     expected = [whole(PARAMS, state, batch) for batch in batches]
-    for microbatches, rows in (1, None), (2, None), *((8, rows) for rows in ways):
+    for microbatches, rows in (1, None), (2, None), *((8, rows) for rows in possible):
         step = mtl.value_and_grad(counted_losses, method, return_weights=True, microbatches=microbatches, rows=rows)
         step = quick_jit(step)
         assert_close([step(PARAMS, state, batch) for batch in batches], expected)

@@ -122,7 +122,7 @@ def init(method, params):
     return method.init(3 if isinstance(method, base.Scalarizer) else (3, params))
 
 
-def ways(method):
+def every_rows(method):
     """Every way to compute rows that the method allows, the default for parameters so few first."""
     if isinstance(method, base.Scalarizer):
         return (None,)
@@ -179,10 +179,10 @@ def test_learned_fields_must_be_trained_by_someone(scalarizer):
         mtl.value_and_grad(losses_fn, scalarizer.method)
 
 
-def grad_fns(method, ways, **kwargs):
+def grad_fns(method, every, **kwargs):
     """The library's steps, by the way in which they compute rows."""
     kwargs |= {"return_weights": makes_weights(method)}
-    return {str(way): mtl.value_and_grad(losses_fn, method, rows=way, **kwargs) for way in ways}
+    return {str(rows): mtl.value_and_grad(losses_fn, method, rows=rows, **kwargs) for rows in every}
 
 
 def take_three(method, state, grad_fns, batches, **kwargs):
@@ -204,7 +204,7 @@ def take_three(method, state, grad_fns, batches, **kwargs):
 def test_every_way_gives_what_the_jacobian_gives(built):
     """And the weights are those of the gradient."""
     method, params = trained(built), new_params()
-    steps = grad_fns(method, ways(method))
+    steps = grad_fns(method, every_rows(method))
     batches = [(new_batch(i), None) for i in range(3)]
     for taken, expected in take_three(method, init(method, params), steps, batches):
         for step in taken.values():
@@ -214,7 +214,7 @@ def test_every_way_gives_what_the_jacobian_gives(built):
 @pytest.mark.one_of_a_kind
 def test_heads_get_the_plain_gradient_where_the_trunk_is_shared(built):
     method, params = trained(built), new_params()
-    steps = grad_fns(method, {None, ways(method)[-1]}, shared=SHARED)
+    steps = grad_fns(method, {None, every_rows(method)[-1]}, shared=SHARED)
     state = init(method, mtl.subset(params, SHARED))
     for taken, expected in take_three(method, state, steps, [(new_batch(i), None) for i in range(3)], shared=True):
         for step in taken.values():
@@ -228,7 +228,7 @@ def test_weights_are_decided_on_a_part_and_applied_to_all(aggregator):
         with pytest.raises(ValueError, match="decide_on: expected a method that makes weights"):
             mtl.value_and_grad(losses_fn, method, decide_on=SHARED)
         return
-    steps = grad_fns(method, {None, ways(method)[-1]}, decide_on=SHARED)
+    steps = grad_fns(method, {None, every_rows(method)[-1]}, decide_on=SHARED)
     state = init(method, mtl.subset(params, SHARED))
     losses, jacobian = losses_and_jacobian(params, batch)
     weights, new_state = method.weighting.apply(state, mtl.subset(jacobian, SHARED), values=losses)
@@ -242,7 +242,7 @@ def test_weights_are_decided_on_a_part_and_applied_to_all(aggregator):
 def test_absent_tasks_are_left_out_whether_masked_or_without_labels(built):
     """In their place there may be anything that has a gradient."""
     method, params = trained(built), new_params()
-    steps = grad_fns(method, {None, ways(method)[-1]})
+    steps = grad_fns(method, {None, every_rows(method)[-1]})
     named = mtl.value_and_grad(named_losses_fn, method, return_weights=makes_weights(method))
     counted = mtl.value_and_grad(counted_losses_fn, method, return_weights=makes_weights(method))
 
@@ -267,8 +267,8 @@ def test_absent_tasks_are_left_out_whether_masked_or_without_labels(built):
 def test_a_hundred_steps_of_sgd_in_a_scan_are_those_by_hand(built):
     """With both hooks; each run goes its own way, so that the smallest systematic difference adds up."""
     method, params = trained(built), new_params()
-    way = None if built.case.amplifies_rounding else ways(method)[-1]
-    (grad_fn,) = grad_fns(method, [way]).values()
+    rows = None if built.case.amplifies_rounding else every_rows(method)[-1]
+    (grad_fn,) = grad_fns(method, [rows]).values()
 
     def update(params, step, batch, ends_epoch):
         params = jax.tree.map(lambda p, g: p - 0.01 * g, params, step.gradient)
@@ -349,7 +349,7 @@ def test_a_method_without_weights_gets_rows_and_has_none_to_return():
     )
     params, batch = new_params(), new_batch(0)
     _, jacobian = losses_and_jacobian(params, batch)
-    for rows in ways(method):
+    for rows in every_rows(method):
         step = jax.jit(mtl.value_and_grad(losses_fn, method, rows=rows))
         _, gradient = step(params, init(method, params), batch)
         assert_close(gradient, jax.tree.map(median, jacobian), terms_of(jnp.ones(3), jacobian))

@@ -1,4 +1,4 @@
-"""Which way to the rows is taken where none is asked for, and that all are the same on several devices."""
+"""Which rows are taken where none are asked for, and that all are the same on several devices."""
 
 import jax
 import jax.numpy as jnp
@@ -89,10 +89,10 @@ def test_eight_devices_take_the_step_that_one_takes(method, kind):
     there = place(params) if kind == "Explicit" else place(params, "y")
     spread = place(batch, "x")
     init = lambda params: method.init(4) if isinstance(method, mtl.Scalarizer) else method.init((4, params))
-    ways = ["vmap", 1]
-    ways += ["two_pass"] if getattr(method, "gramian_weighting", None) else []
-    ways += ["stream"] if getattr(method, "rowwise", None) else []
-    keywords = [*({"rows": rows} for rows in ways), {"microbatches": 4}]
+    possible = ["vmap", 1]
+    possible += ["two_pass"] if getattr(method, "gramian_weighting", None) else []
+    possible += ["stream"] if getattr(method, "rowwise", None) else []
+    keywords = [*({"rows": rows} for rows in possible), {"microbatches": 4}]
     expected = jax.jit(mtl.value_and_grad(squared_errors, method))(params, init(params), batch)
     for given in keywords if isinstance(method, mtl.Aggregator) else keywords[-2:]:
         found = jax.jit(mtl.value_and_grad(squared_errors, method, **given))(there, init(there), spread)
