@@ -37,3 +37,11 @@ def test_another_number_of_weights_raises_at_init():
             init()
     with pytest.raises(ValueError, match="weights: expected one number per task"):
         scalarization.constant(1.0).init(3)  # no broadcast
+
+
+def test_an_absent_task_has_no_weight():
+    """Whatever the method gives it: the builder sees to that."""
+    method, mask = aggregation.constant(WEIGHTS[0]), jnp.array([True, False, True])
+    for weighting, statistic in (method.weighting, jnp.ones((3, 2))), (method.gramian_weighting, jnp.ones((3, 3))):
+        weights, _ = weighting.apply(method.init((3, 2)), statistic, mask=mask)
+        np.testing.assert_array_equal(weights, [0.5, 0.0, 1.0])

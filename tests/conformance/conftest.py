@@ -1,7 +1,8 @@
 """Runs every check on every case of the catalogue: a check takes ``built``, ``scalarizer`` or ``aggregator``.
 
 Two marks narrow that down. ``cases`` has a predicate: of the others the check says nothing. ``one_of_a_kind`` is for
-what tests the engine or the boundary, which know no method by name: on all but the first case of a kind it is slow.
+what tests the engine or the boundary, which know no method by name: on all but the first case of a kind it is slow,
+unless the methods are a user's own.
 """
 
 import importlib.util
@@ -20,8 +21,6 @@ LISTS = {"SCALARIZERS": "scalarization", "AGGREGATORS": "aggregation"}
 def pytest_configure(config):
     path = config.getoption("catalogue")
     config.built = build(vars(load(path) if path else catalogue), path)
-    # A user's own methods get every check.
-    config.first_of_kind = {} if path else {built.kind: built for built in reversed(config.built)}
 
 
 def build(rows, path=None):
@@ -72,14 +71,17 @@ def pytest_collection_modifyitems(config, items):
     After all other tests: there are many of these groups and each is small, so that two workers end together.
     """
     found = [(method_of(item), item) for item in items]
+    # A check for which a user's catalogue has no case would be reported as skipped.
+    found = [(built, item) for built, item in found if built or not ARGUMENTS & set(getattr(item, "fixturenames", ()))]
+    representatives = {}
     for built, item in found:
         if built is None:
             continue
         item.add_marker(pytest.mark.xdist_group(f"{built.family}-{built.case.name}"))
-        if item.get_closest_marker("one_of_a_kind") and config.first_of_kind.get(built.kind, built) is not built:
-            item.add_marker(pytest.mark.slow)
-    # A check for which a user's catalogue has no case would be reported as skipped.
-    found = [(built, item) for built, item in found if built or not ARGUMENTS & set(getattr(item, "fixturenames", ()))]
+        if item.get_closest_marker("one_of_a_kind") and not config.getoption("catalogue"):
+            first = representatives.setdefault((item.nodeid.split("[")[0], built.kind), built)
+            if built is not first:
+                item.add_marker(pytest.mark.slow)
     order = {None: -1} | {built: i for i, built in enumerate(config.built)}
     items[:] = [item for _, item in sorted(found, key=lambda pair: order[pair[0]])]
 

@@ -30,12 +30,13 @@ class Built:
     def kind(self):
         """What the boundary and the engine can tell of a method; they treat methods of one kind alike.
 
-        The paths it offers, its hooks, what its state is made of; or, for a wrapper, which one, and around what.
+        The paths it offers, its hooks, whether its weights depend on the losses; or, for a wrapper, which one, and
+        whether a state shaped like the Jacobian is in it.
         """
         state = jax.eval_shape(self.init)
+        if any(hasattr(field, "_fields") for field in state):  # another method's state
+            return self.family, type(state).__name__, bool(self.method.jacobian_shaped)
         rowwise = getattr(self.method, "rowwise", None)
-        if wrappers := wrappers_of(state):
-            return self.family, *wrappers, bool(rowwise), bool(self.method.jacobian_shaped)
         kind = {
             "weighting": getattr(self.method, "weighting", None),
             "gramian_weighting": getattr(self.method, "gramian_weighting", None),
@@ -44,9 +45,7 @@ class Built:
             "learned": self.method.learned,
             "end_epoch": jax.make_jaxpr(self.method.end_epoch)(state).eqns,
             "observe": jax.make_jaxpr(self.method.observe)(state, np.ones(3, np.float32)).eqns,
-            "reads_losses": self.case.reads_losses,
             "nonlinear": self.case.nonlinear,
-            "draws": self.case.draws,
         }
         return self.family, *(name for name, has in kind.items() if has)
 
@@ -125,12 +124,6 @@ class Built:
 def scalar_and_gradient(method):
     """As in training: a scalar, the new state and the scalar's gradient from one program."""
     return jax.jit(jax.value_and_grad(method.apply, argnums=1, has_aux=True))
-
-
-def wrappers_of(state):
-    """The names of the states that hold another method's state, from the outermost one inwards."""
-    inner = [field for field in state if hasattr(field, "_fields")]
-    return (type(state).__name__, *(name for field in inner for name in wrappers_of(field))) if inner else ()
 
 
 def assert_path_agrees(aggregator, path, state, x, mask=None):

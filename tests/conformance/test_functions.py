@@ -45,7 +45,7 @@ def test_jit_gives_what_eager_gives(built):
 def test_scan_gives_what_a_loop_gives(built):
     xs = built.stack(5)
     scan = partial(jax.lax.scan, lambda state, x: built.step(state, x)[::-1])
-    state, outputs = quick_jit(scan)(built.init(), xs)
+    state, outputs = scan(built.init(), xs)
     chex.assert_trees_all_close((outputs, state), outputs_and_state(built, built.init(), xs), **SAME)
 
 
