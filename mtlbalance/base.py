@@ -161,6 +161,7 @@ def aggregator(
         def public_init(shape):
             m, params, dtype = read_pair(shape, needs_params=needs_params)
             state = returned.new_state(init(m, params, dtype), (m,), jacobian_shaped)
+            returned.check_rows(state, jacobian_shaped, m)
             return place(state, params, jacobian_shaped)
 
         return public_init
@@ -248,9 +249,7 @@ def rowwise_aggregator(
 
     def counting_init(m, params, dtype):
         state = init(m, params, dtype)
-        returned.check_fields(state, ("seen",) if memory is None else ("seen", memory))
-        if memory is not None:
-            returned.check_memory(memory, getattr(state, memory), m)
+        returned.check_fields(state, ("seen",))
         return state
 
     def read_memory(state, name, jacobian, skip):

@@ -169,7 +169,7 @@ def _is_typed(key):
 def _holds(bound, leaves):
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return True
-    # With what JAX would make of the numbers.
+    dtype = jnp.result_type(*leaves)  # what JAX would make of the numbers
     with np.errstate(over="ignore"):
-        entries = [np.ravel(np.asarray(leaf, jnp.result_type(leaf))) for leaf in leaves]
+        entries = [np.ravel(np.asarray(leaf, dtype)) for leaf in leaves]
     return np.all(bound.holds(np.concatenate(entries)))

@@ -35,12 +35,13 @@ def check_fields(state: Any, fields: tuple[str, ...]) -> None:
             reject("init", f"a state with a field {field!r}", found)
 
 
-def check_memory(name: str, memory: chex.ArrayTree, m: int) -> None:
-    """Raises unless every leaf of a field shaped like the Jacobian has one row per task."""
-    for path, leaf in jax.tree.leaves_with_path(memory):
-        if jnp.shape(leaf)[:1] != (m,):
-            where = f"init: the field {name!r}{jax.tree_util.keystr(path)}"
-            reject(where, f"a leading axis of {m}, as states.zeros_jacobian makes it", f"shape {jnp.shape(leaf)}")
+def check_rows(state: Any, fields: tuple[str, ...], m: int) -> None:
+    """Raises unless every leaf of the fields shaped like the Jacobian has one row per task."""
+    for field in fields:
+        for path, leaf in jax.tree.leaves_with_path(attrgetter(field)(state)):
+            if jnp.shape(leaf)[:1] != (m,):
+                where = f"init: the field {field!r}{jax.tree_util.keystr(path)}"
+                reject(where, f"a leading axis of {m}, as states.zeros_jacobian makes it", f"shape {jnp.shape(leaf)}")
 
 
 def scalar_and_state(output: Any) -> tuple[chex.Array, Any]:
@@ -103,12 +104,13 @@ def _pair(where, expected, output):
 
 
 def _is_array(x):
-    return jax.tree_util.all_leaves([x]) and (hasattr(x, "dtype") or isinstance(x, float | int))
+    is_number = hasattr(x, "dtype") or isinstance(x, float | int)
+    return jax.tree_util.all_leaves([x]) and is_number and not jnp.iscomplexobj(x)
 
 
 def _described(output):
     parts = output if type(output) is tuple else (output,)
-    names = [f"an array of shape {jnp.shape(x)}" if _is_array(x) else type(x).__name__ for x in parts]
+    names = [f"an array of shape {jnp.shape(x)}" if _is_array(x) else f"a {type(x).__name__}" for x in parts]
     return f"({', '.join(names)})" if type(output) is tuple else names[0]
 
 

@@ -108,7 +108,7 @@ MISTAKES = {
     "(state, scalar)": (
         lambda: apply_scalarizer(init_seen, lambda *given: total(*given)[::-1]),
         TypeError,
-        r"apply: expected \(scalar, new_state\).*found \(SeenState, an array of shape \(\)\)",
+        r"apply: expected \(scalar, new_state\).*found \(a SeenState, an array of shape \(\)\)",
     ),
     "a scalar alone": (
         lambda: apply_scalarizer(init_seen, lambda *given: total(*given)[0]),
@@ -118,7 +118,7 @@ MISTAKES = {
     "one loss per task": (
         lambda: apply_scalarizer(init_seen, lambda state, values, mask: (values, state)),
         TypeError,
-        r"apply: .*the scalar of shape \(\), found \(an array of shape \(2,\), SeenState\)",
+        r"apply: .*the scalar of shape \(\), found \(an array of shape \(2,\), a SeenState\)",
     ),
     "a new state of another shape": (
         lambda: apply_scalarizer(init_seen, lambda *given: (total(*given)[0], SeenState(jnp.zeros(5, jnp.int32)))),
@@ -145,12 +145,12 @@ MISTAKES = {
     "(state, weights)": (
         lambda: apply_aggregator(gramian_weighting=lambda *given: equal(*given)[::-1]),
         TypeError,
-        r"gramian_weighting: expected \(weights, new_state\), the weights of shape \(2,\), found \(SeenState, an array",
+        r"gramian_weighting: expected \(weights, new_state\), .*of shape \(2,\), found \(a SeenState, an array",
     ),
     "one weight for all": (
         lambda: apply_aggregator(weighting=lambda state, jacobian, values, mask: (jnp.ones(()), state)),
         TypeError,
-        r"weighting: .*the weights of shape \(2,\), found \(an array of shape \(\), SeenState\)",
+        r"weighting: .*the weights of shape \(2,\), found \(an array of shape \(\), a SeenState\)",
     ),
     "a gradient with the task axis": (
         lambda: apply_aggregator(apply=lambda state, jacobian, values, mask: (jacobian, state)),
@@ -175,12 +175,12 @@ MISTAKES = {
     "(state, weights) after the visits": (
         lambda: apply_rowwise(init_seen, keep, lambda *given: equal(*given)[::-1]),
         TypeError,
-        r"weigh: expected \(weights, new_state\), the weights of shape \(2,\), found \(SeenState, an array",
+        r"weigh: expected \(weights, new_state\), the weights of shape \(2,\), found \(a SeenState, an array",
     ),
     "(state, gradient)": (
         lambda: apply_rowwise(init_seen, keep, None, finish=lambda state, *others: (state, jnp.zeros(3))),
         TypeError,
-        r"finish: expected \(gradient, new_state\), found \(SeenState, an array of shape \(3,\)\)",
+        r"finish: expected \(gradient, new_state\), found \(a SeenState, an array of shape \(3,\)\)",
     ),
     "a gradient of another shape by rows": (
         lambda: step_by_rows(
@@ -203,6 +203,11 @@ MISTAKES = {
         ),
         TypeError,
         "the new state of apply.level: expected dtype float32, as before, found dtype int32",
+    ),
+    "a complex scalar": (
+        lambda: apply_scalarizer(init_seen, lambda *given: (total(*given)[0] + 0j, given[0])),
+        TypeError,
+        r"apply: expected \(scalar, new_state\), the scalar of shape \(\), found \(a .*, a SeenState\)",
     ),
     "a memory without a task axis": (
         lambda: apply_rowwise(

@@ -238,3 +238,11 @@ def test_a_bad_gradient_is_dropped_by_apply_if_finite_after_the_guard():
 def test_skip_nonfinite_takes_methods_only():
     with pytest.raises(TypeError, match="method: expected a Scalarizer or an Aggregator, found GradientTransf"):
         mtl.skip_nonfinite(optax.sgd(0.1))
+
+
+def test_a_guarded_scalarizer_reduces_over_no_axis():
+    """Its losses are global: the keyword is an aggregator's."""
+    method = mtl.skip_nonfinite(scalarization.dwa(), axis_name="devices")
+    scalar, state = method.apply(method.init(2), jnp.array([1.0, 2.0]))
+    assert scalar == 3.0
+    assert method.observe(state, jnp.ones(2)).skipped == 0

@@ -64,6 +64,8 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
       nan [0 1] 1 [0 0]
     """
     check_method(method, "skip_nonfinite(learn(method, optimizer))")
+    if isinstance(method, base.Scalarizer):
+        axis_name = None  # its losses are the same on every device
     guard = partial(_advance, jacobian_shaped=method.jacobian_shaped, axis_name=axis_name)
 
     def observe(state, values, mask):

@@ -253,6 +253,7 @@ def test_leak_is_one_number_or_one_per_task_also_by_name():
     rows, mask = jnp.array([[2.0, 2.0], [-1.0, -1.0]]), jnp.ones(2, bool)
     by_name = graddrop(0, {"a": 0.5, "b": 0.5}, rows, mask)
     chex.assert_trees_all_equal(by_name, graddrop(0, 0.5, rows, mask))
+    aggregation.graddrop(leak={"a": jnp.bfloat16(0.5), "b": 1}).init((2, 2))  # numbers of different dtypes
 
 
 def test_wrong_arguments_raise():
