@@ -11,6 +11,8 @@ import mtlbalance as mtl
 from mtlbalance import aggregation, autodiff
 from mtlbalance.gramian import gramian
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 WAYS = ["vmap", 1, 2, "two_pass"]
 N_TASKS = 3
 

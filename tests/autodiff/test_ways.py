@@ -10,6 +10,8 @@ import mtlbalance as mtl
 from mtlbalance import aggregation, autodiff, scalarization
 from tests.autodiff.models import layers, normal_batch, squared_error, squared_errors
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 MIB = 2**20
 
 
