@@ -72,6 +72,16 @@ def forget_compiled_programs():
         jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def unoptimized():
+    """For modules that test equations and not what fusing makes of them: a third less to compile."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
 def n_maps():
     maps = Path("/proc/self/maps")
     return maps.read_bytes().count(b"\n") if maps.exists() else 0

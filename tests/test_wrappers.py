@@ -11,6 +11,8 @@ import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from tests.catalogue import following
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def smooth_losses(params):
     """Three positive losses of one vector, of different curvature and scale."""

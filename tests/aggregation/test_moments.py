@@ -13,6 +13,8 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 M, N = 4, 6
 LOSSES = jnp.array([2.0, 0.5, 1.0, 4.0])
 JACOBIANS = jax.random.normal(jax.random.key(0), (8, M, N)) * jnp.array([[1.0], [10.0], [0.3], [3.0]])

@@ -12,6 +12,8 @@ from mtlbalance.states import SeenState, count_seen
 from tests.autodiff.models import layers, network, normal_batch
 from tests.quick import quick_jit
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 NAMES = "count", "depth", "label"
 TRUNK = layers(jax.random.key(0), [5, 16, 8])
 HEADS = {name: layers(jax.random.key(i + 1), [8, 4, 1]) for i, name in enumerate(NAMES)}

@@ -12,6 +12,8 @@ from mtlbalance import aggregation
 from mtlbalance.autodiff import jacobian, options
 from mtlbalance.gramian import gramian
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 WAYS = ["vmap", 1, 2, "two_pass"]
 N_TASKS = 3
 

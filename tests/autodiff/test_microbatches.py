@@ -15,6 +15,8 @@ from tests.autodiff.models import layers, network, normal_batch, squared_errors
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 from tests.quick import quick_jit
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 PARAMS = layers(jax.random.key(0), [5, 16, 3])
 X, Y = normal_batch(1, 64, n_in=5, n_out=3)
 LABELS = jnp.argsort(jax.random.uniform(jax.random.key(2), (64, 3)), axis=0) < jnp.array([64, 4, 13])

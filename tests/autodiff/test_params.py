@@ -12,6 +12,8 @@ from mtlbalance import aggregation, scalarization
 from mtlbalance.gramian import gramian
 from tests.quick import quick_jit
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 N_TASKS = 3
 
 

@@ -10,6 +10,8 @@ from mtlbalance import aggregation, scalarization
 from tests.autodiff.models import layers, normal_batch, squared_errors
 from tests.quick import quick_jit
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 PARAMS = layers(jax.random.key(0), [5, 16, 3])
 BATCHES = normal_batch(1, 6, 32, n_in=5, n_out=3)
 

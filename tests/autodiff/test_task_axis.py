@@ -10,6 +10,8 @@ from mtlbalance import aggregation, scalarization
 from tests.autodiff.models import layers, normal_batch, squared_error
 from tests.quick import quick_jit
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 PARAMS = layers(jax.random.key(0), [5, 16, 3])
 BATCH = normal_batch(1, 4, 8, n_in=5, n_out=3)
 

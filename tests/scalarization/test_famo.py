@@ -9,6 +9,8 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import scalarization
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 BEFORE, AFTER = jnp.array([1.0, 4.0, 0.3]), jnp.array([0.5, 3.9, 0.29])
 
 

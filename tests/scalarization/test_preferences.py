@@ -7,6 +7,8 @@ import pytest
 
 from mtlbalance import scalarization
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 FIRST = jnp.linspace(0.0025, 0.9975, 200)
 PREFERENCES = jnp.stack([FIRST, 1 - FIRST], axis=1)
 LOSSES = jnp.array([0.3, 2.0])

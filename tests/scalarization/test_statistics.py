@@ -7,6 +7,8 @@ import pytest
 
 from mtlbalance import scalarization
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def run(method, losses, masks=None):
     losses = jnp.array(losses)

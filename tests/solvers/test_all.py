@@ -81,6 +81,7 @@ def test_masked_is_the_smaller_problem(case):
     np.testing.assert_array_equal(solved(case, matrix, *absent_nan, mask=np.zeros(5, bool)), 0)
 
 
+@pytest.mark.by_default("dual_cone", "cagrad_dual", "nash_bargaining")
 def test_vmap_over_all_that_may_be_traced_is_a_loop(case):
     inputs = matrices(case)
     arguments = [np.stack([(0.5 + i / 2) * x for i in range(len(inputs))]).astype(np.float32) for x in case.arguments]
@@ -107,6 +108,7 @@ def test_what_is_not_finite_shows(case):
         assert np.all(np.isnan(solved(case, MATRICES[0], *poisoned)[case.given :]))
 
 
+@pytest.mark.by_default("dual_cone", "cagrad_dual", "nash_bargaining")
 def test_float64_is_kept(case):
     """Each solver's own file asks for the digits."""
     weights = problems.in_float64(case.solve, MATRICES[0], *map(np.array, case.arguments))
