@@ -107,10 +107,12 @@ def test_one_task(built):
     assert_tasks_stay_finite(built, 1)
 
 
+@pytest.mark.one_of_a_kind
 def test_forty_tasks(built):
     assert_tasks_stay_finite(built, 40)
 
 
+@pytest.mark.one_of_a_kind
 def test_a_jacobian_without_parameters(aggregator):
     """optax.partition hands an empty group to its transformation."""
     for params in {}, {"w": jax.ShapeDtypeStruct((0,), jnp.float32)}:
