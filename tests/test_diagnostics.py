@@ -282,6 +282,7 @@ LOSSES = {"a": jnp.ones(()), "b": jnp.ones(2)}
 same = partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)  # thousands of products, added up in another order
 
 
+@pytest.mark.slow
 def test_jit_scan_and_vmap_are_the_plain_call():
     rows = jax.tree.map(lambda x: jnp.stack([x, -2 * x, x[::-1]]), TREE)
     updates = jax.tree.map(lambda u: jnp.stack([u, u, -u]), TREE_UPDATE)

@@ -16,6 +16,7 @@ HEADINGS = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.by_default("block-[0-4]")
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block-{i}" for i in range(len(BLOCKS))])
 def test_code_block_runs_on_its_own(block):
     exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})

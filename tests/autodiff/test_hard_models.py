@@ -504,7 +504,7 @@ def test_computing_in_bfloat16_costs_two_passes_what_it_costs_rows(rows):
 
 
 @pytest.mark.parametrize("rows", ["vmap", "two_pass"])
-@pytest.mark.by_default("two_pass")
+@pytest.mark.slow
 def test_float64(rows):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), _mlp_params())

@@ -37,7 +37,7 @@ def two_pass_temporaries(m, width, batch_size):
 
 
 @pytest.mark.parametrize("size", sorted(SIZES))
-@pytest.mark.by_default("size1")
+@pytest.mark.slow
 def test_two_passes_keep_three_plain_gradients_at_most(size):
     assert two_pass_temporaries(*size) <= 3 * temporaries(plain_step, *problem(*size))
 

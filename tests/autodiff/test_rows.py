@@ -82,7 +82,7 @@ METHODS = {"upgrad": aggregation.upgrad(), "excess_mtl": aggregation.excess_mtl(
 
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.by_default("upgrad-Explicit", "excess_mtl-Auto")
+@pytest.mark.by_default("upgrad-Explicit")
 def test_eight_devices_take_the_step_that_one_takes(method, kind):
     """The batch split over them; on the Auto mesh the parameters too."""
     mesh = MESHES[kind]

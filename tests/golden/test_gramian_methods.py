@@ -89,6 +89,7 @@ def test_peer_is_unstable_on_few_matrices():
         assert sum(unstable(case["methods"][name]) for case in cases(name)) == UNSTABLE.get(name, 0), name
 
 
+@pytest.mark.slow
 def test_mgda_is_not_longer():
     """By the objective: near the optimum many weights have the same."""
     method = aggregation.mgda()
@@ -102,6 +103,7 @@ def test_mgda_is_not_longer():
         assert np.linalg.norm(gradient) <= (1 + 1e-4) * theirs + 1e-3 * shortest, (case["kind"], rows.shape)
 
 
+@pytest.mark.slow
 def test_cagrad_has_the_least_gain_of_the_peers():
     """By the objective, the least gain of a task, over the lengths of the gradient and of the shortest of the rows."""
     method = aggregation.cagrad(c=0.5)

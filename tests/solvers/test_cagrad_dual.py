@@ -71,7 +71,7 @@ def tolerance(kind, c):
 
 
 @pytest.mark.parametrize("size", problems.SIZES)
-@pytest.mark.by_default("2", "11", "40")
+@pytest.mark.by_default("2", "11")
 def test_value_is_the_least(size):
     """Judged on what is convex of the matrix, by a bound of all values, in units of the terms."""
     width = next(width for width, sizes in problems.PADDED.items() if size in sizes)
