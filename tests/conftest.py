@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 import platform
+import re
 from pathlib import Path
 
 import jax
@@ -42,11 +43,24 @@ def machine():
     return hashlib.sha256("\n".join(name).encode()).hexdigest()[:16]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Under xdist a file's tests, and in conformance a method's, share a process and with it what they compile."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            method = re.match(
+                r"tests/conformance/.*\b((scalarization|aggregation)-((skip|amortize|chain)-)*\w+)", nodeid
+            )
+            return method[1] if method else nodeid.split("::")[0]
+
+    config.option.loadscopereorder = False  # the small groups last, so that the processes end together
+    return Scheduler(config, log)
+
+
 def pytest_collection_modifyitems(config, items):
-    """Under xdist a file's tests share a process, and with it what they compile, unless they say otherwise."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+    """Marks as slow what ``by_default`` leaves out."""
     marked = collections.defaultdict(list)
     for item in items:
         if mark := item.get_closest_marker("by_default"):

@@ -77,7 +77,6 @@ def pytest_collection_modifyitems(config, items):
     for built, item in found:
         if built is None:
             continue
-        item.add_marker(pytest.mark.xdist_group(f"{built.family}-{built.case.name}"))
         if item.get_closest_marker("one_of_a_kind") and not config.getoption("catalogue"):
             first = representatives.setdefault((item.nodeid.split("[")[0], built.kind), built)
             if built is not first:
