@@ -98,6 +98,7 @@ def test_others_that_stream_rows_keep_as_little(method):
     assert kept <= temporaries(plain_step, params, batch) + allowed
 
 
+@pytest.mark.slow
 def test_a_single_visit_keeps_as_little_under_vmap():
     """Three seeds: the loop's condition is the same for all, or each would select between whole states."""
     params, batch = problem(8, 512, 256)

@@ -75,6 +75,7 @@ def test_losses_without_counts_are_averaged(method):
     assert_close(quick_jit(mtl.value_and_grad(uncounted_losses, method, microbatches=8))(*given), expected)
 
 
+@pytest.mark.slow
 def test_with_shared_parameters_and_heads():
     method = aggregation.imtl_g()
     for keyword in "shared", "decide_on":

@@ -402,6 +402,7 @@ def test_named_losses_weights():
     _assert_close(gradient, jax.grad(lambda p: _task_losses(p) @ jnp.array([5.0, 2.0, 3.0]))(params))
 
 
+@pytest.mark.slow
 def test_losses_of_two_axes():
     """One row for each loss, in C order."""
     params = _arrays()

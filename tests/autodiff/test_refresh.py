@@ -161,7 +161,7 @@ def test_a_step_without_a_refresh_has_the_weights_that_the_last_refresh_showed(n
         shown.append(weights)
     assert np.abs(shown[1] - shown[0]).max() > 0.01
     (_, same, again), gradient = step(params, state, scale, refresh=False)
-    np.testing.assert_array_equal(again, shown[1])
+    np.testing.assert_allclose(again, shown[1], rtol=1e-6)  # XLA may compute what is shown and what is kept twice
     jax.tree.map(np.testing.assert_array_equal, same, state)
     np.testing.assert_allclose(gradient, again * jnp.array([1.0, 18.0]), rtol=1e-6)
     if nested.startswith("cr_mogm"):

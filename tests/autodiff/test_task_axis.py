@@ -117,6 +117,7 @@ def test_an_absent_task_may_have_any_row(method, microbatches):
     assert_close((found[0][1], found[1]), (expected_state, expected), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_counted_losses():
     def counted(params, batch):
         x, y, there = batch

@@ -1,8 +1,8 @@
 """Runs every check on every case of the catalogue: a check takes ``built``, ``scalarizer`` or ``aggregator``.
 
-Two marks narrow that down. ``cases`` has a predicate: of the others the check says nothing. ``one_of_a_kind`` is for
-what tests the engine or the boundary, which know no method by name: on all but the first case of a kind it is slow,
-unless the methods are a user's own.
+By default other settings of a method run only where they are of a kind of their own. Two marks narrow that down.
+``cases`` has a predicate: of the others the check says nothing. ``one_of_a_kind`` is for what tests the engine or the
+boundary, which know no method by name: on all but the first case of a kind it is slow, unless the methods are a user's.
 """
 
 import importlib.util
@@ -73,16 +73,21 @@ def pytest_collection_modifyitems(config, items):
     found = [(method_of(item), item) for item in items]
     # A check for which a user's catalogue has no case would be reported as skipped.
     found = [(built, item) for built, item in found if built or not ARGUMENTS & set(getattr(item, "fixturenames", ()))]
-    representatives = {}
-    for built, item in found:
-        if built is None:
-            continue
-        if item.get_closest_marker("one_of_a_kind") and not config.getoption("catalogue"):
-            first = representatives.setdefault((item.nodeid.split("[")[0], built.kind), built)
-            if built is not first:
-                item.add_marker(pytest.mark.slow)
+    if not config.getoption("catalogue"):
+        mark_slow([(built, item) for built, item in found if built is not None])
     order = {None: -1} | {built: i for i, built in enumerate(config.built)}
     items[:] = [item for _, item in sorted(found, key=lambda pair: order[pair[0]])]
+
+
+def mark_slow(found):
+    """By default every check runs on every public method and on one case of each kind, some on these alone."""
+    representatives = {}
+    for built, item in found:
+        of_check = item.nodeid.split("[")[0] if item.get_closest_marker("one_of_a_kind") else None
+        first = representatives.setdefault((of_check, built.kind), built)
+        is_another_setting = "-" in built.case.name
+        if built is not first and (of_check or is_another_setting):
+            item.add_marker(pytest.mark.slow)
 
 
 def method_of(item):

@@ -119,6 +119,7 @@ def test_cagrad_has_the_least_gain_of_the_peers():
         assert np.min(rows @ np.array(gradient, float)) >= np.min(rows @ expected) - tolerance, case["kind"]
 
 
+@pytest.mark.slow
 def test_nash_mtl_solves_its_equations():
     """Those of 1-fairness; without cancellation, so where no positive combination vanishes, to 1e-3 outright."""
     weighting = aggregation.nash_mtl(max_norm=0.0).gramian_weighting

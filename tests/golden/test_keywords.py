@@ -51,6 +51,7 @@ def test_a_preference_may_have_the_tasks_names():
     np.testing.assert_array_equal(named.apply(state, rows)[0], METHODS["upgrad"].apply(state, rows)[0])
 
 
+@pytest.mark.slow
 def test_rescaled_cagrad():
     rows = jnp.array(RECORDED[0]["jacobian"], jnp.float32)
     plain, by_square, by_sum = (aggregation.cagrad(0.5, rescale) for rescale in (0, 1, 2))

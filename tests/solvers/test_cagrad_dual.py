@@ -91,6 +91,7 @@ def test_value_is_the_least(size):
             assert reached - least[i] <= tolerance(kind, c) * unit, (kind, c)
 
 
+@pytest.mark.slow
 def test_float64():
     matrices = problems.gramians(8, dtype="float64", count=40, kinds=("generic", "norms over 1e3", "near-duplicates"))
     given, _, mask = problems.padded(matrices, matrices[:, 0], 11)
@@ -121,6 +122,7 @@ def test_as_good_as_cvxpy(c):
             assert found <= problem.value + max(tolerance(kind, c), 1e-5) * unit, (kind, size)
 
 
+@pytest.mark.slow
 def test_where_full_corrections_go_round_in_circles():
     """Of the interior point: full second-order terms came back to the same points, in turn."""
     norms, cosines = np.array([6e6, 120, 5e4]), np.array([[1, -0.17, -0.07], [-0.17, 1, -0.08], [-0.07, -0.08, 1]])

@@ -141,6 +141,7 @@ def test_zeros():
     np.testing.assert_allclose(dual_cone(jnp.ones((1, 1)), jnp.array([-2.0])), [0.0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_vmap_over_rows_is_a_loop():
     gramian = jnp.asarray(problems.gramians(4, seed=3, count=1)[0])
     looped = jnp.stack([dual_cone(gramian, row) for row in jnp.eye(4)])
