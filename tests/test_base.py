@@ -287,3 +287,8 @@ def test_fields_within_fields():
     assert named(("averages",), outer) == [False, False]
     assert named(("level",), outer) == [True, True]
     assert named(("level.averages",), state) == [False, False]
+
+
+def test_counts_are_int32():
+    """As every state's docstring says, and checkpoints depend on it."""
+    assert states.zero_counts(2).dtype == states.init_seen((2,)).seen.dtype == jnp.int32
