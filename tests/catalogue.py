@@ -232,7 +232,13 @@ AGGREGATORS = [
             "aligned_mtl rmse": {"scale_mode": "rmse"},
         },
     ),
-    Case("aligned_mtl-median", preferring(aggregation.aligned_mtl, scale_mode="median"), sharded=True, per_task=True),
+    Case(
+        "aligned_mtl-median",
+        preferring(aggregation.aligned_mtl, scale_mode="median"),
+        sharded=True,
+        per_task=True,
+        amplifies_rounding=True,
+    ),
     Case(
         "krum",
         partial(aggregation.krum, n_byzantine=0, n_selected=2),
@@ -381,12 +387,12 @@ AGGREGATORS = [
     ),
     Case(
         "sdmgrad",
-        aggregation.sdmgrad,
-        {"lr": (0.1, 10.0), "momentum": (0.0, 0.5), "lambda_": (0.0, 0.3)},
+        partial(aggregation.sdmgrad, lr=0.1),  # at 10 its steps overshoot, and amplify rounding to 0.1
+        {"lr": (10.0, 0.1), "momentum": (0.0, 0.5), "lambda_": (0.0, 0.3)},
         sharded=True,
         total="1",
         amplifies_rounding=True,
-        variants={"sdmgrad": {"lr": 0.1}},  # at 10 its steps overshoot, and amplify rounding to 0.1
+        variants={"sdmgrad": {"lr": 0.1}},
     ),
     Case(
         "cr_mogm",

@@ -137,5 +137,6 @@ def test_shard_map_reduces_over_the_axes_of_the_parameters(aggregator):
         x, values = aggregator.sample(i)["dense"], aggregator.losses(aggregator.sample(i))
         gradient, state = aggregator.method.apply(state, x, values=values)
         sharded_gradient, sharded = step(sharded, x, values)
-        chex.assert_trees_all_close(jax.device_get(sharded_gradient), jax.device_get(gradient), **SAME)
-        chex.assert_trees_all_close(jax.device_get(sharded), jax.device_get(state), **SAME)
+        same = {"rtol": 1e-4, "atol": 1e-5} if aggregator.case.amplifies_rounding else SAME
+        chex.assert_trees_all_close(jax.device_get(sharded_gradient), jax.device_get(gradient), **same)
+        chex.assert_trees_all_close(jax.device_get(sharded), jax.device_get(state), **same)

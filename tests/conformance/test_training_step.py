@@ -287,8 +287,9 @@ def test_a_hundred_steps_of_sgd_in_a_scan_are_those_by_hand(built):
     run = quick_jit(partial(jax.lax.scan, both))
     (library, hand), (steps, expected) = run((start, start), jnp.arange(STEPS))
     np.testing.assert_allclose(steps.losses, expected.losses, rtol=ROUNDING)
-    assert_same_step(steps, expected, stacked=True)
-    assert_close(library, hand)
+    rounding = 10 * ROUNDING if built.case.amplifies_rounding else ROUNDING
+    assert_same_step(steps, expected, stacked=True, rounding=rounding)
+    assert_close(library, hand, rounding=rounding)
     assert len(np.unique(steps.losses[:, 0])) == STEPS
 
 
