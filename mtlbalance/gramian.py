@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import check_params_like
 
 # Columns of a Jacobian that a CPU multiplies at a time: few enough for its cache, many enough to be worth a dot.
@@ -47,7 +48,7 @@ def gramian(
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(jacobian)]
     if len({leaf.shape[:1] for leaf in leaves}) != 1 or leaves[0].ndim == 0:
         shapes = [leaf.shape for leaf in leaves]
-        raise ValueError(f"jacobian: expected leaves that share a leading task axis, found shapes {shapes}")
+        reject("jacobian", "leaves that share a leading task axis", f"shapes {shapes}")
     if other is None:
         other = jacobian
     else:
@@ -86,10 +87,8 @@ def combine(weights: chex.Array, jacobian: chex.ArrayTree) -> chex.ArrayTree:
     def leaf_sum(leaf):
         leaf = jnp.asarray(leaf)
         if weights.ndim != 1 or leaf.shape[:1] != weights.shape:
-            raise ValueError(
-                f"jacobian: expected leaves with a leading axis of {weights.shape}, one row per weight, "
-                f"found shape {leaf.shape}"
-            )
+            expected = f"leaves with a leading axis of {weights.shape}, one row per weight"
+            reject("jacobian", expected, f"shape {leaf.shape}")
         dtype = jnp.result_type(jnp.float32, weights, leaf)
         row_axis = (((0,), (0,)), ((), ()))
         operands = weights.astype(dtype), leaf.astype(dtype)
