@@ -97,7 +97,7 @@ def double_sampled_gradient(losses_fn, method, params, state, batch_1, batch_2, 
     """Weights from the gradients of two batches, each with its own noise, for the losses of a third."""
     (_, jacobian_1), (_, jacobian_2) = (mtl.value_and_jac(losses_fn)(params, batch) for batch in (batch_1, batch_2))
     weights, state = method.gramian_weighting.apply(state, mtl.gramian.gramian(jacobian_1, jacobian_2))
-    weighted_sum = scalarization.constant(weights)
+    weighted_sum = scalarization.constant(dict(zip(TASKS, weights, strict=True)))
     grad_fn = mtl.value_and_grad(losses_fn, weighted_sum, return_weights=True)
     (losses, _, weights), gradient = grad_fn(params, weighted_sum.init(len(TASKS)), batch_3)
     return (losses, state, weights), gradient
@@ -248,7 +248,7 @@ def draw_history(title, history, output):
 
 
 def hyperparameter(text):
-    """``c=0.8``, ``pref_vector=[1,2,3]`` or ``variant=normalized`` as a pair."""
+    """``c=0.8``, ``pref_vector={"left":1,"right":2,"sum":3}`` or ``main=left`` as a pair."""
     name, value = text.split("=")
     try:
         return [name, json.loads(value)]

@@ -14,7 +14,7 @@ masks, checks shapes and dtypes, casts, keeps what must not change, stops gradie
 A state is a ``NamedTuple`` of arrays whose first leaf has one entry per task: so a call knows what its state is for.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,7 @@ from mtlbalance.losses import (
     state_dtype,
     sums,
 )
+from mtlbalance.names import check_names, knows_names, knows_names_of
 from mtlbalance.states import among, place
 
 
@@ -47,6 +48,7 @@ def scalarizer(
     observe: Hook | None = None,
     learned: tuple[str, ...] = (),
     last_weights: Callable[..., Any] | None = None,
+    per_task: Mapping[str, Any] | None = None,
 ) -> Scalarizer:
     """Builds a :class:`Scalarizer` from plain functions.
 
@@ -58,9 +60,7 @@ def scalarizer(
       observe: ``(state, values, mask) -> new_state``.
       learned: state fields that are trained by gradient.
       last_weights: ``(state) -> weights`` of the last call, for a method that keeps them.
-
-    Returns:
-      A :class:`~mtlbalance.Scalarizer`.
+      per_task: hyperparameters with one number per task, by argument: their names must be the losses'.
 
     Raises:
       TypeError: when it is used, if a function returns something else; the error says what and which.
@@ -81,7 +81,9 @@ def scalarizer(
 
     def public_init(shape):
         dims, dtype = read_shape(shape)
-        return place(returned.new_state(init(dims, dtype), dims, learned), shape)
+        with knows_names_of(shape):
+            check_names(per_task)
+            return place(returned.new_state(init(dims, dtype), dims, learned), shape)
 
     def public_apply(state, values, *, mask=None):
         call = read_call(state, values, mask, required=True)
@@ -91,8 +93,9 @@ def scalarizer(
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(sums(values)))
         return scalar.astype(dtype), settle("apply", call, new_state, state)
 
-    hooks = public_hooks(end_epoch, observe)
-    return Scalarizer(public_init, jax.jit(public_apply), *hooks, learned, last_weights=last_weights)
+    hooks = public_hooks(end_epoch, observe, per_task=per_task)
+    public = knows_names(public_apply, per_task, losses_at=1)
+    return Scalarizer(public_init, public, *hooks, learned, last_weights=last_weights)
 
 
 def aggregator(
@@ -108,6 +111,7 @@ def aggregator(
     last_weights: Callable[..., Any] | None = None,
     reads_losses: bool = False,
     axis_name: Hashable | None = None,
+    per_task: Mapping[str, Any] | None = None,
 ) -> Aggregator:
     """Builds an :class:`Aggregator` from plain functions.
 
@@ -128,6 +132,7 @@ def aggregator(
       last_weights: ``(state) -> weights`` of the last call, for a method that keeps them.
       reads_losses: whether a call without ``values`` is an error.
       axis_name: mapped axis over which parameters are split, for the Gramian.
+      per_task: as in :func:`scalarizer`.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with a weighting of whatever weighs, and ``rowwise`` if given.
@@ -175,15 +180,15 @@ def aggregator(
 
     def public_weighting(name, weigh, read_statistic):
         init = initializer(needs_params=bool(jacobian_shaped))
-        return Weighting(init, public_weigh(name, weigh, read_statistic, read, settled)) if weigh else None
+        return Weighting(init, public_weigh(name, weigh, read_statistic, read, settled, per_task)) if weigh else None
 
     return Aggregator(
         initializer(needs_params=True),
-        jax.jit(public_apply),
-        *public_hooks(end_epoch, observe, jacobian_shaped),
+        knows_names(public_apply, per_task),
+        *public_hooks(end_epoch, observe, jacobian_shaped, per_task),
         public_weighting("weighting", weighting, read_jacobian),
         public_weighting("gramian_weighting", gramian_weighting, read_gramian),
-        rowwise and public_rowwise(rowwise, read, settled),
+        rowwise and public_rowwise(rowwise, read, settled, per_task),
         jacobian_shaped=jacobian_shaped,
         last_weights=last_weights,
     )
@@ -314,9 +319,7 @@ def norms_aggregator(
     Returns:
       An :class:`~mtlbalance.Aggregator` with ``weighting``, ``gramian_weighting`` and ``rowwise``.
 
-    Raises:
-      TypeError: as :func:`aggregator`.
-      ValueError: as :func:`aggregator`.
+    Raises as :func:`aggregator`.
     """
 
     def visit(memory, row, task):

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from mtlbalance import returned
 from mtlbalance.contract import Hook, Rowwise
 from mtlbalance.losses import read_call, read_row, read_statistics, state_dtype
+from mtlbalance.names import knows_names
 from mtlbalance.states import select
 
 
-def public_weigh(name, weigh, read_statistic, read, settled):
+def public_weigh(name, weigh, read_statistic, read, settled, per_task=None):
     """A weighting's ``apply`` from the plain function of this name."""
 
     def apply(state, statistic, *, values=None, mask=None):
@@ -20,10 +21,10 @@ def public_weigh(name, weigh, read_statistic, read, settled):
         weights = finish_weights(weights, call.mask, state_dtype(state, statistic))
         return weights, settled(name, call, new_state, state)
 
-    return jax.jit(apply)
+    return knows_names(apply, per_task)
 
 
-def public_rowwise(rowwise, read, settled):
+def public_rowwise(rowwise, read, settled, per_task=None):
     """A :class:`~mtlbalance.Rowwise` of public functions from one of plain ones."""
 
     def public_visit(state, i, row, *, values=None, mask=None):
@@ -41,14 +42,14 @@ def public_rowwise(rowwise, read, settled):
         return rowwise.visits(state, read_call(state, values, mask).mask)
 
     return Rowwise(
-        jax.jit(public_visit),
-        public_weigh("weigh", rowwise.weigh, read_statistics, read, settled) if rowwise.weigh else None,
-        jax.jit(public_finish) if rowwise.finish else None,
-        jax.jit(public_visits) if rowwise.visits else None,
+        knows_names(public_visit, per_task),
+        public_weigh("weigh", rowwise.weigh, read_statistics, read, settled, per_task) if rowwise.weigh else None,
+        knows_names(public_finish, per_task) if rowwise.finish else None,
+        knows_names(public_visits, per_task) if rowwise.visits else None,
     )
 
 
-def public_hooks(end_epoch, observe, jacobian_shaped=()) -> tuple[Hook, Hook]:
+def public_hooks(end_epoch, observe, jacobian_shaped=(), per_task=None) -> tuple[Hook, Hook]:
     """``end_epoch`` and ``observe``, the identity where there is none."""
 
     def public_end_epoch(state):
@@ -60,7 +61,7 @@ def public_hooks(end_epoch, observe, jacobian_shaped=()) -> tuple[Hook, Hook]:
 
     return (
         jax.jit(public_end_epoch) if end_epoch else lambda state: state,
-        jax.jit(public_observe) if observe else lambda state, values, *, mask=None: state,
+        knows_names(public_observe, per_task, losses_at=1) if observe else lambda state, values, *, mask=None: state,
     )
 
 

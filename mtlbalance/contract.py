@@ -114,8 +114,10 @@ class Aggregator(NamedTuple):
     last_weights: Callable[..., Any] | None = None
 
 
-def weights_of(method: Scalarizer, state: Any, values: chex.Array, mask: chex.Array | None) -> tuple[chex.Array, Any]:
-    """A scalarizer's weights, which are the derivative of its scalar, and its new state.
+def weights_of(
+    method: Scalarizer, state: Any, values: chex.ArrayTree, mask: chex.Array | None
+) -> tuple[chex.ArrayTree, Any]:
+    """A scalarizer's weights, which are the derivative of its scalar, in the losses' structure; and its new state.
 
     The weights may be differentiated in turn: where they are to be constants, stop the gradient of the values.
     """

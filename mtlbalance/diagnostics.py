@@ -273,8 +273,7 @@ def effective_weights(
     if mask is not None:
         mask = read_mask(mask, values, array.shape)
         present = mask if present is None else mask & present
-    weights, _ = weights_of(scalarizer, state, array, present)
-    return like_losses(weights, values)
+    return weights_of(scalarizer, state, like_losses(array, values), present)[0]
 
 
 def _read_gramian(gramian, losses, mask):

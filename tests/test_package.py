@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     ["hyperparameters", "numerics"],
     ["losses", "states"],
+    ["names"],
     ["gramian", "contract", "solvers"],
     ["returned"],
     ["boundary"],

@@ -80,4 +80,9 @@ def aligned_mtl(
         aligned = jnp.dot(vectors, stretch * components, precision="highest")
         return jnp.where(n_kept > 0, aligned, preferred), count_seen(state, mask)
 
-    return base.aggregator(init_seen_after(preferences), gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(
+        init_seen_after(preferences),
+        gramian_weighting=weigh,
+        axis_name=axis_name,
+        per_task={"pref_vector": pref_vector},
+    )

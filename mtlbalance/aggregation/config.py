@@ -58,4 +58,9 @@ def config(pref_vector: chex.ArrayTree | None = None, *, axis_name: Hashable | N
         preferred = preferences(mask, gramian.dtype)
         return numerics.conflict_free(gramian, preferred), count_seen(state, mask)
 
-    return base.aggregator(init_seen_after(preferences), gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(
+        init_seen_after(preferences),
+        gramian_weighting=weigh,
+        axis_name=axis_name,
+        per_task={"pref_vector": pref_vector},
+    )

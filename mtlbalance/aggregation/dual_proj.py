@@ -71,4 +71,9 @@ def dual_proj(
         regularized = numerics.regularized(gramian, reg_eps, norm_eps)
         return dual_cone(regularized, preferred, mask), count_seen(state, mask)
 
-    return base.aggregator(init_seen_after(preferences), gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(
+        init_seen_after(preferences),
+        gramian_weighting=weigh,
+        axis_name=axis_name,
+        per_task={"pref_vector": pref_vector},
+    )

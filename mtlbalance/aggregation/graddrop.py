@@ -102,7 +102,7 @@ def graddrop(
         drawn = [leaf(x, jax.random.fold_in(draw_key, i)) for i, x in enumerate(leaves)]
         return treedef.unflatten(drawn), count_seen(state, mask)
 
-    return base.aggregator(init, apply=apply)
+    return base.aggregator(init, apply=apply, per_task={"leak": leak})
 
 
 def _keeps_positive(rows, f, key):

@@ -124,4 +124,6 @@ def gradnorm(
         state = state._replace(raw_weights=jnp.where(mask, new, state.raw_weights), opt_state=opt_state)
         return to_weights(raw), count_seen(state, mask)
 
-    return base.norms_aggregator(init, weigh, axis_name=axis_name, reads_losses=True)
+    return base.norms_aggregator(
+        init, weigh, axis_name=axis_name, reads_losses=True, per_task={"initial_losses": initial_losses}
+    )

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.gramian import total
-from mtlbalance.hyperparameters import FRACTION, check, check_int, reject
+from mtlbalance.hyperparameters import FRACTION, check, reject
+from mtlbalance.names import check_task, index_of
 from mtlbalance.states import count_seen, zero_counts
 
 
@@ -30,7 +31,7 @@ class LRAnnealingState(NamedTuple):
 
 
 def lr_annealing(
-    reference: int = 0,
+    reference: int | str = 0,
     alpha: chex.Numeric = 0.1,
     statistic: Literal["max", "mean"] = "max",
     *,
@@ -51,7 +52,7 @@ def lr_annealing(
       :math:`|g_{ik}|` in the denominator, without the weight; at rest their weights are the square of these.
 
     Args:
-      reference: index of the task whose weight is 1, in the order of :func:`jax.tree.leaves` where losses have names.
+      reference: the name of the task whose weight is 1, or its index where losses have no names.
       alpha: :math:`\alpha`, from 0 to 1. May be traced.
       statistic: of the reference's entries: ``"max"``, or ``"mean"``, as in PhysicsNeMo.
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
@@ -60,8 +61,8 @@ def lr_annealing(
       An :class:`~mtlbalance.Aggregator` with state :class:`LRAnnealingState`, ``weighting`` and ``rowwise``.
 
     Raises:
-      ValueError: if an argument is out of bounds; at ``init``, if there is no such task.
-      TypeError: if ``reference`` is not an int.
+      ValueError: if an argument is out of bounds; if ``reference`` is no task, or an index where the losses have names.
+      TypeError: if ``reference`` is neither an int nor a name.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,15 +78,14 @@ def lr_annealing(
       Networks <https://arxiv.org/abs/2001.04536>`_, SIAM Journal on Scientific Computing 2021, algorithm 1;
       https://github.com/PredictiveIntelligenceLab/GradientPathologiesPINNs.
     """
-    check_int("reference", reference, 0)
+    check_task("reference", reference)
     check("alpha", alpha, FRACTION)
     if statistic not in ("max", "mean"):
         reject("statistic", "'max' or 'mean'", f"{statistic!r}")
 
     def init(m, params, dtype):
         del params
-        if reference >= m:
-            reject("reference", f"an int below the number of tasks {m}", f"{reference}")
+        check_task("reference", reference, m)
         return LRAnnealingState(jnp.ones(m, dtype), zero_counts(m))
 
     def visit(memory, gradient, task):
@@ -101,11 +101,12 @@ def lr_annealing(
     def weigh(state, statistics, values, mask):
         del values
         largest, means = statistics
-        size = (largest if statistic == "max" else means)[reference]
+        at = index_of("reference", reference)
+        size = (largest if statistic == "max" else means)[at]
         nonzero = mask & (means != 0) & (size != 0)  # of an absent reference the size is zero
         target = numerics.ratio(size, state.weights * means)
         weights = jnp.where(nonzero, (1 - alpha) * state.weights + alpha * target, state.weights)
-        weights = weights.at[reference].set(1)
+        weights = weights.at[at].set(1)
         return weights, count_seen(state._replace(weights=weights), mask)
 
     return base.rowwise_aggregator(init, visit, weigh)

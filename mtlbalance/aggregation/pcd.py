@@ -13,6 +13,7 @@ import optax
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import DECAY, FRACTION, NONNEGATIVE, check, per_task
+from mtlbalance.names import check_task, index_of, names_of
 from mtlbalance.solvers import priority_constrained
 from mtlbalance.states import select, zero_counts
 
@@ -34,28 +35,30 @@ def pcd(
     beta: chex.Numeric = 0.999,
     eps: chex.Numeric = 0.0,
     *,
+    main: int | str = 0,
     axis_name: Hashable | None = None,
 ) -> base.Aggregator:
-    r"""The step nearest to the first task's gradient that gives every other task its share of progress.
+    r"""The step nearest to the main task's gradient that gives every other task its share of progress.
 
     .. math:: d = \arg\min_d \lVert d - s_1 g_1 \rVert \quad \text{with} \quad
               s_j g_j \cdot d \ge \tau_j \lVert s_j g_j \rVert^2 \quad (j \ge 2), \qquad
               g = \lVert g_1 \rVert \frac{d}{\lVert d \rVert}, \qquad s_i = \frac{1}{\sqrt{\hat v_i + \epsilon}}
 
     where :math:`\hat v_i` is the running average of :math:`\lVert g_i \rVert^2`, without bias towards its start. The
-    first task present is the primary one. The weights have no fixed total, and the primary task's is zero only if the
-    whole gradient is. Where the constraints contradict each other they are dropped, all of them; where :math:`g_1` or
-    :math:`d` vanishes, up to rounding, so does the gradient.
+    main task counts as the first; where it is absent, the first of the others does. The weights have no fixed total,
+    and the main task's is zero only if the whole gradient is. Where the constraints contradict each other they are
+    dropped, all of them; where :math:`g_1` or :math:`d` vanishes, up to rounding, so does the gradient.
 
     Note:
       TorchJD's :math:`\epsilon` is 1e-8; without it the scale of the gradients does not matter. It solves in float64
       on the host, and counts the calls of all tasks together.
 
     Args:
-      tau: shares :math:`\tau` from 0 to 1: one for all other tasks, or one for each, shape ``[m - 1]``. Entry j - 2 is
-        task j's, also when an earlier task is absent; the share of a task that is primary is unused. May be traced.
+      tau: shares :math:`\tau` from 0 to 1: one for all other tasks, or one for each: shape ``[m - 1]`` in their order,
+        or a tree of the losses' names. The share of the task in the first place is unused. May be traced.
       beta: decay of the running averages, at least 0 and below 1. May be traced.
       eps: :math:`\epsilon \ge 0`. May be traced.
+      main: the name of the task that comes first, or its index where losses have no names.
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
 
     Returns:
@@ -63,7 +66,8 @@ def pcd(
 
     Raises:
       ValueError: if ``beta`` or ``eps`` is out of bounds; at ``init``, if ``tau`` is, or if it has not one number per
-        other task.
+        other task; if ``main`` is no task, or an index where the losses have names.
+      TypeError: if ``main`` is neither an int nor a name.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,14 +83,21 @@ def pcd(
     """
     check("beta", beta, DECAY)
     check("eps", eps, NONNEGATIVE)
+    check_task("main", main)
+    is_named = bool(names_of(tau).entries)
 
     def read_tau(m, dtype):
-        return per_task("tau", tau, (m - 1,), dtype, bound=FRACTION)
+        return per_task("tau", tau, (m if is_named else m - 1,), dtype, bound=FRACTION)
 
     def init(m, params, dtype):
         del params
+        check_task("main", main, m)
         read_tau(m, dtype)
         return PCDState(zero_counts(m), jnp.zeros(m, dtype))
+
+    def main_first(m):
+        first = index_of("main", main)
+        return [first, *(i for i in range(m) if i != first)]
 
     def weigh(state, gramian, values, mask):
         del values
@@ -95,8 +106,11 @@ def pcd(
         root = jnp.sqrt(state.squares + eps)
         scales = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
         scaled = gramian * scales * scales[:, None]
-        weights = priority_constrained(scaled, read_tau(len(scales), scaled.dtype), mask)
-        square, primary = numerics.squared_length(scaled, weights), jnp.argmax(mask)
+        order = jnp.array(main_first(len(mask)))
+        shares = read_tau(len(mask), scaled.dtype)
+        in_order = scaled[order][:, order], shares[order[1:]] if is_named else shares, mask[order]
+        weights = jnp.zeros_like(scales).at[order].set(priority_constrained(*in_order))
+        square, primary = numerics.squared_length(scaled, weights), order[jnp.argmax(mask[order])]
         vanishes = (square == 0) | (scaled[primary, primary] == 0)
         length = jnp.sqrt(gramian[primary, primary] / jnp.where(vanishes, 1, square))
         return jnp.where(vanishes, 0, weights * (scales * length)), state
@@ -107,4 +121,4 @@ def pcd(
         rate = (1 - decay) / numerics.bias_correction(decay, seen)  # 1 on the first call, 1 - beta in the end
         return PCDState(seen, state.squares + rate * (squares - state.squares))
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name, per_task={"tau": tau})

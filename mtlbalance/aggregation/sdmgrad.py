@@ -113,4 +113,4 @@ def sdmgrad(
         state = SDMGradState(jnp.where(mask, weights, state.weights))
         return (weights + lambda_ * preferred) / (1 + lambda_), state
 
-    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name, per_task={"pref_vector": pref_vector})

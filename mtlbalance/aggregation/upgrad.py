@@ -75,4 +75,9 @@ def upgrad(
         solutions = jax.vmap(lambda lower: dual_cone(regularized, lower, mask))(jnp.diag(preferred))
         return jnp.sum(solutions, axis=0), count_seen(state, mask)
 
-    return base.aggregator(init_seen_after(preferences), gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(
+        init_seen_after(preferences),
+        gramian_weighting=weigh,
+        axis_name=axis_name,
+        per_task={"pref_vector": pref_vector},
+    )

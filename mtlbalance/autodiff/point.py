@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import check_int, reject
-from mtlbalance.losses import as_counted, is_counted, present_rows, read_labelled, read_losses
+from mtlbalance.losses import as_counted, is_counted, like_losses, present_rows, read_labelled, read_losses
 
 
 class Evaluated(NamedTuple):
@@ -26,6 +26,11 @@ class Evaluated(NamedTuple):
     aux: Any
     values: chex.Array
     present: chex.Array | None
+
+    @property
+    def named(self) -> chex.ArrayTree:
+        """The values in the losses' structure, so that a method knows their names."""
+        return like_losses(self.values, self.losses)
 
 
 class Pullback(NamedTuple):

@@ -24,7 +24,7 @@ from mtlbalance.autodiff.point import Evaluated, pair_of
 from mtlbalance.autodiff.subsets import Subset, join_subsets, read_subset, select_subset, whole, with_float0
 from mtlbalance.contract import Aggregator, Scalarizer, weights_of
 from mtlbalance.gramian import combine
-from mtlbalance.hyperparameters import reject
+from mtlbalance.hyperparameters import flatten, reject
 from mtlbalance.losses import check_params_like, like_losses, present_rows, read_mask
 
 
@@ -170,7 +170,7 @@ def value_and_grad(
             if microbatches and refresh is None and isinstance(method, Scalarizer):
                 # The first pass over the micro-batches then serves the weights alone. Where they do not depend on the
                 # losses, as UW's do not, it is dead code, which XLA removes.
-                _, new_state = weights_of(method, state, evaluated.values, present)
+                _, new_state = weights_of(method, state, evaluated.named, present)
         elif is_shared is not None:
             plain = point.pull(lambda pullback: pullback.weighted(_ones(evaluated.values, present), present))
             gradient = join_subsets(is_shared, gradient, plain)
@@ -197,22 +197,22 @@ class _Decision(NamedTuple):
 
 def _decide(method, state, point, present, restrict, rows, requested):
     if isinstance(method, Scalarizer):
-        weights, state = weights_of(method, state, point.evaluated.values, present)
-        return _Decision(None, state, weights)
+        weights, state = weights_of(method, state, point.evaluated.named, present)
+        return _Decision(None, state, flatten("weights", weights))
     mask = None if present is None else jnp.ravel(present)
     if rows == "stream":
         return _decide_by_visits(method.rowwise, state, point, mask, restrict)
     if rows == "two_pass":
         evaluated = point.evaluated
         gramian, jacobian = gramian_at(point, restrict, rows, requested=requested)
-        given = {"values": jnp.ravel(evaluated.values), "mask": mask}
+        given = {"values": _vector(evaluated.named), "mask": mask}
         weights, state = method.gramian_weighting.apply(state, gramian, **given)
         return _Decision(evaluated, state, weights, _combine(weights, jacobian, mask))
     if rows == "features":
         evaluated, jacobian = point.evaluate_and_pull(lambda pullback: pullback.features[0])
     else:
         evaluated, jacobian = point.evaluate_and_pull(lambda pullback: pullback.rows(restrict, rows))
-    given = {"values": jnp.ravel(evaluated.values), "mask": mask}
+    given = {"values": _vector(evaluated.named), "mask": mask}
     if method.weighting is not None:
         weights, state = method.weighting.apply(state, jacobian, **given)
         gradient = None if rows == "features" else _combine(weights, jacobian, mask)
@@ -227,7 +227,7 @@ def _decide(method, state, point, present, restrict, rows, requested):
 def _decide_by_visits(rowwise, state, point, mask, restrict):
     """Rows come and go, and the state is changed in place."""
     evaluated = point.evaluated
-    given = {"values": jnp.ravel(evaluated.values), "mask": mask}
+    given = {"values": _vector(evaluated.named), "mask": mask}
     n_tasks = evaluated.values.size
     indices, n_visits = jnp.arange(n_tasks), n_tasks
     if rowwise.visits is not None:
@@ -294,6 +294,11 @@ def _combine(weights, jacobian, mask):
     if jacobian is None:
         return None
     return combine(weights, jacobian if mask is None else present_rows(jacobian, mask))
+
+
+def _vector(losses):
+    """What an aggregator takes: named losses, or a vector."""
+    return jnp.ravel(losses) if jax.tree_util.all_leaves([losses]) else losses
 
 
 def _ones(like, present):

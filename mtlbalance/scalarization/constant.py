@@ -42,4 +42,4 @@ def constant(weights: chex.ArrayTree) -> base.Scalarizer:
         fixed = fixed_weights(mask, values.dtype)
         return jnp.sum(fixed * values, where=mask), count_seen(state, mask)
 
-    return base.scalarizer(init_seen_after(fixed_weights), apply)
+    return base.scalarizer(init_seen_after(fixed_weights), apply, per_task={"weights": weights})

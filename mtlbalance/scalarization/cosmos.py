@@ -59,4 +59,4 @@ def cosmos(lambda_: chex.Numeric, weights: chex.ArrayTree) -> base.Scalarizer:
         cosine = jnp.sum(numerics.unit(preferred) * numerics.unit(values))
         return jnp.sum(preferred * values) - lambda_ * cosine, count_seen(state, mask)
 
-    return base.scalarizer(init_seen_after(preferences), apply)
+    return base.scalarizer(init_seen_after(preferences), apply, per_task={"weights": weights})

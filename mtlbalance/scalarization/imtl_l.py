@@ -64,4 +64,4 @@ def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     def apply(state, values, mask):
         return jnp.sum(jnp.exp(state.log_scale) * values - state.log_scale, where=mask), state
 
-    return base.scalarizer(init, apply, learned=("log_scale",))
+    return base.scalarizer(init, apply, learned=("log_scale",), per_task={"initial_log_scale": initial_log_scale})

@@ -69,4 +69,4 @@ def minmax(initial_logits: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
         weights = jnp.sum(mask) * numerics.softmax(numerics.reverse_gradient(state.logits), mask)
         return jnp.sum(weights * values, where=mask), state
 
-    return base.scalarizer(init, apply, learned=("logits",))
+    return base.scalarizer(init, apply, learned=("logits",), per_task={"initial_logits": initial_logits})

@@ -69,4 +69,4 @@ def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree 
         distance = scale * jnp.sqrt(jnp.sum(jnp.square(beside / scale)) + jnp.square(1e-6 / scale))
         return along + theta * distance, count_seen(state, mask)
 
-    return base.scalarizer(init_seen_after(preferences), apply)
+    return base.scalarizer(init_seen_after(preferences), apply, per_task={"weights": weights, "reference": reference})

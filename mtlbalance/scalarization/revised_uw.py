@@ -66,4 +66,4 @@ def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
         variance = jnp.square(state.sigma)
         return jnp.sum(0.5 / variance * values + jnp.log1p(variance), where=mask), state
 
-    return base.scalarizer(init, apply, learned=("sigma",))
+    return base.scalarizer(init, apply, learned=("sigma",), per_task={"initial_sigma": initial_sigma})

@@ -54,4 +54,4 @@ def scale_invariant(weights: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
         logs = jnp.log(jnp.where(jnp.abs(values) < tiny, tiny, values))
         return jnp.sum(fixed * logs, where=mask), count_seen(state, mask)
 
-    return base.scalarizer(init_seen_after(fixed_weights), apply)
+    return base.scalarizer(init_seen_after(fixed_weights), apply, per_task={"weights": weights})

@@ -70,4 +70,4 @@ def self_adaptive(initial_multipliers: chex.ArrayTree | float = 1.0) -> base.Sca
         weights = jnp.square(numerics.reverse_gradient(state.multipliers))
         return jnp.sum(weights * values, where=mask), state
 
-    return base.scalarizer(init, apply, learned=("multipliers",))
+    return base.scalarizer(init, apply, learned=("multipliers",), per_task={"initial_multipliers": initial_multipliers})

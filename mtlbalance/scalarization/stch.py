@@ -111,7 +111,8 @@ def stch(
         return _smooth_max(preferred * (values - ideal), mu, mask), count_seen(state, mask)
 
     if n_warmup_epochs is None:
-        return base.scalarizer(init_seen_after(preferences), apply)
+        named = {"weights": weights, "reference": reference}
+        return base.scalarizer(init_seen_after(preferences), apply, per_task=named)
 
     def init_warm_up(shape, dtype):
         zeros = zero_counts(shape)

@@ -81,4 +81,9 @@ def uw(initial_log_var: chex.ArrayTree | float = 0.0, classification: chex.Array
         weights = factor(values.shape, values.dtype) * jnp.exp(-log_var)
         return jnp.sum(weights * values + 0.5 * log_var, where=mask), state
 
-    return base.scalarizer(init, apply, learned=("log_var",))
+    return base.scalarizer(
+        init,
+        apply,
+        learned=("log_var",),
+        per_task={"initial_log_var": initial_log_var, "classification": classification},
+    )

@@ -85,4 +85,5 @@ def cr_mogm(
 
     # Only where the method inside keeps its weights can a step go without a refresh.
     last_weights = method.last_weights and (lambda state: state.weights)
-    return reweighted(method, start, smooth, last_weights=last_weights)
+    per_task_given = {"initial_weights": initial_weights}
+    return reweighted(method, start, smooth, last_weights=last_weights, per_task=per_task_given)

@@ -68,6 +68,7 @@ def reweighted(
     *,
     last_weights: Callable[..., Any] | None = None,
     keeps_scalar: bool = False,
+    per_task: dict[str, Any] | None = None,
 ) -> Method:
     """The method with its weights looked at, or changed, on every path.
 
@@ -78,8 +79,9 @@ def reweighted(
       last_weights: ``(state) -> weights`` of the last call, if they are in the state.
       keeps_scalar: whether a scalarizer's scalar stays as it is. Else it is the losses' sum with the changed weights,
         which are constants of differentiation.
+      per_task: the wrapper's own hyperparameters with one number per task, as the builders take them.
     """
-    hooks = hooks_of(method) | {"last_weights": last_weights}
+    hooks = hooks_of(method) | {"last_weights": last_weights, "per_task": per_task}
     if isinstance(method, Scalarizer):
         return _reweighted_scalarizer(method, start, change, hooks, keeps_scalar)
     return _reweighted_aggregator(method, start, change, hooks)

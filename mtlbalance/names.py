@@ -1,0 +1,149 @@
+"""The losses' names: what is given per task goes by them, and never by the sorted position that JAX flattens to.
+
+A method's plain functions see one array of losses without names. The names are those of the outermost method called:
+a wrapper hands its losses to the method inside as an array, and that method still knows them.
+"""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import numpy as np
+
+from mtlbalance.hyperparameters import is_int, reject
+from mtlbalance.losses import sums
+
+
+class Names(NamedTuple):
+    """The names of the losses, as far as they have any.
+
+    Attributes:
+      entries: one for each number, such as ``"depth"`` or ``"pose.0"``; none where the losses are positional.
+      n_leaves: how many losses have them: an array under one name has its own order.
+    """
+
+    entries: tuple[str, ...] = ()
+    n_leaves: int = 0
+
+
+# Of the outermost call: ``None`` where its losses are not known, ``...`` where there is no call.
+_outermost: ContextVar[Any] = ContextVar("names of the losses", default=...)
+
+
+def names_of(losses: chex.ArrayTree) -> Names:
+    """The names of losses, or of what is given for each."""
+    leaves, treedef = jax.tree.flatten(sums(losses))
+    return Names() if jax.tree_util.treedef_is_leaf(treedef) else _names(treedef, tuple(map(np.shape, leaves)))
+
+
+def knows_names(function: Callable[..., Any], per_task: Mapping[str, Any] | None = None, losses_at: int | None = None):
+    """A compiled function of ``(state, *args, values=..., mask=...)`` in which the losses' names are known.
+
+    They are a part of what the program is compiled for. Before it the names of ``per_task`` are checked.
+
+    Args:
+      function: the plain one.
+      per_task: hyperparameters by their arguments, each with one number per task.
+      losses_at: the position at which it takes ``values``; ``None`` if that is a keyword.
+    """
+
+    def traced(names, *args, **kwargs):
+        with _known(names):
+            check_names(per_task)
+            return function(*args, **kwargs)
+
+    compiled = jax.jit(traced, static_argnums=0)
+
+    @wraps(function)
+    def public(*args, **kwargs):
+        names = _outermost.get()
+        if names is ...:
+            by_position = losses_at is not None and len(args) > losses_at
+            losses = args[losses_at] if by_position else kwargs.get("values")
+            names = None if losses is None else names_of(losses)
+        return compiled(names, *args, **kwargs)
+
+    return public
+
+
+def knows_names_of(losses: Any):
+    """While it is entered ``init`` is called for these losses, unless it is so for another method's."""
+    names = _outermost.get()
+    if names is ...:
+        names = None if is_int(losses) else names_of(losses)
+        names = names if names and names.entries else None  # a shape says nothing of names
+    return _known(names)
+
+
+def check_names(per_task: Mapping[str, Any] | None) -> None:
+    """Raises unless hyperparameters with one number per task have the losses' names, as far as these are known."""
+    names = _outermost.get()
+    for argument, value in (per_task or {}).items():
+        if names is None or value is None:
+            continue
+        found, expected = list(names_of(value).entries), list(names.entries)
+        if not found and names.n_leaves > 1 and sum(map(np.size, jax.tree.leaves(value))) > 1:
+            by_name = "{" + ", ".join(f"{name!r}: ..." for name in expected) + "}"
+            order = "numbers without names, whose order would be the sorted one"
+            reject(argument, f"a number for each of the losses' names, {by_name}", order)
+        if found and found != expected:
+            order = ", in this order" if sorted(found) == sorted(expected) else ""
+            names_due = f"the losses' names {expected}{order}" if expected else "an array: the losses have no names"
+            reject(argument, names_due, f"{found}")
+
+
+def check_task(argument: str, task: int | str, n_tasks: float = math.inf) -> None:
+    """Raises unless a task is given by its name, or by an index below the number of tasks."""
+    if isinstance(task, str):
+        return
+    if not is_int(task):
+        reject(argument, "the name or the index of a task", type(task).__name__, TypeError)
+    if not 0 <= task < n_tasks:
+        bound = "" if n_tasks == math.inf else f" below the number of tasks {n_tasks}"
+        reject(argument, f"a name, or an int of at least 0{bound}", f"{task}")
+
+
+def index_of(argument: str, task: int | str) -> int:
+    """The position of a task: it must be given by name where losses have names, and by index where they have none."""
+    names = _outermost.get()
+    if names is None or names is ...:
+        if isinstance(task, str):
+            reject(argument, "values= with the losses' names, or an index", f"{task!r} and no names")
+        return task
+    entries = list(names.entries)
+    if isinstance(task, str) and task in entries:
+        return entries.index(task)
+    if isinstance(task, str) or names.n_leaves > 1:
+        found = repr(task) if isinstance(task, str) else f"the index {task}, which is a sorted position"
+        reject(argument, f"one of the losses' names {entries}" if entries else "an index", found)
+    return task
+
+
+@contextlib.contextmanager
+def _known(names: Names | None) -> Iterator[None]:
+    token = _outermost.set(names)
+    try:
+        yield
+    finally:
+        _outermost.reset(token)
+
+
+@lru_cache(maxsize=1024)
+def _names(treedef, shapes):
+    paths = [path for path, _ in jax.tree.leaves_with_path(treedef.unflatten(range(len(shapes))))]
+    positional = jax.tree_util.SequenceKey, jax.tree_util.FlattenedIndexKey
+    if all(isinstance(key, positional) for path in paths for key in path):
+        return Names()
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
+    parts = [_parts(name, shape) for name, shape in zip(names, shapes, strict=True)]
+    return Names(tuple(itertools.chain(*parts)), len(names))
+
+
+def _parts(name, shape):
+    return [name] if shape == () else [f"{name}.{i}" for i in range(math.prod(shape))]
