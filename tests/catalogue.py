@@ -4,12 +4,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, base, scalarization
+from mtlbalance.names import names_of
 
 WEIGHTS = jnp.array([0.5, 2.0, 1.25, -0.5])
 THREE = jnp.arange(3)
@@ -26,7 +28,7 @@ class Case(NamedTuple):
         that serves while another one is varied.
       draws: the weights are drawn at random, so that subsets of tasks agree in distribution only.
       sharded: takes ``axis_name``.
-      per_task: ``make`` takes the indices of the ``tasks`` that it is for.
+      per_task: ``make`` takes the indices of the ``tasks`` that it is for, an array or named as the losses are.
       nonlinear: the scalar is not linear in the losses at a given state, its constants of differentiation held.
       needs_positive: a negative loss makes the scalar NaN.
       largest: the largest loss that must not overflow.
@@ -34,8 +36,8 @@ class Case(NamedTuple):
       total: what the weights of the tasks present always add up to, 1 or their number m; ``None`` if free.
       reads_losses: an aggregator that refuses a call without ``values``.
       local_draws: under ``shard_map`` every device draws for its own part of the parameters.
-      required: values of the public method's arguments that have no default, as JSON; the tasks are those of the
-        examples, and another method goes by its name.
+      required: values of the public method's arguments that must be given for named losses, as JSON; the tasks are
+        those of the examples, and another method goes by its name.
       amplifies_rounding: what two programs round differently grows in it: by steps far too large for long gradients, or
         by a system of equations that is near to none.
       variants: settings of the public method of this name whose properties hold on random Jacobians of up to 8 tasks.
@@ -82,12 +84,21 @@ class FollowState(NamedTuple):
 
 
 def _weights(tasks):
-    return WEIGHTS[tasks % len(WEIGHTS)]
+    return jax.tree.map(lambda i: WEIGHTS[i % len(WEIGHTS)], tasks)
+
+
+def _preference(tasks):
+    return jax.tree.map(jnp.abs, _weights(tasks))
+
+
+def _first(tasks):
+    """The first task, by its name if it has one."""
+    return next(iter(names_of(tasks).entries), 0)
 
 
 def preferring(factory, **fixed):
     """The method with a preference for each task."""
-    return lambda tasks=THREE, **kwargs: factory(pref_vector=jnp.abs(_weights(tasks)), **fixed, **kwargs)
+    return lambda tasks=THREE, **kwargs: factory(pref_vector=_preference(tasks), **fixed, **kwargs)
 
 
 def averaging(beta=0.9, beta_sigma=0.5, axis_name=None):
@@ -140,7 +151,7 @@ SCALARIZERS = [
     ),
     Case(
         "pbi",
-        lambda tasks=THREE, theta=5.0, reference=-0.5: scalarization.pbi(theta, jnp.abs(_weights(tasks)), reference),
+        lambda tasks=THREE, theta=5.0, reference=-0.5: scalarization.pbi(theta, _preference(tasks), reference),
         {"theta": (0.0, 5.0), "reference": (-0.5, 0.0)},
         per_task=True,
         nonlinear=True,
@@ -303,9 +314,11 @@ AGGREGATORS = [
     ),
     Case(
         "pcd",
-        aggregation.pcd,
+        lambda tasks=THREE, **kwargs: aggregation.pcd(main=_first(tasks), **kwargs),
         {"tau": (0.0, 0.02, 0.5), "beta": (0.0, 0.999), "eps": (0.0, 1.0)},
         sharded=True,
+        per_task=True,
+        required={"main": "left"},
         variants={"pcd": {"tau": 0.3}},
     ),
     Case(
@@ -364,9 +377,11 @@ AGGREGATORS = [
     ),
     Case(
         "lr_annealing",
-        aggregation.lr_annealing,
+        lambda tasks=THREE, **kwargs: aggregation.lr_annealing(_first(tasks), **kwargs),
         {"alpha": (0.0, 0.1, 1.0)},
         sharded=True,
+        per_task=True,
+        required={"reference": "left"},
         variants={"lr_annealing": {"alpha": 0.5}},
     ),
     Case(

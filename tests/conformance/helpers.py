@@ -50,7 +50,7 @@ class Built:
         return self.family, *(name for name, has in kind.items() if has)
 
     def method_for(self, tasks):
-        """The method for some of the tasks alone, in that order."""
+        """The method for some of the tasks alone, in that order, or for tasks with names."""
         return self.case.make(tasks=tasks) if self.case.per_task else self.method
 
     def init(self, method=None, n_tasks=3, params=PARAMS):
