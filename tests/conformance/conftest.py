@@ -1,8 +1,9 @@
 """Runs every check on every case of the catalogue: a check takes ``built``, ``scalarizer`` or ``aggregator``.
 
 By default other settings of a method run only where they are of a kind of their own. Two marks narrow that down.
-``cases`` has a predicate: of the others the check says nothing. ``one_of_a_kind`` is for what tests the engine or the
-boundary, which know no method by name: on all but the first case of a kind it is slow, unless the methods are a user's.
+``cases`` has a predicate: of the others the check says nothing. ``one_of_a_kind("engine")`` is for what tests the
+engine, ``one_of_a_kind("boundary")`` the boundary, which know no method by name and treat those of a kind alike: on all
+but the first case of a kind it is slow, unless the methods are a user's.
 """
 
 import importlib.util
@@ -83,8 +84,10 @@ def mark_slow(found):
     """By default every check runs on every public method and on one case of each kind, some on these alone."""
     representatives = {}
     for built, item in found:
-        of_check = item.nodeid.split("[")[0] if item.get_closest_marker("one_of_a_kind") else None
-        first = representatives.setdefault((of_check, built.kind), built)
+        mark = item.get_closest_marker("one_of_a_kind")
+        of_check = item.nodeid.split("[")[0] if mark else None
+        kind = getattr(built, f"{mark.args[0]}_kind") if mark else built.boundary_kind
+        first = representatives.setdefault((of_check, kind), built)
         is_another_setting = "-" in built.case.name
         if built is not first and (of_check or is_another_setting):
             item.add_marker(pytest.mark.slow)

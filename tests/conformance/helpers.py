@@ -27,27 +27,34 @@ class Built:
         self.method = case.make()
 
     @functools.cached_property
-    def kind(self):
-        """What the boundary and the engine can tell of a method; they treat methods of one kind alike.
-
-        The paths it offers, its hooks, whether its weights depend on the losses; or, for a wrapper, which one, and
-        whether a state shaped like the Jacobian is in it.
-        """
-        state = jax.eval_shape(self.init)
-        if any(hasattr(field, "_fields") for field in state):  # another method's state
-            return self.family, type(state).__name__, bool(self.method.jacobian_shaped)
+    def engine_kind(self):
+        """What the engine can tell of a method: the paths it offers."""
         rowwise = getattr(self.method, "rowwise", None)
         kind = {
             "weighting": getattr(self.method, "weighting", None),
             "gramian_weighting": getattr(self.method, "gramian_weighting", None),
             **(rowwise._asdict() if rowwise else {}),
             "jacobian_shaped": self.method.jacobian_shaped,
+            "last_weights": self.method.last_weights,
             "learned": self.method.learned,
+        }
+        return self.family, *(name for name, has in kind.items() if has)
+
+    @functools.cached_property
+    def boundary_kind(self):
+        """What the boundary can: also its hooks, and whether its weights depend on the losses.
+
+        Or, for a wrapper, which one, and whether a state shaped like the Jacobian is in it.
+        """
+        state = jax.eval_shape(self.init)
+        if any(hasattr(field, "_fields") for field in state):  # another method's state
+            return self.family, type(state).__name__, bool(self.method.jacobian_shaped)
+        kind = {
             "end_epoch": jax.make_jaxpr(self.method.end_epoch)(state).eqns,
             "observe": jax.make_jaxpr(self.method.observe)(state, np.ones(3, np.float32)).eqns,
             "nonlinear": self.case.nonlinear,
         }
-        return self.family, *(name for name, has in kind.items() if has)
+        return *self.engine_kind, *(name for name, has in kind.items() if has)
 
     def method_for(self, tasks):
         """The method for some of the tasks alone, in that order, or for tasks with names."""

@@ -46,7 +46,7 @@ def sharded_init(built, mesh):
     return built.init(params=on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), SPECS))
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_eight_devices_give_what_one_gives(built, mesh):
     """With a state that lies with the parameters and stays there, from one program that gathers nothing."""
     state, sharded = built.init(), sharded_init(built, mesh)
@@ -75,7 +75,7 @@ def test_eight_devices_give_what_one_gives(built, mesh):
         chex.assert_trees_all_close(states[i], jax.device_get(state), **SAME)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 @pytest.mark.cases(lambda built: built.method.jacobian_shaped)
 def test_init_inside_jit_follows_an_explicit_sharding(aggregator):
     mesh = MESHES["Explicit"]
@@ -128,7 +128,7 @@ def test_shard_map_gives_every_device_the_same_weights(aggregator):
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 @pytest.mark.cases(lambda built: not built.case.local_draws)
 def test_shard_map_reduces_over_the_axes_of_the_parameters(aggregator):
     step, sharded = mapped(aggregator)

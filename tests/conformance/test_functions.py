@@ -33,7 +33,7 @@ def test_inputs_stay_and_the_same_call_gives_the_same_answer(built):
     chex.assert_trees_all_equal((state, x), before)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_jit_gives_what_eager_gives(built):
     state, x = built.step(built.init(), built.sample(0))[1], built.sample(1)
     jitted = built.step(state, x)
@@ -134,7 +134,7 @@ def test_no_two_leaves_share_a_buffer(built):
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_a_donated_state_leaves_init_and_method_usable(built):
     step = quick_jit(built.apply, donate_argnums=0)
     _, once = step(built.init(), built.sample(0))
@@ -143,7 +143,7 @@ def test_a_donated_state_leaves_init_and_method_usable(built):
     chex.assert_tree_all_finite(output)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.one_of_a_kind), jnp.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.one_of_a_kind("boundary")), jnp.float16])
 def test_half_precision_inputs_are_computed_in_float32(built, dtype):
     x = built.sample(0, dtype=dtype)
     state = built.apply(built.init(), built.sample(1))[1]
@@ -161,7 +161,7 @@ def test_half_precision_inputs_are_computed_in_float32(built, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 @pytest.mark.cases(lambda built: built.method.gramian_weighting)
 def test_half_precision_gramians_are_computed_in_float32(aggregator, dtype):
     weighting = aggregator.method.gramian_weighting
@@ -204,7 +204,7 @@ def test_exports_for_cpu_cuda_and_tpu_without_callbacks(built):
     assert not re.search(r"custom_call @\S*callback", exported.mlir_module())
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_new_state_is_cut_from_the_inputs_gradient(built):
     def state_total(x):
         new_state = built.apply(built.init(), x)[1]
@@ -225,7 +225,7 @@ def test_scalar_is_linear_in_the_losses_unless_it_is_said_not_to_be(scalarizer):
     assert np.any(hessian != 0) == scalarizer.case.nonlinear
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 @pytest.mark.cases(lambda built: built.method.weighting)
 def test_aggregators_weights_are_constants_of_differentiation(aggregator):
     state = aggregator.apply(aggregator.init(), aggregator.sample(1))[1]
@@ -236,7 +236,7 @@ def test_aggregators_weights_are_constants_of_differentiation(aggregator):
     chex.assert_trees_all_close(quick_jit(jax.grad(total))(x), expected, **SAME)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 @pytest.mark.cases(lambda built: built.method.weighting)
 def test_weighting_is_the_aggregator(aggregator):
     state = jax.eval_shape(aggregator.init)
@@ -244,7 +244,7 @@ def test_weighting_is_the_aggregator(aggregator):
     agrees_over_four_calls(aggregator, "weighting")
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 @pytest.mark.cases(lambda built: built.method.gramian_weighting)
 def test_gramian_weighting_is_the_aggregator(aggregator):
     agrees_over_four_calls(aggregator, "gramian_weighting")
@@ -261,7 +261,7 @@ def agrees_over_four_calls(aggregator, path):
         state = assert_path_agrees(aggregator, path, state, aggregator.sample(i))
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_checkpoint_and_resume_is_a_straight_run(built, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     xs = built.stack(6)

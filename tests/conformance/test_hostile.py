@@ -107,12 +107,12 @@ def test_one_task(built):
     assert_tasks_stay_finite(built, 1)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_forty_tasks(built):
     assert_tasks_stay_finite(built, 40)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_a_jacobian_without_parameters(aggregator):
     """optax.partition hands an empty group to its transformation."""
     for params in {}, {"w": jax.ShapeDtypeStruct((0,), jnp.float32)}:
@@ -125,7 +125,7 @@ def test_a_jacobian_without_parameters(aggregator):
         chex.assert_tree_all_finite(new_state)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_wrong_losses_raise(scalarizer):
     state, apply = scalarizer.init(), scalarizer.method.apply
     with pytest.raises(ValueError, match=r"values: expected shape \(3,\), as given to init, found shape \(4,\)"):
@@ -143,7 +143,7 @@ def test_wrong_losses_raise(scalarizer):
         apply(state, mtl.Counted(jnp.ones(3), jnp.ones(())))
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_an_error_leaves_a_donated_state_usable(built):
     state, wrong = built.init(), built.sample(0, n_tasks=4)
     with pytest.raises(ValueError, match=r"values|jacobian"):
@@ -152,7 +152,7 @@ def test_an_error_leaves_a_donated_state_usable(built):
     chex.assert_trees_all_equal(state, built.init())
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_wrong_masks_raise(built):
     state, x = built.init(), built.sample(0)
     with pytest.raises(TypeError, match="mask: expected booleans, found dtype int32"):
@@ -161,7 +161,7 @@ def test_wrong_masks_raise(built):
         built.apply(state, x, mask=jnp.ones(2, bool))
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_a_mask_of_other_names_raises(scalarizer):
     losses = {"left": 1.0, "right": 2.0, "sum": 3.0}
     with pytest.raises(ValueError, match="mask: expected one array, or the shapes of values"):
@@ -171,7 +171,7 @@ def test_a_mask_of_other_names_raises(scalarizer):
         scalarizer.method.apply(scalarizer.init(), uneven, mask=labels)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_wrong_jacobians_raise(aggregator):
     state, x = aggregator.init(), aggregator.sample(0)
     apply = partial(aggregator.method.apply, values=aggregator.losses(x))
@@ -198,7 +198,7 @@ def test_wrong_jacobians_raise(aggregator):
             (rowwise.weigh or rowwise.finish)(state, jnp.ones(2), **given)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_wrong_shapes_for_init_raise(scalarizer):
     init = scalarizer.method.init
     for empty in 0, (3, 0), -1, {}:
@@ -209,7 +209,7 @@ def test_wrong_shapes_for_init_raise(scalarizer):
             init(not_losses)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_wrong_pairs_for_init_raise(aggregator):
     init = aggregator.method.init
     for slip in {"w": jnp.ones(3)}, (jnp.ones(3), jnp.ones(3)), 3, (2.0, 3), (1, 2, 3):

@@ -131,7 +131,7 @@ def test_gradient_to_an_absent_value_is_zero_and_to_the_others_finite(scalarizer
     assert jnp.all(jnp.isfinite(gradient))
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 @pytest.mark.cases(lambda built: built.method.weighting or built.method.rowwise)
 def test_paths_of_an_aggregator_agree_under_a_mask(aggregator):
     state = warmed_up(aggregator)
@@ -141,7 +141,7 @@ def test_paths_of_an_aggregator_agree_under_a_mask(aggregator):
             assert_path_agrees(aggregator, path, state, x, mask=SOME)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_counted_losses_are_value_and_mask(scalarizer):
     state, values = warmed_up(scalarizer), scalarizer.sample(0)
     counts = jnp.array([4, 0, 7])
@@ -161,7 +161,7 @@ def test_counted_losses_are_value_and_mask(scalarizer):
     chex.assert_trees_all_equal(scalarizer.method.apply(state, absent), (jnp.zeros(()), state))
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_counted_and_masked_values_reach_an_aggregator(aggregator):
     state, x = warmed_up(aggregator), aggregator.sample(0)
     apply = quick_jit(aggregator.method.apply)
@@ -173,7 +173,7 @@ def test_counted_and_masked_values_reach_an_aggregator(aggregator):
     chex.assert_trees_all_close(quick_jit(by_name.apply)(state, x, values=names), masked, **SAME)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_named_losses_are_the_array(scalarizer):
     names = {"left": jnp.array(0.7), "right": jnp.array(1.9), "sum": jnp.array(31.0)}
     array = jnp.array([0.7, 1.9, 31.0])
@@ -201,7 +201,7 @@ def test_losses_of_any_shape(scalarizer, shape):
     chex.assert_tree_all_finite((scalar, state))
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 def test_one_loss_given_as_an_aggregators_values_is_checked(aggregator):
     with pytest.raises(ValueError, match=r"values: expected shape \(3,\).*found shape \(2,\)"):
         aggregator.method.apply(aggregator.init(), aggregator.sample(0), values=jnp.ones(2))
@@ -213,7 +213,7 @@ def test_losses_that_are_read_must_be_given(aggregator):
         aggregator.method.apply(aggregator.init(), aggregator.sample(0))
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("boundary")
 @pytest.mark.cases(lambda built: not built.case.reads_losses)
 def test_losses_that_are_not_read_change_nothing(aggregator):
     state, x, values = aggregator.init(), aggregator.sample(0), jnp.array([1.0, 2.0, 3.0])

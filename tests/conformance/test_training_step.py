@@ -201,7 +201,7 @@ def take_three(method, state, grad_fns, batches, **kwargs):
         states, hand = {name: step.state for name, step in taken.items()}, expected.state
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("engine")
 def test_every_way_gives_what_the_jacobian_gives(built):
     """And the weights are those of the gradient."""
     method, params = trained(built), new_params()
@@ -212,7 +212,7 @@ def test_every_way_gives_what_the_jacobian_gives(built):
             assert_same_step(step, expected)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("engine")
 def test_heads_get_the_plain_gradient_where_the_trunk_is_shared(built):
     method, params = trained(built), new_params()
     steps = grad_fns(method, {None, every_rows(method)[-1]}, shared=SHARED)
@@ -222,7 +222,7 @@ def test_heads_get_the_plain_gradient_where_the_trunk_is_shared(built):
             assert_same_step(step, expected, shared=True)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("engine")
 def test_weights_are_decided_on_a_part_and_applied_to_all(aggregator):
     method, params, batch = aggregator.method, new_params(), new_batch(0)
     if method.weighting is None:
@@ -239,7 +239,7 @@ def test_weights_are_decided_on_a_part_and_applied_to_all(aggregator):
         assert_same_step(step_of(quick_jit(grad_fn), params, state, batch), expected, rounding=2 * ROUNDING)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("engine")
 def test_absent_tasks_are_left_out_whether_masked_or_without_labels(built):
     """In their place there may be anything that has a gradient."""
     method, params = trained(built), new_params()
@@ -265,7 +265,7 @@ def test_absent_tasks_are_left_out_whether_masked_or_without_labels(built):
             assert_same_step(step, expected)
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("engine")
 def test_a_hundred_steps_of_sgd_in_a_scan_are_those_by_hand(built):
     """With both hooks; each run goes its own way, so that the smallest systematic difference adds up."""
     method, params = trained(built), new_params()
@@ -295,7 +295,7 @@ def test_a_hundred_steps_of_sgd_in_a_scan_are_those_by_hand(built):
     assert len(np.unique(steps.losses[:, 0])) == STEPS
 
 
-@pytest.mark.one_of_a_kind
+@pytest.mark.one_of_a_kind("engine")
 def test_amortized_weights_serve_until_they_are_refreshed(built):
     """Whether ``refresh`` is traced or not; without it the next gradient has the last weights."""
     plain, params = trained(built), new_params()
