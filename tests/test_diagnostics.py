@@ -18,7 +18,7 @@ from mtlbalance import aggregation, diagnostics, scalarization
 from mtlbalance.gramian import combine, gramian
 from tests.catalogue import SCALARIZERS
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 # Norms 1, 5 and 2; the first two conflict, the last two too, the first and the last are orthogonal.
 ROWS = jnp.array([[1.0, 0.0], [-3.0, -4.0], [0.0, 2.0]])

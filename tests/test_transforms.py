@@ -10,7 +10,7 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 PARAMS = {"trunk": {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}, "head": jnp.ones(4)}
 

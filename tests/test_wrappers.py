@@ -11,7 +11,7 @@ import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from tests.catalogue import following
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 
 def smooth_losses(params):

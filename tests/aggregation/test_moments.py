@@ -13,7 +13,7 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 M, N = 4, 6
 LOSSES = jnp.array([2.0, 0.5, 1.0, 4.0])

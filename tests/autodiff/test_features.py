@@ -10,9 +10,8 @@ from mtlbalance import aggregation, base, scalarization
 from mtlbalance.gramian import combine
 from mtlbalance.states import SeenState, count_seen
 from tests.autodiff.models import layers, network, normal_batch
-from tests.quick import quick_jit
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 NAMES = "count", "depth", "label"
 TRUNK = layers(jax.random.key(0), [5, 16, 8])
@@ -73,13 +72,13 @@ def init(method, params):
 def test_step_is_that_of_one_function_with_a_mask(method):
     params = TRUNK, HEADS
     state = init(method, mtl.subset(params, MASK))
-    expected = quick_jit(mtl.value_and_grad(losses, method, shared=MASK, rows="vmap"))(params, state, BATCH)
+    expected = jax.jit(mtl.value_and_grad(losses, method, shared=MASK, rows="vmap"))(params, state, BATCH)
     possible = ["vmap", 1]
     possible += ["two_pass"] if getattr(method, "gramian_weighting", None) else []
     possible += ["stream"] if getattr(method, "rowwise", None) else []
     for keywords in [*({"rows": rows} for rows in possible), {"microbatches": 4}]:
         step = mtl.value_and_grad((trunk, HEAD_FNS), method, **keywords)
-        assert_close(quick_jit(step)(params, state, BATCH), expected)
+        assert_close(jax.jit(step)(params, state, BATCH), expected)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -12,7 +12,7 @@ from mtlbalance import aggregation
 from mtlbalance.autodiff import jacobian, options
 from mtlbalance.gramian import gramian
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 WAYS = ["vmap", 1, 2, "two_pass"]
 N_TASKS = 3

@@ -13,9 +13,8 @@ import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from tests.autodiff.models import layers, network, normal_batch, squared_errors
 from tests.catalogue import AGGREGATORS, SCALARIZERS
-from tests.quick import quick_jit
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 PARAMS = layers(jax.random.key(0), [5, 16, 3])
 X, Y = normal_batch(1, 64, n_in=5, n_out=3)
@@ -59,11 +58,11 @@ def test_as_the_whole_batch(method):
     possible = [None, 1]
     if isinstance(method, mtl.Aggregator):
         possible.append("stream" if method.rowwise else "two_pass")
-    whole = quick_jit(mtl.value_and_grad(counted_losses, method, return_weights=True))
+    whole = jax.jit(mtl.value_and_grad(counted_losses, method, return_weights=True))
     expected = [whole(PARAMS, state, batch) for batch in batches]
     for microbatches, rows in (1, None), (2, None), *((8, rows) for rows in possible):
         step = mtl.value_and_grad(counted_losses, method, return_weights=True, microbatches=microbatches, rows=rows)
-        step = quick_jit(step)
+        step = jax.jit(step)
         assert_close([step(PARAMS, state, batch) for batch in batches], expected)
 
 
@@ -71,8 +70,8 @@ def test_as_the_whole_batch(method):
 @pytest.mark.by_default("geometric_mean", "excess_mtl")
 def test_losses_without_counts_are_averaged(method):
     given = PARAMS, init(method), (X, Y, LABELS)
-    expected = quick_jit(mtl.value_and_grad(uncounted_losses, method))(*given)
-    assert_close(quick_jit(mtl.value_and_grad(uncounted_losses, method, microbatches=8))(*given), expected)
+    expected = jax.jit(mtl.value_and_grad(uncounted_losses, method))(*given)
+    assert_close(jax.jit(mtl.value_and_grad(uncounted_losses, method, microbatches=8))(*given), expected)
 
 
 @pytest.mark.slow
@@ -81,8 +80,8 @@ def test_with_shared_parameters_and_heads():
     for keyword in "shared", "decide_on":
         mask = {keyword: [True, False]}
         given = PARAMS, init(method), (X, Y, LABELS)  # the state is for any parameters
-        expected = quick_jit(mtl.value_and_grad(counted_losses, method, **mask))(*given)
-        assert_close(quick_jit(mtl.value_and_grad(counted_losses, method, microbatches=4, **mask))(*given), expected)
+        expected = jax.jit(mtl.value_and_grad(counted_losses, method, **mask))(*given)
+        assert_close(jax.jit(mtl.value_and_grad(counted_losses, method, microbatches=4, **mask))(*given), expected)
 
 
 def test_low_precision_is_accumulated_in_float32():

@@ -10,9 +10,8 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from mtlbalance.gramian import gramian
-from tests.quick import quick_jit
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 N_TASKS = 3
 
@@ -130,7 +129,7 @@ CONTAINERS = [flax_linen, flax_nnx, equinox, haiku, of_dataclass, of_tuple, of_l
 @pytest.mark.by_default("*-None")
 def test_jacobian(container, rows):
     params, losses = container()
-    values, jacobian = quick_jit(mtl.value_and_jac(losses, rows=rows))(params)
+    values, jacobian = jax.jit(mtl.value_and_jac(losses, rows=rows))(params)
     np.testing.assert_allclose(values, losses(params), rtol=1e-5)
     _assert_close(jacobian, jax.jacrev(losses)(params))
 

@@ -8,9 +8,8 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from tests.autodiff.models import layers, normal_batch, squared_errors
-from tests.quick import quick_jit
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 PARAMS = layers(jax.random.key(0), [5, 16, 3])
 BATCHES = normal_batch(1, 6, 32, n_in=5, n_out=3)
@@ -87,9 +86,9 @@ def test_in_every_form(form):
         params = PARAMS[0], heads
     plain, constant = aggregation.imtl_g(), aggregation.constant(jnp.array([0.5, 2.0, 1.0]))
     method = mtl.amortize(plain)
-    step = quick_jit(mtl.value_and_grad(losses_fn, method, **keywords))
-    plain_step = quick_jit(mtl.value_and_grad(losses_fn, plain, **keywords))
-    constant_step = quick_jit(mtl.value_and_grad(losses_fn, constant, **keywords))
+    step = jax.jit(mtl.value_and_grad(losses_fn, method, **keywords))
+    plain_step = jax.jit(mtl.value_and_grad(losses_fn, plain, **keywords))
+    constant_step = jax.jit(mtl.value_and_grad(losses_fn, constant, **keywords))
     state = method.init((3, params))
     (_, after), anew = step(params, state, batch, refresh=jnp.array(True))
     (_, inner), expected = plain_step(params, state.inner, batch)

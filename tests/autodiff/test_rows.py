@@ -12,7 +12,7 @@ from mtlbalance.autodiff.options import cheapest_rows
 from mtlbalance.autodiff.point import Evaluated, Point, Pullback
 from tests.autodiff.models import layers, normal_batch, squared_error, squared_errors
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 MIB = 2**20
 

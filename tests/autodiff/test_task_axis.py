@@ -8,9 +8,8 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from tests.autodiff.models import layers, normal_batch, squared_error
-from tests.quick import quick_jit
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 PARAMS = layers(jax.random.key(0), [5, 16, 3])
 BATCH = normal_batch(1, 4, 8, n_in=5, n_out=3)
@@ -58,10 +57,10 @@ def init(method, params):
 @pytest.mark.by_default("None-imtl_g", "2-excess_mtl")
 def test_step_is_that_of_a_function_of_all_losses(method, microbatches):
     state = init(method, PARAMS)
-    expected = quick_jit(mtl.value_and_grad(all_losses, method))(PARAMS, state, BATCH)
+    expected = jax.jit(mtl.value_and_grad(all_losses, method))(PARAMS, state, BATCH)
     for rows in None, 3, *(["stream"] if getattr(method, "rowwise", None) else []):
         step = mtl.value_and_grad(squared_error, method, rows=rows, task_axis=0, microbatches=microbatches)
-        assert_close(quick_jit(step)(PARAMS, state, BATCH), expected, rtol=1e-5, atol=1e-6)
+        assert_close(jax.jit(step)(PARAMS, state, BATCH), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_shared_and_decisive_parameters():
@@ -69,8 +68,8 @@ def test_shared_and_decisive_parameters():
     for keyword in "shared", "decide_on":
         mask = {keyword: [True, False]}
         given = PARAMS, method.init((4, PARAMS)), BATCH
-        expected = quick_jit(mtl.value_and_grad(all_losses, method, **mask))(*given)
-        step = quick_jit(mtl.value_and_grad(squared_error, method, task_axis=0, **mask))
+        expected = jax.jit(mtl.value_and_grad(all_losses, method, **mask))(*given)
+        step = jax.jit(mtl.value_and_grad(squared_error, method, task_axis=0, **mask))
         assert_close(step(*given), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -69,7 +69,8 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """All checks of a method next to each other and in one process: what one compiles serves the next.
 
-    After all other tests: there are many of these groups and each is small, so that two workers end together.
+    After all other tests: there are many of these groups and each is small, so that two workers end together. Those
+    that are compiled with all optimizations come last.
     """
     found = [(method_of(item), item) for item in items]
     # A check for which a user's catalogue has no case would be reported as skipped.
@@ -77,7 +78,9 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("catalogue"):
         mark_slow([(built, item) for built, item in found if built is not None])
     order = {None: -1} | {built: i for i, built in enumerate(config.built)}
-    items[:] = [item for _, item in sorted(found, key=lambda pair: order[pair[0]])]
+    is_optimized = lambda item: item.get_closest_marker("unoptimized") is None
+    by_method = lambda pair: (pair[0] is not None and is_optimized(pair[1]), order[pair[0]])
+    items[:] = [item for _, item in sorted(found, key=by_method)]
 
 
 def mark_slow(found):

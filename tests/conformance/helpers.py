@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import mtlbalance as mtl
-from tests.quick import QUICK
 
 PARAMS = {
     "dense": {"w": jax.ShapeDtypeStruct((4, 16), jnp.float32), "b": jax.ShapeDtypeStruct((8,), jnp.float32)},
@@ -150,7 +149,7 @@ def assert_path_agrees(aggregator, path, state, x, mask=None):
     return new_state
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def by_rows(rowwise, state, x, given):
     """As an engine runs it: visits in a loop, then the weights or the gradient."""
     indices = jnp.arange(3) if rowwise.visits is None else rowwise.visits(state, mask=given["mask"])

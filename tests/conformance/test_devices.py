@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.conformance.helpers import PARAMS, SAME
 from tests.events import compilations, recorded
-from tests.quick import quick_jit
+
+pytestmark = pytest.mark.unoptimized
 
 SPECS = {"dense": {"w": PartitionSpec("y", "x"), "b": PartitionSpec(("x", "y"))}, "scale": PartitionSpec()}
 AXES = ("x", "y")
@@ -56,7 +57,7 @@ def test_eight_devices_give_what_one_gives(built, mesh):
         memory = attrgetter(name)(sharded)
         expected = jax.tree.map(lambda spec: NamedSharding(mesh, rows_spec(spec)), SPECS)
         chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, memory), expected)
-    step = quick_jit(built.apply, donate_argnums=0)
+    step = jax.jit(built.apply, donate_argnums=0)
     placed = [place(built, mesh, built.sample(i)) for i in range(3)]
     with recorded() as events:
         outputs, states = [], []
@@ -108,7 +109,7 @@ def mapped(aggregator, weighs=False):
 
     output_specs = PartitionSpec() if weighs else SPECS["dense"]
 
-    @quick_jit
+    @jax.jit
     @jax.shard_map(
         mesh=MESHES["Auto"], in_specs=(state_specs, rows, PartitionSpec()), out_specs=(output_specs, state_specs)
     )

@@ -13,7 +13,8 @@ import mtlbalance as mtl
 from mtlbalance.losses import broadcast_to_rows
 from tests.conformance.helpers import PARAMS, SAME, assert_path_agrees
 from tests.events import compilations, recorded, traces
-from tests.quick import quick_jit
+
+pytestmark = pytest.mark.unoptimized
 
 
 def outputs_and_state(built, state, xs):
@@ -54,7 +55,7 @@ def test_vmap_over_states_and_inputs_gives_what_a_loop_gives(built):
     xs = built.stack(3)
     states = [built.apply(built.init(), built.sample(9 + i))[1] for i in range(3)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
-    mapped = quick_jit(jax.vmap(built.apply))(stacked, xs)
+    mapped = jax.jit(jax.vmap(built.apply))(stacked, xs)
     for i, state in enumerate(states):
         single = built.apply(state, built.restrict(xs, i))
         chex.assert_trees_all_close(built.restrict(mapped, i), single, **SAME)
@@ -82,13 +83,13 @@ def test_vmap_over_float_hyperparameters_gives_what_a_loop_gives(built):
 
     given = {name: np.array([setting[name] for setting in settings], np.float32) for name in swept}
     copies = jax.tree.map(lambda x: np.broadcast_to(x, (len(settings), *x.shape)), xs)
-    mapped = jax.device_get(quick_jit(jax.vmap(run))(given, copies))
-    one_by_one = quick_jit(run)  # traced, so that one program serves for all
+    mapped = jax.device_get(jax.jit(jax.vmap(run))(given, copies))
+    one_by_one = jax.jit(run)  # traced, so that one program serves for all
     rounding = 1e-4 if built.case.amplifies_rounding else 1e-5
     same = partial(chex.assert_trees_all_close, rtol=rounding, atol=rounding)
     for i in range(len(settings)):
         same(built.restrict(mapped, i), one_by_one(built.restrict(given, i), xs))
-    same(built.restrict(mapped, 0), quick_jit(partial(run, settings[0]))(xs))
+    same(built.restrict(mapped, 0), jax.jit(partial(run, settings[0]))(xs))
     for name, values in swept.items():
         results = [built.restrict(mapped, settings.index(usual | {name: value})) for value in values]
         assert any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, results[:2]), strict=True)), name
@@ -136,14 +137,16 @@ def test_no_two_leaves_share_a_buffer(built):
 
 @pytest.mark.one_of_a_kind("boundary")
 def test_a_donated_state_leaves_init_and_method_usable(built):
-    step = quick_jit(built.apply, donate_argnums=0)
+    step = jax.jit(built.apply, donate_argnums=0)
     _, once = step(built.init(), built.sample(0))
     output, again = step(built.init(), built.sample(0))
     chex.assert_trees_all_equal(once, again)
     chex.assert_tree_all_finite(output)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.one_of_a_kind("boundary")), jnp.float16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.one_of_a_kind("boundary")), jnp.float16]
+)
 def test_half_precision_inputs_are_computed_in_float32(built, dtype):
     x = built.sample(0, dtype=dtype)
     state = built.apply(built.init(), built.sample(1))[1]
@@ -211,7 +214,7 @@ def test_new_state_is_cut_from_the_inputs_gradient(built):
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(new_state) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
     total = jax.grad(lambda x: jnp.asarray(state_total(x), jnp.float32))
-    gradient = quick_jit(total)(built.sample(0))
+    gradient = jax.jit(total)(built.sample(0))
     chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
 
 
@@ -219,7 +222,7 @@ def test_scalar_is_linear_in_the_losses_unless_it_is_said_not_to_be(scalarizer):
     """Linear: the weights are constants of differentiation."""
     state, x = scalarizer.method.apply(scalarizer.init(), scalarizer.sample(1))[1], scalarizer.sample(0)
     scalar = lambda x: scalarizer.method.apply(state, x)[0]
-    both = quick_jit(lambda x: (jax.grad(scalar)(x), jax.hessian(scalar)(x)))
+    both = jax.jit(lambda x: (jax.grad(scalar)(x), jax.hessian(scalar)(x)))
     gradient, hessian = jax.device_get(both(x))
     assert np.any(gradient != 0)
     assert np.any(hessian != 0) == scalarizer.case.nonlinear
@@ -233,7 +236,7 @@ def test_aggregators_weights_are_constants_of_differentiation(aggregator):
     weights, _ = aggregator.method.weighting.apply(state, x, values=aggregator.losses(x))
     total = lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(aggregator.apply(state, x)[0]))
     expected = jax.tree.map(lambda leaf: jnp.broadcast_to(broadcast_to_rows(weights, leaf), leaf.shape), x)
-    chex.assert_trees_all_close(quick_jit(jax.grad(total))(x), expected, **SAME)
+    chex.assert_trees_all_close(jax.jit(jax.grad(total))(x), expected, **SAME)
 
 
 @pytest.mark.one_of_a_kind("boundary")

@@ -10,7 +10,8 @@ import pytest
 
 import mtlbalance as mtl
 from tests.conformance.helpers import SAME, assert_path_agrees, scalar_and_gradient
-from tests.quick import quick_jit
+
+pytestmark = pytest.mark.unoptimized
 
 ALL, NONE, SOME = np.ones(3, bool), np.zeros(3, bool), np.array([True, False, True])
 
@@ -164,13 +165,13 @@ def test_counted_losses_are_value_and_mask(scalarizer):
 @pytest.mark.one_of_a_kind("boundary")
 def test_counted_and_masked_values_reach_an_aggregator(aggregator):
     state, x = warmed_up(aggregator), aggregator.sample(0)
-    apply = quick_jit(aggregator.method.apply)
+    apply = jax.jit(aggregator.method.apply)
     masked = apply(state, x, values=jnp.array([0.5, 9.0, 3.0]), mask=SOME)
     counted = mtl.Counted(jnp.array([1.0, jnp.nan, 15.0]), jnp.array([2, 0, 5]))
     chex.assert_trees_all_close(apply(state, x, values=counted), masked, **SAME)
     names = {"b": mtl.Counted(jnp.array([1.0, jnp.nan]), jnp.array([2, 0])), "c": jnp.array(3.0)}
     by_name = aggregator.method_for({"b": np.arange(2), "c": 2})
-    chex.assert_trees_all_close(quick_jit(by_name.apply)(state, x, values=names), masked, **SAME)
+    chex.assert_trees_all_close(jax.jit(by_name.apply)(state, x, values=names), masked, **SAME)
 
 
 @pytest.mark.one_of_a_kind("boundary")

@@ -14,7 +14,8 @@ import mtlbalance as mtl
 from mtlbalance import base
 from mtlbalance.losses import broadcast_to_rows
 from mtlbalance.states import select
-from tests.quick import quick_jit
+
+pytestmark = pytest.mark.unoptimized
 
 NAMES = ("depth", "normals", "segment")  # in the order in which JAX flattens them
 SHARED = {"trunk": True, "heads": False}
@@ -80,7 +81,7 @@ class Expected(NamedTuple):
     jacobian: Any
 
 
-losses_and_jacobian = quick_jit(lambda params, batch: (losses_fn(params, batch), jax.jacrev(losses_fn)(params, batch)))
+losses_and_jacobian = jax.jit(lambda params, batch: (losses_fn(params, batch), jax.jacrev(losses_fn)(params, batch)))
 
 
 def step_of(grad_fn, params, state, *args, **kwargs):
@@ -189,7 +190,7 @@ def grad_fns(method, every, **kwargs):
 def take_three(method, state, grad_fns, batches, **kwargs):
     """Three steps by every function and by hand, each with its own state; keywords are for the hand."""
 
-    @quick_jit
+    @jax.jit
     def take(params, states, hand, batch, mask):
         taken = {name: step_of(grad_fn, params, states[name], batch, mask=mask) for name, grad_fn in grad_fns.items()}
         return taken, by_hand(method, params, hand, batch, mask, **kwargs)
@@ -236,7 +237,7 @@ def test_weights_are_decided_on_a_part_and_applied_to_all(aggregator):
     expected = Expected(losses, new_state, combined(weights, jacobian), jacobian)
     for grad_fn in steps.values():
         # Aligned-MTL's weights are those of an ill-conditioned Gramian here: 1.5e-5.
-        assert_same_step(step_of(quick_jit(grad_fn), params, state, batch), expected, rounding=2 * ROUNDING)
+        assert_same_step(step_of(jax.jit(grad_fn), params, state, batch), expected, rounding=2 * ROUNDING)
 
 
 @pytest.mark.one_of_a_kind("engine")
@@ -286,7 +287,7 @@ def test_a_hundred_steps_of_sgd_in_a_scan_are_those_by_hand(built):
         return carry, steps
 
     start = params, init(method, params)
-    run = quick_jit(partial(jax.lax.scan, both))
+    run = jax.jit(partial(jax.lax.scan, both))
     (library, hand), (steps, expected) = run((start, start), jnp.arange(STEPS))
     np.testing.assert_allclose(steps.losses, expected.losses, rtol=ROUNDING)
     rounding = 10 * ROUNDING if built.case.amplifies_rounding else ROUNDING
@@ -307,7 +308,7 @@ def test_amortized_weights_serve_until_they_are_refreshed(built):
     inner_of = lambda state: state if method is plain else state.inner
     grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)
 
-    @quick_jit
+    @jax.jit
     def take(params, state, batch, refresh, mask):
         again = partial(step_of, grad_fn, params, state, batch, refresh=False)
         taken = {

@@ -9,7 +9,7 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import scalarization
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 BEFORE, AFTER = jnp.array([1.0, 4.0, 0.3]), jnp.array([0.5, 3.9, 0.29])
 

@@ -7,7 +7,7 @@ import pytest
 
 from mtlbalance import scalarization
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 FIRST = jnp.linspace(0.0025, 0.9975, 200)
 PREFERENCES = jnp.stack([FIRST, 1 - FIRST], axis=1)

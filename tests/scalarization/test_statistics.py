@@ -7,7 +7,7 @@ import pytest
 
 from mtlbalance import scalarization
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 
 def run(method, losses, masks=None):
