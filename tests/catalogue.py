@@ -36,6 +36,8 @@ class Case(NamedTuple):
       local_draws: under ``shard_map`` every device draws for its own part of the parameters.
       required: values of the public method's arguments that have no default, as JSON; the tasks are those of the
         examples, and another method goes by its name.
+      names_task: the public method's argument that says which task is meant, whose default is an index: where losses
+        have names, as in the examples, it must be one of these.
       amplifies_rounding: what two programs round differently grows in it: by steps far too large for long gradients, or
         by a system of equations that is near to none.
       variants: settings of the public method of this name whose properties hold on random Jacobians of up to 8 tasks.
@@ -55,6 +57,7 @@ class Case(NamedTuple):
     reads_losses: bool = False
     local_draws: bool = False
     required: dict[str, Any] = {}  # noqa: RUF012
+    names_task: str | None = None
     amplifies_rounding: bool = False
     variants: dict[str, dict[str, Any]] = {}  # noqa: RUF012
 
@@ -307,6 +310,7 @@ AGGREGATORS = [
         {"tau": (0.0, 0.02, 0.5), "beta": (0.0, 0.999), "eps": (0.0, 1.0)},
         sharded=True,
         variants={"pcd": {"tau": 0.3}},
+        names_task="main",
     ),
     Case(
         "graddrop",
@@ -368,6 +372,7 @@ AGGREGATORS = [
         {"alpha": (0.0, 0.1, 1.0)},
         sharded=True,
         variants={"lr_annealing": {"alpha": 0.5}},
+        names_task="reference",
     ),
     Case(
         "grad_norm_weights",
