@@ -6,7 +6,10 @@ The tasks and the network are those of ``digits.py``. The method is an argument,
     python examples/train_loop.py famo
     python examples/train_loop.py cagrad --set c=0.8 --checkpoints /tmp/cagrad
     python examples/train_loop.py cr_mogm --set method=upgrad
+    python examples/train_loop.py lr_annealing --set reference=sum
     python examples/train_loop.py stch --set mu=0.1 --set 'weights={"left": 1, "right": 1, "sum": 0.1}'
+
+The tasks are left, right and sum: what a method takes for each of them, or one of them, goes by these names.
 
 Both families have ``mean``, ``sum``, ``constant`` and ``random``: ``aggregation.mean`` is the second one. With
 ``--checkpoints`` a run that was interrupted goes on where it stopped when the same command is given again, to the
@@ -41,6 +44,10 @@ BATCH_SIZE = 128
 FAMILIES = {"scalarization": scalarization, "aggregation": aggregation}
 DOUBLE_SAMPLED = ("aggregation.modo", "aggregation.sdmgrad")
 OBSERVES_ACCURACIES = ("scalarization.dtp",)
+
+BY_NAME = (
+    'A task is given as in --set main=left, numbers by name as in --set \'weights={"left": 1, "right": 1, "sum": 0.1}\''
+)
 
 CAPTION = (
     "loss, correct: on the test images, before and after. weight: mean of the first and of the last epoch. "
@@ -79,6 +86,22 @@ def build(name, factory, hyperparameters):
         return factory(**hyperparameters)
     except (TypeError, ValueError) as error:
         raise SystemExit(f"{name}: {error}") from error
+
+
+def check_fits_tasks(name, method):
+    """Stops with the method's own message where its arguments do not fit the tasks' names; nothing is computed."""
+    losses = {task: jax.ShapeDtypeStruct((), jnp.float32) for task in TASKS}
+    jacobian = {"w": jax.ShapeDtypeStruct((len(TASKS), 2), jnp.float32)}
+
+    def call(losses, jacobian):
+        if isinstance(method, mtl.Scalarizer):
+            return method.apply(method.init(losses), losses)
+        return method.apply(method.init((len(TASKS), {"w": jnp.zeros(2)})), jacobian, values=losses)
+
+    try:
+        jax.eval_shape(call, losses, jacobian)
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"{name.partition('.')[-1]}: {error}. {BY_NAME}") from error
 
 
 def init_state(method, params):
@@ -261,7 +284,8 @@ def read_arguments(argv, doc, script):
     parser.add_argument("--steps", type=report.at_least_one, default=100, help="of an epoch; 100 by default")
     parser.add_argument("method", nargs="?", default="upgrad", help="of either family; upgrad by default")
     given = {"action": "append", "type": hyperparameter, "default": [], "metavar": "NAME=VALUE"}
-    parser.add_argument("--set", **given, help="a hyperparameter of the method; may be repeated")
+    by_name = "a number, a task's name, or numbers by the tasks' names in JSON"
+    parser.add_argument("--set", **given, help=f"a hyperparameter of the method: {by_name}; may be repeated")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="1e-3 by default")
     parser.add_argument("--checkpoints", type=Path, help="a folder: save there, and go on from what is there")
     return parser.parse_args(argv)
@@ -271,6 +295,7 @@ def run(init_network, argv, doc, script):
     """Trains a network of any framework; ``init_network`` makes ``predict`` and its parameters of a key."""
     args = read_arguments(argv, doc, script)
     args.method, method = find_method(args.method, args.set)
+    check_fits_tasks(args.method, method)
     digits, test_pairs = load_data()
     predict, start = init_network(jax.random.key(args.seed))
     params, history = train(method, predict, start, digits, args)

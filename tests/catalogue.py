@@ -36,8 +36,10 @@ class Case(NamedTuple):
       total: what the weights of the tasks present always add up to, 1 or their number m; ``None`` if free.
       reads_losses: an aggregator that refuses a call without ``values``.
       local_draws: under ``shard_map`` every device draws for its own part of the parameters.
-      required: values of the public method's arguments that must be given for named losses, as JSON; the tasks are
-        those of the examples, and another method goes by its name.
+      required: values of the public method's arguments that have no default, as JSON; the tasks are those of the
+        examples, and another method goes by its name.
+      names_task: the public method's argument that says which task is meant, whose default is an index: where losses
+        have names, as in the examples, it must be one of these.
       amplifies_rounding: what two programs round differently grows in it: by steps far too large for long gradients, or
         by a system of equations that is near to none.
       variants: settings of the public method of this name whose properties hold on random Jacobians of up to 8 tasks.
@@ -57,6 +59,7 @@ class Case(NamedTuple):
     reads_losses: bool = False
     local_draws: bool = False
     required: dict[str, Any] = {}  # noqa: RUF012
+    names_task: str | None = None
     amplifies_rounding: bool = False
     variants: dict[str, dict[str, Any]] = {}  # noqa: RUF012
 
@@ -318,8 +321,8 @@ AGGREGATORS = [
         {"tau": (0.0, 0.02, 0.5), "beta": (0.0, 0.999), "eps": (0.0, 1.0)},
         sharded=True,
         per_task=True,
-        required={"main": "left"},
         variants={"pcd": {"tau": 0.3}},
+        names_task="main",
     ),
     Case(
         "graddrop",
@@ -381,8 +384,8 @@ AGGREGATORS = [
         {"alpha": (0.0, 0.1, 1.0)},
         sharded=True,
         per_task=True,
-        required={"reference": "left"},
         variants={"lr_annealing": {"alpha": 0.5}},
+        names_task="reference",
     ),
     Case(
         "grad_norm_weights",

@@ -16,6 +16,11 @@ HEADINGS = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+def block_below(heading):
+    """The first one."""
+    return re.search(r"```python\n(.*?)```", README.partition(f"# {heading}\n")[2], re.DOTALL)[1]
+
+
 @pytest.mark.by_default("block-[0-4]")
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block-{i}" for i in range(len(BLOCKS))])
 def test_code_block_runs_on_its_own(block):

@@ -24,7 +24,7 @@ from digits import TASKS, draw_pairs, init_params, load_data, load_images, predi
 from flax import nnx
 
 import mtlbalance as mtl
-from tests.catalogue import AGGREGATORS, SCALARIZERS
+from tests.catalogue import AGGREGATORS, PREFERENCE, SCALARIZERS
 
 pytestmark = pytest.mark.slow
 
@@ -32,12 +32,16 @@ EXAMPLES = pathlib.Path(train_loop.__file__).parent
 
 NAMES = train_loop.method_names()
 CASES = {"scalarization": SCALARIZERS, "aggregation": AGGREGATORS}
-REQUIRED = {f"{family}.{case.name}": case.required for family, cases in CASES.items() for case in cases}
+ROWS = {f"{family}.{case.name}": case for family, cases in CASES.items() for case in cases}
+REQUIRED = {name: row.required for name, row in ROWS.items()}
+NAMES_TASK = {name: row.names_task for name, row in ROWS.items() if row.names_task}
 
 
 def given(name):
-    """``--set`` for each argument without a default."""
-    return [word for item in REQUIRED[name].items() for word in ("--set", "=".join((item[0], json.dumps(item[1]))))]
+    """``--set`` for each argument without a default, and for one that goes by a task's name."""
+    texts = {argument: json.dumps(value) for argument, value in REQUIRED[name].items()}
+    texts |= {NAMES_TASK[name]: "left"} if name in NAMES_TASK else {}
+    return [word for item in texts.items() for word in ("--set", "=".join(item))]
 
 
 def tiny(folder, *arguments, epochs=2):
@@ -147,10 +151,10 @@ def test_checkpoints_of_another_run_are_refused(other, run_of_dual_proj):
 
 def test_hyperparameters(tmp_path):
     folder = tmp_path / "run"
-    given = ["aligned_mtl", "--set", "scale_mode=median", "--set", "pref_vector=[1,2,3]"]
+    given = ["aligned_mtl", "--set", "scale_mode=median", "--set", f"pref_vector={json.dumps(PREFERENCE)}"]
     train_loop.main(tiny(tmp_path, *given, "--checkpoints", f"{folder}", epochs=1))
     _, run = saved(folder, 1)
-    assert run["settings"]["set"] == [["scale_mode", "median"], ["pref_vector", [1, 2, 3]]]
+    assert run["settings"]["set"] == [["scale_mode", "median"], ["pref_vector", PREFERENCE]]
 
 
 def test_wrong_hyperparameters_are_refused(capsys):
@@ -174,11 +178,42 @@ def test_a_missing_argument_is_named(name):
     assert str(raised.value) == f"{name.partition('.')[-1]} needs {needed}"
 
 
+def refused(name, *given):
+    with pytest.raises(SystemExit) as raised:
+        train_loop.main([name, *given])
+    message, found, how = str(raised.value).partition(f". {train_loop.BY_NAME}")
+    assert found and not how
+    return message
+
+
+@pytest.mark.parametrize("name", NAMES_TASK)
+def test_a_task_goes_by_its_name(name):
+    argument, short = NAMES_TASK[name], name.partition(".")[-1]
+    names = "one of the losses' names ['left', 'right', 'sum']"
+    index = f"{short}: {argument}: expected {names}, found the index {{}}, which is a sorted position"
+    assert refused(name) == index.format(0)
+    assert refused(name, "--set", f"{argument}=1") == index.format(1)
+    assert refused(name, "--set", f"{argument}=middle") == f"{short}: {argument}: expected {names}, found 'middle'"
+
+
+def test_numbers_for_each_task_go_by_its_name():
+    due = "a number for each of the losses' names, {'left': ..., 'right': ..., 'sum': ...}"
+    for name, argument in {"aggregation.constant": "weights", "constant": "weights", "config": "pref_vector"}.items():
+        message = refused(name, "--set", f"{argument}=[1, 2, 3]")
+        found = "numbers without names, whose order would be the sorted one"
+        assert message == f"{name.partition('.')[-1] or name}: {argument}: expected {due}, found {found}"
+    message = refused("stch", "--set", "mu=0.1", "--set", 'weights={"left": 1, "middle": 1, "sum": 1}')
+    assert "expected the losses' names ['left', 'right', 'sum'], found ['left', 'middle', 'sum']" in message
+    with pytest.raises(SystemExit, match=r"cr_mogm: reference: expected one of the losses' names"):
+        train_loop.main(["cr_mogm", "--set", "method=lr_annealing"])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_catalogue_has_what_has_no_default(name):
     family, method = name.split(".")
     parameters = inspect.signature(getattr(train_loop.FAMILIES[family], method)).parameters.values()
     assert REQUIRED[name].keys() == {each.name for each in parameters if each.default is each.empty}
+    assert NAMES_TASK.get(name) == next((each.name for each in parameters if each.annotation == int | str), None)
 
 
 def test_a_method_may_be_an_argument():

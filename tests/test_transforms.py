@@ -143,31 +143,89 @@ def test_a_scalarizer_is_refused():
 # What may surround an aggregator, and what may not.
 
 
-def test_per_task_clipping_goes_before_the_aggregator():
-    clip_each = optax.stateless(
-        lambda updates, params: jax.vmap(lambda row: optax.projections.projection_l2_ball(row, 1.0))(updates)
-    )
-    optimizer = optax.chain(clip_each, mtl.aggregate(aggregation.sum(), n_tasks=3), optax.sgd(1.0))
-    x = jacobian(0)
-    updates, _ = optimizer.update(x, optimizer.init(PARAMS), PARAMS)
-    norms = jnp.sqrt(sum(jnp.sum(leaf**2, axis=range(1, leaf.ndim)) for leaf in jax.tree.leaves(x)))
-    assert jnp.all(norms > 1)
-    expected = jax.tree.map(lambda leaf: -jnp.tensordot(1 / norms, leaf, 1), x)
-    chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
+def for_each_task(transformation):
+    """The README's recipe."""
+    one = lambda row, params: transformation.update(row, transformation.init(params), params)[0]
+    return optax.stateless(lambda rows, params: jax.vmap(one, (0, None))(rows, params))
+
+
+# 500 and 0.5 long: to a length of 1 each they add up to [0.9, 1.2].
+LONG_AND_SHORT = jnp.array([[300.0, 400.0], [0.3, 0.4]])
 
 
 def test_a_global_norm_clip_before_the_aggregator_is_of_all_tasks_together():
-    """It runs, but clips the norm of the stacked gradients: after the aggregator is where it belongs."""
-    before = optax.chain(optax.clip_by_global_norm(1.0), mtl.aggregate(aggregation.sum(), n_tasks=3))
-    after = optax.chain(mtl.aggregate(aggregation.sum(), n_tasks=3), optax.clip_by_global_norm(1.0))
+    """It runs, but the short gradient goes under; for each task by itself it is another number."""
+    params, aggregate = jnp.zeros(2), mtl.aggregate(aggregation.sum(), n_tasks=2)
+    clip = optax.clip_by_global_norm(1.0)
+    found = {}
+    for name, links in {
+        "before": (clip, aggregate),
+        "each": (for_each_task(clip), aggregate),
+        "after": (aggregate, clip),
+    }.items():
+        optimizer = optax.chain(*links)
+        found[name], _ = optimizer.update(LONG_AND_SHORT, optimizer.init(params), params)
+    stacked = jnp.sqrt(jnp.sum(LONG_AND_SHORT**2))
+    np.testing.assert_allclose(found["before"], LONG_AND_SHORT.sum(0) / stacked, rtol=1e-6)
+    np.testing.assert_allclose(found["before"], [0.6, 0.8], atol=2e-3)
+    np.testing.assert_allclose(found["each"], [0.9, 1.2], rtol=1e-6)
+    np.testing.assert_allclose(found["after"], [0.6, 0.8], rtol=1e-6)
+
+
+def test_an_adaptive_clip_before_the_aggregator_raises_and_is_made_for_each_task():
+    """It compares with the parameters' norms: of 5 here, so that a norm of 500 becomes 0.1 times that."""
+    params, aggregate = jnp.array([3.0, 4.0]), mtl.aggregate(aggregation.sum(), n_tasks=2)
+    clip = optax.adaptive_grad_clip(0.1)
+    optimizer = optax.chain(clip, aggregate)
+    with pytest.raises(ValueError, match="Shape mismatch"):
+        optimizer.update(LONG_AND_SHORT, optimizer.init(params), params)
+    optimizer = optax.chain(for_each_task(clip), aggregate)
+    updates, _ = optimizer.update(LONG_AND_SHORT, optimizer.init(params), params)
+    np.testing.assert_allclose(updates, [0.3 + 0.3, 0.4 + 0.4], rtol=1e-5)
+
+
+OF_EACH_NUMBER = {
+    "clip": optax.clip(0.5),
+    "scale": optax.scale(-3.0),
+    "scale_by_sign": optax.scale_by_sign(),
+    "scale_by_learning_rate": optax.scale_by_learning_rate(0.1),
+    "zero_nans": optax.zero_nans(),
+    "identity": optax.identity(),
+    "stateless": optax.stateless(lambda rows, params: jax.tree.map(jnp.cbrt, rows)),
+    "masked": optax.masked(optax.clip(0.5), {"trunk": True, "head": False}),
+    "partition": optax.partition({"a": optax.clip(0.5), "b": optax.scale(2.0)}, {"trunk": "a", "head": "b"}),
+}
+
+
+@pytest.mark.parametrize("transformation", OF_EACH_NUMBER.values(), ids=OF_EACH_NUMBER)
+def test_what_treats_every_number_by_itself_may_stand_before_the_aggregator(transformation):
+    """It is then the same for each task, and its state stays as it was made."""
+    optimizer = optax.chain(transformation, mtl.aggregate(aggregation.sum(), n_tasks=3))
+    each = optax.chain(for_each_task(transformation), mtl.aggregate(aggregation.sum(), n_tasks=3))
     x = jacobian(0)
-    total = jax.tree.map(lambda leaf: leaf.sum(0), x)
-    updates, _ = before.update(x, before.init(PARAMS), PARAMS)
-    stacked = optax.tree.norm(x)
-    chex.assert_trees_all_close(updates, jax.tree.map(lambda leaf: leaf / stacked, total), rtol=1e-5, atol=1e-6)
-    updates, _ = after.update(x, after.init(PARAMS), PARAMS)
-    norm = optax.tree.norm(total)
-    chex.assert_trees_all_close(updates, jax.tree.map(lambda leaf: leaf / norm, total), rtol=1e-5, atol=1e-6)
+    x["head"] = x["head"].at[1, 2].set(jnp.nan)
+    state = optimizer.init(PARAMS)
+    updates, new_state = optimizer.update(x, state, PARAMS)
+    chex.assert_trees_all_equal(updates, each.update(x, each.init(PARAMS), PARAMS)[0])
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+
+# What is not: of all rows, or of what it takes for the parameter's axes.
+OF_ALL_ROWS = {
+    "clip_by_global_norm": optax.clip_by_global_norm(1.0),
+    "clip_by_block_rms": optax.clip_by_block_rms(0.5),
+    "normalize_by_update_norm": optax.normalize_by_update_norm(),
+    "centralize": optax.centralize(),
+}
+
+
+@pytest.mark.parametrize("transformation", OF_ALL_ROWS.values(), ids=OF_ALL_ROWS)
+def test_what_takes_all_rows_for_one_gradient_is_another_thing_for_each_task(transformation):
+    optimizer = optax.chain(transformation, mtl.aggregate(aggregation.sum(), n_tasks=3))
+    each = optax.chain(for_each_task(transformation), mtl.aggregate(aggregation.sum(), n_tasks=3))
+    updates, _ = optimizer.update(jacobian(0), optimizer.init(PARAMS), PARAMS)
+    expected, _ = each.update(jacobian(0), each.init(PARAMS), PARAMS)
+    assert optax.tree.norm(optax.tree.sub(updates, expected)) > 0.1 * optax.tree.norm(expected)
 
 
 def test_an_optimizer_before_the_aggregator_changes_the_shape_of_its_state():
