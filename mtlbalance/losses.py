@@ -96,21 +96,29 @@ def read_pair(tasks: Any, *, needs_params: bool) -> tuple[int, chex.ArrayTree, c
 
 
 def read_call(
-    state: chex.ArrayTree, values: chex.ArrayTree | None, mask: chex.ArrayTree | None, *, required: bool = False
+    state: chex.ArrayTree,
+    values: chex.ArrayTree | None,
+    mask: chex.ArrayTree | None,
+    *,
+    required: bool = False,
+    names: tuple[str, ...] = (),
 ) -> Call:
-    """Checks one call's losses, which may be ``required``, and mask against the state, and casts them."""
+    """Checks one call's losses, which may be ``required``, and mask against the state, and casts them.
+
+    An error for another number of tasks shows the ``names`` that were found.
+    """
     if required and values is None:
         reject("values", "the losses", "None", TypeError)
     shape = shape_of(state)
     present = jnp.ones(shape, bool)
     if mask is not None:
-        present = read_mask(mask, values, shape)
+        present = read_mask(mask, values, shape, names)
     if values is None:
         return Call(None, present, mask is None)
 
     array = read_losses("values", values, state_dtype(state, values))
     if array.shape != shape:
-        reject("values", f"shape {shape}, as given to init", f"shape {array.shape}")
+        reject("values", f"shape {shape}, as given to init", _named_shape(array.shape, names))
     labelled = read_labelled(values)
     if labelled is not None:
         present &= labelled
@@ -228,7 +236,9 @@ def state_dtype(state: chex.ArrayTree, incoming: chex.ArrayTree) -> chex.ArrayDT
     return floating[0] if floating else jnp.result_type(jnp.float32, *jax.tree.leaves(sums(incoming)))
 
 
-def read_mask(mask: chex.ArrayTree, values: chex.ArrayTree | None, shape: tuple[int, ...]) -> chex.Array:
+def read_mask(
+    mask: chex.ArrayTree, values: chex.ArrayTree | None, shape: tuple[int, ...], names: tuple[str, ...] = ()
+) -> chex.Array:
     """Checks a mask against the losses and their shape; it may be one array or a tree like the losses."""
     for leaf in jax.tree.leaves(mask):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
@@ -240,8 +250,13 @@ def read_mask(mask: chex.ArrayTree, values: chex.ArrayTree | None, shape: tuple[
             reject("mask", f"one array, or the shapes of values {expected}", f"{found}")
     array = flatten("mask", mask)
     if array.shape != shape:
-        reject("mask", f"shape {shape}, as given to init", f"shape {array.shape}")
+        reject("mask", f"shape {shape}, as given to init", _named_shape(array.shape, names))
     return array
+
+
+def _named_shape(shape, names):
+    hint = f" of {list(names)} (mtl.carry_over makes a state for other tasks)" if (len(names),) == shape else ""
+    return f"shape {shape}{hint}"
 
 
 def _value(leaf, dtype):

@@ -14,7 +14,7 @@ FLOORS = [
     ["losses", "states"],
     ["names"],
     ["gramian", "contract", "solvers"],
-    ["returned"],
+    ["returned", "state_checks"],
     ["boundary"],
     ["base"],
     ["scalarization", "aggregation"],
