@@ -4,7 +4,7 @@ A method's own file sees one array of losses, or one Jacobian, and one boolean m
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import chex
 import jax
@@ -118,7 +118,7 @@ def read_call(
 
     array = read_losses("values", values, state_dtype(state, values))
     if array.shape != shape:
-        reject("values", f"shape {shape}, as given to init", _named_shape(array.shape, names))
+        reject_number("values", shape, array.shape, names)
     labelled = read_labelled(values)
     if labelled is not None:
         present &= labelled
@@ -243,20 +243,21 @@ def read_mask(
     for leaf in jax.tree.leaves(mask):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
             reject("mask", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
-    names, losses = jax.tree.structure(mask), sums(values)
-    if not jax.tree_util.treedef_is_leaf(names) and not jax.tree_util.treedef_is_leaf(jax.tree.structure(losses)):
+    structure, losses = jax.tree.structure(mask), sums(values)
+    if not jax.tree_util.treedef_is_leaf(structure) and not jax.tree_util.treedef_is_leaf(jax.tree.structure(losses)):
         expected, found = jax.tree.map(_shape, losses), jax.tree.map(_shape, mask)
         if values is not None and expected != found:
             reject("mask", f"one array, or the shapes of values {expected}", f"{found}")
     array = flatten("mask", mask)
     if array.shape != shape:
-        reject("mask", f"shape {shape}, as given to init", _named_shape(array.shape, names))
+        reject_number("mask", shape, array.shape, names)
     return array
 
 
-def _named_shape(shape, names):
-    hint = f" of {list(names)} (mtl.carry_over makes a state for other tasks)" if (len(names),) == shape else ""
-    return f"shape {shape}{hint}"
+def reject_number(argument: str, shape: tuple[int, ...], found: tuple[int, ...], names: tuple[str, ...]) -> NoReturn:
+    """Raises because the state is for another number of tasks; it shows the names of those that were found."""
+    hint = f" of {list(names)} (mtl.carry_over makes a state for other tasks)" if (len(names),) == found else ""
+    reject(argument, f"shape {shape}, as given to init", f"shape {found}{hint}")
 
 
 def _value(leaf, dtype):

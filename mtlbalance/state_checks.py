@@ -116,7 +116,7 @@ def _make(init, shape, params, *, of_scalarizer):
     with for_any_tasks():
         if of_scalarizer:
             return jax.eval_shape(lambda: init(shape, dtype))
-        (m,) = shape
+        m = shape[0] if shape else 1
         return jax.eval_shape(lambda: init(m, params, dtype))
 
 

@@ -16,7 +16,7 @@ FLOORS = [
     ["gramian", "contract", "solvers"],
     ["returned", "state_checks"],
     ["boundary"],
-    ["base"],
+    ["base", "changed_tasks"],
     ["scalarization", "aggregation"],
     ["wrappers"],
     ["autodiff", "transforms", "diagnostics"],
