@@ -71,7 +71,8 @@ def check_like(name: str, found: Any, expected: Any, *, method: str | None = Non
         if _kind(found) != _kind(expected):
             hint = " (a checkpoint's, restored without a state to restore into: give it jax.eval_shape of init)"
             as_restored = hint if isinstance(found, dict | list) else ""
-            reject(name, _described(expected, method), f"{_described(found)}{as_restored}", TypeError)
+            is_any = "" if hasattr(found, "_fields") else "what the method's init returned, "
+            reject(name, f"{is_any}{_described(expected, method)}", f"{_described(found)}{as_restored}", TypeError)
         for field in () if by_type_only else fields:
             check_like(f"{name}.{field}", getattr(found, field), getattr(expected, field))
         return

@@ -20,8 +20,9 @@ from tests.conformance.helpers import Built
 OLD, NEW = ["a", "b", "c"], ["e", "c", "d", "a"]  # a stays where it is, c moves, b goes, two come
 STAY_OLD, STAY_NEW = [0, 2], [0, 1]
 PARAMS = {"w": jax.ShapeDtypeStruct((3, 4), jnp.float32), "b": jax.ShapeDtypeStruct((), jnp.float32)}
-CASES = [Built(case, "scalarization") for case in SCALARIZERS] + [Built(case, "aggregation") for case in AGGREGATORS]
-each_case = pytest.mark.parametrize("built", CASES, ids=[f"{built.family}-{built.case.name}" for built in CASES])
+ALL_CASES = [("scalarization", case) for case in SCALARIZERS] + [("aggregation", case) for case in AGGREGATORS]
+CASES = {f"{family}-{case.name}": Built(case, family) for family, case in ALL_CASES}
+each_case = pytest.mark.parametrize("name", CASES)
 
 
 def filled(init):
@@ -44,7 +45,8 @@ def carried(old, start):
 
 
 @each_case
-def test_tasks_go_come_and_move(built):
+def test_tasks_go_come_and_move(name):
+    built = CASES[name]
     method, init = built.method_for(np.arange(4)), partial(built.init, params=PARAMS)
     old, start = filled(init), init(method, n_tasks=4)
     new = mtl.carry_over(method, old, OLD, NEW)
@@ -56,7 +58,8 @@ def test_tasks_go_come_and_move(built):
 
 @each_case
 @pytest.mark.by_default("*skip-learn-uw", "*chain-dwa-excess_mtl", "*gradvac", "*softadapt")
-def test_the_same_tasks_have_the_same_state_and_fewer_that_of_the_others(built):
+def test_the_same_tasks_have_the_same_state_and_fewer_that_of_the_others(name):
+    built = CASES[name]
     old = filled(partial(built.init, params=PARAMS))
     old = jax.tree.map(lambda x: np.where(x == x.max(), np.nan, x) if x.dtype == np.float32 else x, old)
     chex.assert_trees_all_equal(mtl.carry_over(built.method, old, OLD, set(OLD)), old)
