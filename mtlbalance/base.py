@@ -167,7 +167,8 @@ def aggregator(
       >>> print(gradient)
       [3. 0.]
     """
-    check = state_check(init, (init, gramian_weighting, weighting, apply, rowwise and rowwise.weigh), jacobian_shaped)
+    functions = init, gramian_weighting, weighting, apply, rowwise and (rowwise.weigh or rowwise.finish)
+    check = state_check(init, functions, jacobian_shaped)
     if weighting is None and gramian_weighting is not None:
         weighting = of_gramian(gramian_weighting, axis_name)
     if apply is None and weighting is not None:

@@ -130,9 +130,17 @@ def test_the_methods_are_named():
         pcgrad.apply(gradvac.init((3, PARAMS)), JACOBIAN)
     with pytest.raises(TypeError, match=re.escape("state: expected mgda's SeenState(seen), found ") + OF_DWA):
         aggregation.mgda().apply(scalarization.dwa().init(3), JACOBIAN)
-    method = largest()
     with pytest.raises(TypeError, match=re.escape("state: expected largest's Largest(level), found SeenState(seen)")):
-        method.apply(states.init_seen(2), jnp.ones(2))
+        largest().apply(states.init_seen(2), jnp.ones(2))
+    with pytest.raises(TypeError, match="state: expected following_gradients's SeenState"):
+        following_gradients().apply(Largest(jnp.ones(3)), JACOBIAN)
+
+
+def following_gradients():
+    def finish(state, statistics, values, mask):
+        return jax.tree.map(lambda p: jnp.zeros(p.shape), PARAMS), state
+
+    return base.rowwise_aggregator(states.init_seen, lambda memory, row, task: (memory, ()), finish=finish)
 
 
 class Largest(NamedTuple):
