@@ -17,6 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mtlbalance.hyperparameters import for_any_tasks, reject
 
+_NO_PARAMS, _SOME_PARAMS = jax.tree.structure(()), jax.tree.structure({"some": 0})
+
 
 def state_check(
     init: Callable[..., Any], functions: Iterable[Any], jacobian_shaped: tuple[str, ...] | None = None
@@ -33,25 +35,28 @@ def state_check(
     method = _factory_of(functions)
 
     @lru_cache(maxsize=16)
-    def like(shape, treedef, shapes):
-        """The state for such losses and parameters, and whether it depends on parameters that are not known."""
-        make = lambda params: _make(init, shape, params, of_scalarizer=jacobian_shaped is None)
+    def like(shape, treedef=_NO_PARAMS, shapes=()):
+        """The state for losses of this shape and for such parameters; ``None`` where ``init`` raises."""
+        params = jax.tree.unflatten(treedef, map(_float, shapes))
         try:
-            if jacobian_shaped != ():
-                return make(jax.tree.unflatten(treedef, map(_float, shapes))), False
-            without, with_some = make(()), make({"some": _float((2, 3))})
-            return without, not _are_alike(without, with_some)
+            return _make(init, shape, params, of_scalarizer=jacobian_shaped is None)
         except Exception:  # whatever it is that the author's function says to what may not be its tasks
-            return None, False
+            return None
+
+    def is_as_without_params(shape, expected):
+        """Whether the state depends on no parameters: there is no knowing which if it remembers no gradients."""
+        return jacobian_shaped != () or _are_alike(expected, like(shape, _SOME_PARAMS, ((2, 3),)))
 
     def check(state):
         leaves, treedef = jax.tree.flatten(params_of(state, jacobian_shaped or ()))
         shape = next(map(np.shape, jax.tree.leaves(state)), ())
-        expected, is_partial = like(shape, treedef, tuple(leaf.shape for leaf in leaves))
-        if expected is None:  # of one task it is of the same type
-            expected, is_partial = like((1,), jax.tree.structure(()), ())[0], True
+        expected = like(shape, treedef, tuple(leaf.shape for leaf in leaves))
+        if _are_alike(expected, state):
+            return
+        by_type_only = expected is None or not is_as_without_params(shape, expected)
+        expected = like((1,)) if expected is None else expected  # of one task it is of the same type
         if expected is not None:
-            check_like("state", state, expected, method=method, by_type_only=is_partial)
+            check_like("state", state, expected, method=method, by_type_only=by_type_only)
 
     return check
 
@@ -124,7 +129,7 @@ def _make(init, shape, params, *, of_scalarizer):
 def _are_alike(one, other):
     """Whether two states have the same structure and shapes."""
     same = jax.tree.structure(one) == jax.tree.structure(other)
-    return same and [x.shape for x in jax.tree.leaves(one)] == [x.shape for x in jax.tree.leaves(other)]
+    return same and list(map(np.shape, jax.tree.leaves(one))) == list(map(np.shape, jax.tree.leaves(other)))
 
 
 def _float(shape):
