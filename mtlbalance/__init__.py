@@ -12,6 +12,7 @@ from mtlbalance import (
     states,
 )
 from mtlbalance.autodiff import subset, value_and_grad, value_and_gramian, value_and_jac
+from mtlbalance.changed_tasks import carry_over
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Weighting
 from mtlbalance.losses import Counted
 from mtlbalance.transforms import aggregate
@@ -42,6 +43,7 @@ __all__ = [
     "aggregation",
     "amortize",
     "base",
+    "carry_over",
     "chain",
     "diagnostics",
     "gramian",

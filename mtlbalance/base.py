@@ -22,13 +22,22 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import returned
-from mtlbalance.boundary import finish_weights, public_hooks, public_rowwise, public_weigh, settle, zero_if_none
+from mtlbalance.boundary import (
+    checked,
+    combined,
+    of_gramian,
+    public_hooks,
+    public_rowwise,
+    public_weigh,
+    reader,
+    settle,
+    zero_if_none,
+)
 from mtlbalance.contract import Aggregator, Hook, Rowwise, Scalarizer, Task, Weighting
-from mtlbalance.gramian import combine, gramian_of_tasks, squared_norm
+from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import (
     check_params_like,
-    read_call,
     read_gramian,
     read_jacobian,
     read_pair,
@@ -37,6 +46,7 @@ from mtlbalance.losses import (
     sums,
 )
 from mtlbalance.names import check_names, knows_names, knows_names_of
+from mtlbalance.state_checks import state_check
 from mtlbalance.states import among, place
 
 
@@ -79,6 +89,9 @@ def scalarizer(
       5.0
     """
 
+    check = state_check(init, (apply, init))
+    read = reader(check, required=True)
+
     def public_init(shape):
         dims, dtype = read_shape(shape)
         with knows_names_of(shape):
@@ -86,16 +99,16 @@ def scalarizer(
             return place(returned.new_state(init(dims, dtype), dims, learned), shape)
 
     def public_apply(state, values, *, mask=None):
-        call = read_call(state, values, mask, required=True)
+        call = read(state, values, mask)
         scalar, new_state = returned.scalar_and_state(apply(state, call.values, call.mask))
         if not call.all_present:
             scalar = jnp.where(jnp.any(call.mask), scalar, 0)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(sums(values)))
         return scalar.astype(dtype), settle("apply", call, new_state, state)
 
-    hooks = public_hooks(end_epoch, observe, per_task=per_task)
+    hooks = public_hooks(check, end_epoch, observe, per_task=per_task)
     public = knows_names(public_apply, per_task, losses_at=1)
-    return Scalarizer(public_init, public, *hooks, learned, last_weights=last_weights)
+    return Scalarizer(public_init, public, *hooks, learned, last_weights=checked(check, last_weights))
 
 
 def aggregator(
@@ -154,13 +167,15 @@ def aggregator(
       >>> print(gradient)
       [3. 0.]
     """
+    functions = init, gramian_weighting, weighting, apply, rowwise and (rowwise.weigh or rowwise.finish)
+    check = state_check(init, functions, jacobian_shaped)
     if weighting is None and gramian_weighting is not None:
-        weighting = _of_gramian(gramian_weighting, axis_name)
+        weighting = of_gramian(gramian_weighting, axis_name)
     if apply is None and weighting is not None:
-        apply = _combined(weighting)
+        apply = combined(weighting)
     if apply is None:
         reject("aggregator", "one of apply, weighting and gramian_weighting", "none", TypeError)
-    read, settled = partial(read_call, required=reads_losses), partial(settle, jacobian_shaped=jacobian_shaped)
+    read, settled = reader(check, required=reads_losses), partial(settle, jacobian_shaped=jacobian_shaped)
 
     def initializer(needs_params):
         def public_init(shape):
@@ -185,12 +200,12 @@ def aggregator(
     return Aggregator(
         initializer(needs_params=True),
         knows_names(public_apply, per_task),
-        *public_hooks(end_epoch, observe, jacobian_shaped, per_task),
+        *public_hooks(check, end_epoch, observe, jacobian_shaped, per_task),
         public_weighting("weighting", weighting, read_jacobian),
         public_weighting("gramian_weighting", gramian_weighting, read_gramian),
         rowwise and public_rowwise(rowwise, read, settled, per_task),
         jacobian_shaped=jacobian_shaped,
-        last_weights=last_weights,
+        last_weights=checked(check, last_weights),
     )
 
 
@@ -326,25 +341,7 @@ def norms_aggregator(
         del task
         return memory, squared_norm(row, axis_name)
 
-    def of_gramian(state, gramian, values, mask):
+    def of_diagonal(state, gramian, values, mask):
         return weigh(state, jnp.maximum(jnp.diagonal(gramian), 0), values, mask)
 
-    return rowwise_aggregator(init, visit, weigh, gramian_weighting=of_gramian, axis_name=axis_name, **others)
-
-
-def _of_gramian(gramian_weighting, axis_name):
-    def weighting(state, jacobian, values, mask):
-        output = gramian_weighting(state, gramian_of_tasks(jacobian, len(mask), axis_name), values, mask)
-        return returned.weights_and_state("gramian_weighting", output, mask.shape)
-
-    return weighting
-
-
-def _combined(weighting):
-    def apply(state, jacobian, values, mask):
-        # The weights are constants of differentiation: an outer grad never enters a solver.
-        given = state, jax.lax.stop_gradient(jacobian), values, mask
-        weights, new_state = returned.weights_and_state("weighting", weighting(*given), mask.shape)
-        return combine(finish_weights(weights, mask, state_dtype(state, jacobian)), jacobian), new_state
-
-    return apply
+    return rowwise_aggregator(init, visit, weigh, gramian_weighting=of_diagonal, axis_name=axis_name, **others)

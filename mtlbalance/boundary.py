@@ -5,9 +5,53 @@ import jax.numpy as jnp
 
 from mtlbalance import returned
 from mtlbalance.contract import Hook, Rowwise
+from mtlbalance.gramian import combine, gramian_of_tasks
 from mtlbalance.losses import read_call, read_row, read_statistics, state_dtype
-from mtlbalance.names import knows_names
+from mtlbalance.names import knows_names, names_of
 from mtlbalance.states import select
+
+
+def reader(check, *, required=False):
+    """What reads one call, as :func:`read_call` does, after ``check`` has seen the state."""
+
+    def read(state, values, mask, *, required=required):
+        check(state)
+        names = names_of(mask if values is None else values).entries
+        return read_call(state, values, mask, required=required, names=names)
+
+    return read
+
+
+def checked(check, function):
+    """A function of the state alone, if there is one, after ``check`` has seen the state."""
+
+    def checked_function(state):
+        check(state)
+        return function(state)
+
+    return function and checked_function
+
+
+def of_gramian(gramian_weighting, axis_name):
+    """The plain weighting of the Jacobian from that of its Gramian."""
+
+    def weighting(state, jacobian, values, mask):
+        output = gramian_weighting(state, gramian_of_tasks(jacobian, len(mask), axis_name), values, mask)
+        return returned.weights_and_state("gramian_weighting", output, mask.shape)
+
+    return weighting
+
+
+def combined(weighting):
+    """The plain ``apply`` that combines the rows with the weights of a weighting."""
+
+    def apply(state, jacobian, values, mask):
+        # The weights are constants of differentiation: an outer grad never enters a solver.
+        given = state, jax.lax.stop_gradient(jacobian), values, mask
+        weights, new_state = returned.weights_and_state("weighting", weighting(*given), mask.shape)
+        return combine(finish_weights(weights, mask, state_dtype(state, jacobian)), jacobian), new_state
+
+    return apply
 
 
 def public_weigh(name, weigh, read_statistic, read, settled, per_task=None):
@@ -39,7 +83,7 @@ def public_rowwise(rowwise, read, settled, per_task=None):
         return jax.lax.stop_gradient(zero_if_none(call, gradient)), settled("finish", call, new_state, state)
 
     def public_visits(state, *, values=None, mask=None):
-        return rowwise.visits(state, read_call(state, values, mask).mask)
+        return rowwise.visits(state, read(state, values, mask, required=False).mask)
 
     return Rowwise(
         knows_names(public_visit, per_task),
@@ -49,18 +93,18 @@ def public_rowwise(rowwise, read, settled, per_task=None):
     )
 
 
-def public_hooks(end_epoch, observe, jacobian_shaped=(), per_task=None) -> tuple[Hook, Hook]:
+def public_hooks(check, end_epoch, observe, jacobian_shaped=(), per_task=None) -> tuple[Hook, Hook]:
     """``end_epoch`` and ``observe``, the identity where there is none."""
 
     def public_end_epoch(state):
         return _constants_like("end_epoch", end_epoch(state), state)
 
     def public_observe(state, values, *, mask=None):
-        call = read_call(state, values, mask)
+        call = reader(check)(state, values, mask)
         return settle("observe", call, observe(state, call.values, call.mask), state, jacobian_shaped)
 
     return (
-        jax.jit(public_end_epoch) if end_epoch else lambda state: state,
+        jax.jit(checked(check, public_end_epoch)) if end_epoch else lambda state: state,
         knows_names(public_observe, per_task, losses_at=1) if observe else lambda state, values, *, mask=None: state,
     )
 

@@ -12,6 +12,10 @@ Hook = Callable[..., Any]
 class Scalarizer(NamedTuple):
     """A method that turns losses into one scalar.
 
+    A state has one entry per task, by position: it knows how many tasks it is for, and not which. Given to as many
+    others it is theirs without an error: a pure function cannot remember names, and they are no arrays to be kept in a
+    state. For a changed set of tasks there is :func:`mtlbalance.carry_over`.
+
     Attributes:
       init: ``(shape) -> state``. ``shape`` is an int ``n`` (meaning ``(n,)``), a tuple of ints, an array or
         :class:`jax.ShapeDtypeStruct`, or a tree of those (named losses: a vector of their total size).
@@ -86,6 +90,8 @@ class Task(NamedTuple):
 
 class Aggregator(NamedTuple):
     """A method that turns one gradient per task (a Jacobian) into one gradient.
+
+    Its state knows how many tasks it is for, and not which, as that of a :class:`Scalarizer`.
 
     Attributes:
       init: ``((m, n)) -> state`` for a Jacobian matrix, ``((m, params)) -> state`` for a tree.

@@ -4,14 +4,18 @@ A factory checks what it can while it is called, and what depends on the number 
 still comes before the training. Traced values pass: they are not known.
 """
 
+import contextlib
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple, NoReturn
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_for_any_tasks: ContextVar[bool] = ContextVar("only what a state is like is asked for", default=False)
 
 
 def reject(argument: str, expected: str, found: str, error: type[Exception] = ValueError) -> NoReturn:
@@ -79,6 +83,21 @@ def check_int(name: str, value: Any, minimum: int) -> None:
         reject(name, f"an int of at least {minimum}", f"{value}")
 
 
+@contextlib.contextmanager
+def for_any_tasks() -> Iterator[None]:
+    """While it is entered ``init`` is only asked what a state is like, and no number of tasks is a wrong one."""
+    token = _for_any_tasks.set(True)
+    try:
+        yield
+    finally:
+        _for_any_tasks.reset(token)
+
+
+def are_any_tasks() -> bool:
+    """Whether :func:`for_any_tasks` is entered."""
+    return _for_any_tasks.get()
+
+
 def flatten(name: str, tree: chex.ArrayTree) -> chex.Array:
     """A single array as it is; any other tree as one vector, in the order of :func:`jax.tree.leaves`."""
     leaves, treedef = jax.tree.flatten(tree)
@@ -112,6 +131,8 @@ def per_task(
       ValueError: if the shape is another one or a number is out of bounds.
       TypeError: if something is not a real number.
     """
+    if are_any_tasks():
+        return jnp.zeros(shape, dtype)
     leaves = jax.tree.leaves(value)
     for leaf in leaves:
         if not is_number(leaf):

@@ -4,7 +4,7 @@ A method's own file sees one array of losses, or one Jacobian, and one boolean m
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import chex
 import jax
@@ -96,21 +96,29 @@ def read_pair(tasks: Any, *, needs_params: bool) -> tuple[int, chex.ArrayTree, c
 
 
 def read_call(
-    state: chex.ArrayTree, values: chex.ArrayTree | None, mask: chex.ArrayTree | None, *, required: bool = False
+    state: chex.ArrayTree,
+    values: chex.ArrayTree | None,
+    mask: chex.ArrayTree | None,
+    *,
+    required: bool = False,
+    names: tuple[str, ...] = (),
 ) -> Call:
-    """Checks one call's losses, which may be ``required``, and mask against the state, and casts them."""
+    """Checks one call's losses, which may be ``required``, and mask against the state, and casts them.
+
+    An error for another number of tasks shows the ``names`` that were found.
+    """
     if required and values is None:
         reject("values", "the losses", "None", TypeError)
     shape = shape_of(state)
     present = jnp.ones(shape, bool)
     if mask is not None:
-        present = read_mask(mask, values, shape)
+        present = read_mask(mask, values, shape, names)
     if values is None:
         return Call(None, present, mask is None)
 
     array = read_losses("values", values, state_dtype(state, values))
     if array.shape != shape:
-        reject("values", f"shape {shape}, as given to init", f"shape {array.shape}")
+        reject_number("values", shape, array.shape, names)
     labelled = read_labelled(values)
     if labelled is not None:
         present &= labelled
@@ -228,20 +236,28 @@ def state_dtype(state: chex.ArrayTree, incoming: chex.ArrayTree) -> chex.ArrayDT
     return floating[0] if floating else jnp.result_type(jnp.float32, *jax.tree.leaves(sums(incoming)))
 
 
-def read_mask(mask: chex.ArrayTree, values: chex.ArrayTree | None, shape: tuple[int, ...]) -> chex.Array:
+def read_mask(
+    mask: chex.ArrayTree, values: chex.ArrayTree | None, shape: tuple[int, ...], names: tuple[str, ...] = ()
+) -> chex.Array:
     """Checks a mask against the losses and their shape; it may be one array or a tree like the losses."""
     for leaf in jax.tree.leaves(mask):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
             reject("mask", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
-    names, losses = jax.tree.structure(mask), sums(values)
-    if not jax.tree_util.treedef_is_leaf(names) and not jax.tree_util.treedef_is_leaf(jax.tree.structure(losses)):
+    structure, losses = jax.tree.structure(mask), sums(values)
+    if not jax.tree_util.treedef_is_leaf(structure) and not jax.tree_util.treedef_is_leaf(jax.tree.structure(losses)):
         expected, found = jax.tree.map(_shape, losses), jax.tree.map(_shape, mask)
         if values is not None and expected != found:
             reject("mask", f"one array, or the shapes of values {expected}", f"{found}")
     array = flatten("mask", mask)
     if array.shape != shape:
-        reject("mask", f"shape {shape}, as given to init", f"shape {array.shape}")
+        reject_number("mask", shape, array.shape, names)
     return array
+
+
+def reject_number(argument: str, shape: tuple[int, ...], found: tuple[int, ...], names: tuple[str, ...]) -> NoReturn:
+    """Raises because the state is for another number of tasks; it shows the names of those that were found."""
+    hint = f" of {list(names)} (mtl.carry_over makes a state for other tasks)" if (len(names),) == found else ""
+    reject(argument, f"shape {shape}, as given to init", f"shape {found}{hint}")
 
 
 def _value(leaf, dtype):

@@ -16,7 +16,7 @@ import chex
 import jax
 import numpy as np
 
-from mtlbalance.hyperparameters import is_int, reject
+from mtlbalance.hyperparameters import are_any_tasks, is_int, reject
 from mtlbalance.losses import sums
 
 
@@ -85,7 +85,7 @@ def check_names(per_task: Mapping[str, Any] | None) -> None:
     """Raises unless hyperparameters with one number per task have the losses' names, as far as these are known."""
     names = _outermost.get()
     for argument, value in (per_task or {}).items():
-        if names is None or value is None:
+        if names is None or value is None or are_any_tasks():
             continue
         found, expected = list(names_of(value).entries), list(names.entries)
         if not found and names.n_leaves > 1 and sum(map(np.size, jax.tree.leaves(value))) > 1:
@@ -104,7 +104,7 @@ def check_task(argument: str, task: int | str, n_tasks: float = math.inf) -> Non
         return
     if not is_int(task):
         reject(argument, "the name or the index of a task", type(task).__name__, TypeError)
-    if not 0 <= task < n_tasks:
+    if not 0 <= task < n_tasks and not are_any_tasks():
         bound = "" if n_tasks == math.inf else f" below the number of tasks {n_tasks}"
         reject(argument, f"a name, or an int of at least 0{bound}", f"{task}")
 

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mtlbalance.hyperparameters import new_key_data
+from mtlbalance.hyperparameters import are_any_tasks, new_key_data
 
 
 class SeenState(NamedTuple):
     """State of a stateless method: how often each task was present.
+
+    Such methods may take each other's: there is nothing in it that one of them would read differently.
 
     Attributes:
       seen: int32, one per task: the calls in which it was present.
@@ -52,7 +54,8 @@ def init_seen_after(check: Callable[[chex.Array, chex.ArrayDType], Any]) -> Call
 
     def init(tasks, *others):
         *_, dtype = others  # an aggregator's have the parameters before it
-        check(jnp.ones(tasks, bool), dtype)
+        if not are_any_tasks():
+            check(jnp.ones(tasks, bool), dtype)
         return init_seen(tasks)
 
     return init

@@ -117,7 +117,7 @@ def check_params(params: chex.ArrayTree, allow_int: bool) -> None:
 
 def check_per_task(values: chex.Array, state: Any = None) -> None:
     """Raises if there is one loss, a scalar, where the state is not made for that."""
-    of_no_task = state is not None and shape_of(state) == ()
+    of_no_task = bool(jax.tree.leaves(state)) and shape_of(state) == ()
     if values.ndim == 0 and not of_no_task:
         expected = "one loss for each task, as in jnp.stack([...]) or a dict"
         reject("losses_fn", expected, "a scalar: do not add the losses up")

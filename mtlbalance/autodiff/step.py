@@ -25,7 +25,8 @@ from mtlbalance.autodiff.subsets import Subset, join_subsets, read_subset, selec
 from mtlbalance.contract import Aggregator, Scalarizer, weights_of
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import flatten, reject
-from mtlbalance.losses import check_params_like, like_losses, present_rows, read_mask
+from mtlbalance.losses import check_params_like, like_losses, present_rows, read_mask, reject_number
+from mtlbalance.names import names_of
 
 
 def value_and_grad(
@@ -160,7 +161,7 @@ def value_and_grad(
         present = _read_present(mask, point.evaluated)
         chosen = at if at == "features" else rows or cheapest_rows(possible, task_axis, point, restrict(params))
         decide = partial(_decide, method, state, point, present, restrict, chosen, rows)
-        decision = decide() if refresh is None else _refresh(method, refresh, decide, state, present)
+        decision = decide() if refresh is None else _refresh(method, refresh, decide, state, point.evaluated, present)
 
         evaluated, new_state, weights, gradient = decision
         if gradient is None or decide_on is not None:
@@ -260,7 +261,7 @@ def _decide_by_visits(rowwise, state, point, mask, restrict):
     return _Decision(evaluated, state, None, gradient)
 
 
-def _refresh(method, refresh, decide, state, present):
+def _refresh(method, refresh, decide, state, evaluated, present):
     """The decision anew, or the last weights again."""
     if method.last_weights is None:
         expected = "a method that keeps its last weights, mtl.amortize(method), outside of mtl.chain"
@@ -269,6 +270,8 @@ def _refresh(method, refresh, decide, state, present):
     if not is_boolean or jnp.shape(refresh):
         reject("refresh", "one boolean", f"{refresh!r}", TypeError)
     last = method.last_weights(state)
+    if last.size != evaluated.values.size:
+        reject_number("values", last.shape, evaluated.values.shape, names_of(evaluated.named).entries)
 
     def anew():
         decision = decide()
