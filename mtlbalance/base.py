@@ -36,6 +36,7 @@ from mtlbalance.losses import (
     state_dtype,
     sums,
 )
+from mtlbalance.memo import memoized as memoized
 from mtlbalance.names import check_names, knows_names, knows_names_of
 from mtlbalance.states import among, place
 
@@ -323,7 +324,6 @@ def norms_aggregator(
     """
 
     def visit(memory, row, task):
-        del task
         return memory, squared_norm(row, axis_name)
 
     def of_gramian(state, gramian, values, mask):

@@ -7,6 +7,7 @@ from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.losses import check_params_like
 
 
+@base.memoized
 def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransformationExtraArgs:
     """Turns an aggregator into the first link of an optax chain.
 

@@ -22,6 +22,7 @@ class IMTLLState(NamedTuple):
     log_scale: chex.Array
 
 
+@base.memoized
 def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     r"""Scales each loss towards 1 by a learned factor.
 

@@ -23,6 +23,7 @@ class MinMaxState(NamedTuple):
     logits: chex.Array
 
 
+@base.memoized
 def minmax(initial_logits: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     r"""Weights that a gradient ascent moves towards the largest losses.
 

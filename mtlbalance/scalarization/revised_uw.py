@@ -22,6 +22,7 @@ class RevisedUWState(NamedTuple):
     sigma: chex.Array
 
 
+@base.memoized
 def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
     r"""Weights each loss by a learned uncertainty, with a regularizer of at least zero.
 

@@ -23,6 +23,7 @@ class SelfAdaptiveState(NamedTuple):
     multipliers: chex.Array
 
 
+@base.memoized
 def self_adaptive(initial_multipliers: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
     r"""Weights that a gradient ascent raises for as long as their losses are not zero.
 

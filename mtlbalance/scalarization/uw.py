@@ -24,6 +24,7 @@ class UWState(NamedTuple):
     log_var: chex.Array
 
 
+@base.memoized
 def uw(initial_log_var: chex.ArrayTree | float = 0.0, classification: chex.ArrayTree | bool = False) -> base.Scalarizer:
     r"""Weights each loss by a learned uncertainty.
 

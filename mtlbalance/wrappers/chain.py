@@ -25,6 +25,7 @@ class ChainState(NamedTuple):
     aggregator: chex.ArrayTree
 
 
+@base.memoized
 def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggregator:
     r"""Multiplies each gradient by the weight that a scalarizer gives its loss, and aggregates the products.
 

@@ -29,6 +29,7 @@ class CRMOGMState(NamedTuple):
     inner: chex.ArrayTree
 
 
+@base.memoized
 def cr_mogm(
     method: base.Aggregator, alpha: chex.Numeric = 0.9, initial_weights: chex.ArrayTree | None = None
 ) -> base.Aggregator:

@@ -24,6 +24,7 @@ class LearnState(NamedTuple):
     opt_state: chex.ArrayTree
 
 
+@base.memoized
 def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> base.Scalarizer:
     """Trains a method's learned fields inside its own ``apply``, so that it threads like any other method.
 
