@@ -80,8 +80,8 @@ def scalarizer(
       5.0
     """
 
-    def public_init(shape):
-        dims, dtype = read_shape(shape)
+    def public_init(shape=None, *others):
+        dims, dtype = read_shape(shape, *others)
         with knows_names_of(shape):
             check_names(per_task)
             return place(returned.new_state(init(dims, dtype), dims, learned), shape)
@@ -164,8 +164,8 @@ def aggregator(
     read, settled = partial(read_call, required=reads_losses), partial(settle, jacobian_shaped=jacobian_shaped)
 
     def initializer(needs_params):
-        def public_init(shape):
-            m, params, dtype = read_pair(shape, needs_params=needs_params)
+        def public_init(shape=None, *others):
+            m, params, dtype = read_pair(shape, *others, needs_params=needs_params)
             state = returned.new_state(init(m, params, dtype), (m,), jacobian_shaped)
             returned.check_rows(state, jacobian_shaped, m)
             return place(state, params, jacobian_shaped)

@@ -3,8 +3,10 @@
 import optax
 
 from mtlbalance import base
-from mtlbalance.hyperparameters import check_int, reject
+from mtlbalance.contract import check_is_method
+from mtlbalance.hyperparameters import check_int
 from mtlbalance.losses import check_params_like
+from mtlbalance.parameters import check_trainable
 
 
 @base.memoized
@@ -41,9 +43,7 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
       >>> print(updates["w"])
       [-0.15 -0.25]
     """
-    if not isinstance(aggregator, base.Aggregator):
-        reject("aggregator", "an mtlbalance.Aggregator", type(aggregator).__name__, TypeError)
-
+    check_is_method("aggregator", aggregator, "an mtlbalance.Aggregator", base.Aggregator)
     check_int("n_tasks", n_tasks, 1)
 
     def init(params):
@@ -51,6 +51,7 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
 
     def update(updates, state, params=None, *, values=None, mask=None, **extra_args):
         del extra_args
+        check_trainable("params", params)
         gradient, state = aggregator.apply(state, updates, values=values, mask=mask)
         if params is not None:
             check_params_like("jacobian", gradient, params)

@@ -11,7 +11,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a file imports what stands on a lower floor, or in its own folder.
 FLOORS = [
     ["hyperparameters", "memo", "numerics"],
-    ["losses", "states"],
+    ["parameters", "states"],
+    ["losses"],
     ["names"],
     ["gramian", "contract", "solvers"],
     ["returned"],
