@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance.hyperparameters import check_int, flatten, is_int, is_number, reject
-from mtlbalance.parameters import check_trainable
+from mtlbalance.parameters import check_trainable, is_network
 
 
 class Counted(NamedTuple):
@@ -68,7 +68,7 @@ def read_shape(shape: Any, *others: Any) -> tuple[tuple[int, ...], chex.ArrayDTy
     else:
         leaves, treedef = jax.tree.flatten(sums(shape))
         shapes = [_shape(leaf) for leaf in leaves if is_number(leaf)]
-        if _is_network(shapes):
+        if is_network(shapes):
             grids = "losses with several axes each: raveled"
             found = f"what looks like parameters, shapes {shapes}"
             reject("shape", f"{number} (a scalarizer's state needs no parameters; {grids})", found)
@@ -170,13 +170,6 @@ def _reject_loss(name, path, losses, found):
     reject(f"{name}{jax.tree_util.keystr(path)}", f"floating point numbers{hint}", found, TypeError)
 
 
-def _is_network(shapes):
-    """Whether the last axis of a matrix is what another array takes in: a layer's bias, or the next layer."""
-    matrices = [shape for shape in shapes if sum(n > 1 for n in shape) > 1]
-    takes_in = lambda shape: shape[-2] if len(shape) > 1 else shape[-1] if shape else 1
-    return any(a != b and a[-1] == takes_in(b) > 1 for a in matrices for b in shapes)
-
-
 def read_labelled(losses: chex.ArrayTree) -> chex.Array | None:
     """Which losses have a count above zero, as one array; ``None`` where none is :class:`Counted`."""
     if not any(map(is_counted, jax.tree.leaves(losses, is_leaf=is_counted))):
@@ -275,6 +268,8 @@ def state_dtype(state: chex.ArrayTree, incoming: chex.ArrayTree) -> chex.ArrayDT
 def read_mask(mask: chex.ArrayTree, values: chex.ArrayTree | None, shape: tuple[int, ...]) -> chex.Array:
     """Checks a mask against the losses and their shape; it may be one array or a tree like the losses."""
     for leaf in jax.tree.leaves(mask):
+        if not is_number(leaf):
+            reject("mask", "booleans, one per task", f"{leaf!r}", TypeError)
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
             reject("mask", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
     names, losses = jax.tree.structure(mask), sums(values)

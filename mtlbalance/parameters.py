@@ -26,13 +26,24 @@ def check_trainable(name: str, params: chex.ArrayTree) -> None:
             reject(f"{name}{jax.tree_util.keystr(path)}", expected, found, TypeError)
 
 
+def is_network(shapes: list[tuple[int, ...]]) -> bool:
+    """Whether arrays are a network's, and no losses: the last axis of a matrix is what another of them takes in.
+
+    Layers are followed by their bias or by the next layer. Losses may be of any shape too: of one point each, or one
+    with several axes.
+    """
+    matrices = [shape for shape in shapes if sum(n > 1 for n in shape) > 1]
+    takes_in = lambda shape: shape[-2] if len(shape) > 1 else shape[-1] if shape else 1
+    return any(a != b and a[-1] == takes_in(b) > 1 for a in matrices for b in shapes)
+
+
 def _check_nnx(name, params):
     """Statistics and random state would get gradients of zero, and what the model makes of them would be lost."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return
-    is_module, is_variable = (lambda x, kind=kind: isinstance(x, kind) for kind in (nnx.Module, nnx.Variable))
-    # A state is what its user has chosen, with variables of his own kinds if he likes; but not with Flax's own state.
+    is_module, is_variable = lambda x: isinstance(x, nnx.Module), lambda x: isinstance(x, nnx.Variable)
+    # What is no module its user has chosen, variables of kinds of their own included; but none trains Flax's statistics.
     has_module = any(map(is_module, jax.tree.leaves(params, is_leaf=is_module)))
     for path, x in jax.tree.leaves_with_path(params, is_leaf=is_variable):
         is_state = is_variable(x) and not isinstance(x, nnx.Param)

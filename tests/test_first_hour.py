@@ -222,6 +222,10 @@ STEPS = {
         returning(lambda losses: losses, UPGRAD, decide_on=lambda params: jax.tree.map(lambda p: False, params)),
         "decide_on: expected at least one parameter to decide on, found False for all",
     ),
+    "names of the present": (
+        lambda: grad_fn()(PARAMS, STATE, *BATCH, mask=["cls"]),
+        "mask: expected booleans, one per task, found 'cls'",
+    ),
     "no pair": (
         lambda: grad_fn(UPGRAD, (lambda p, x: x, {"a": lambda p, f, x: f.sum()}))(PARAMS, STATE, BATCH[0]),
         "params: expected a pair, as losses_fn is one: the trunk's, .* found dict",
