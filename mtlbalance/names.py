@@ -74,10 +74,11 @@ def knows_names(function: Callable[..., Any], per_task: Mapping[str, Any] | None
             names = None if losses is None else names_of(losses)
         try:
             return compiled(names, *args, **kwargs)
-        except TypeError as error:
-            jax_says = error
-        _check_call(function.__name__.removeprefix("public_"), signature, args, kwargs)
-        raise jax_says
+        except TypeError:
+            slip = _slip_of(function, signature, args, kwargs)
+            if slip is None:
+                raise
+        reject(*slip, TypeError)
 
     return public
 
@@ -135,19 +136,20 @@ def index_of(argument: str, task: int | str) -> int:
     return task
 
 
-def _check_call(name, signature, args, kwargs):
-    """Raises if a call that failed is not of the signature, or has something else than arrays."""
+def _slip_of(function, signature, args, kwargs):
+    """The argument, what was expected and what was found, if a call that failed is one of other things than arrays."""
     try:
         given = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
-        reject(name, f"the arguments {signature}", f"{error}", TypeError)
+        return function.__name__.removeprefix("public_"), f"the arguments {signature}", f"{error}"
     for path, leaf in jax.tree.leaves_with_path(given):
         if not is_number(leaf):
             found = repr(leaf) if isinstance(leaf, str) else type(leaf).__name__
             argument, *where = path
             expected = {"state": "what the method's init returned", "mask": "booleans, one per task"}
             expected = expected.get(argument.key, "an array or a tree of arrays")
-            reject(f"{argument.key}{jax.tree_util.keystr(tuple(where))}", expected, found, TypeError)
+            return f"{argument.key}{jax.tree_util.keystr(tuple(where))}", expected, found
+    return None
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def _check_nnx(name, params):
     if nnx is None:
         return
     is_module, is_variable = lambda x: isinstance(x, nnx.Module), lambda x: isinstance(x, nnx.Variable)
-    # What is no module its user has chosen, variables of kinds of their own included; but none trains Flax's statistics.
+    # What is no module its user has chosen, variables of kinds of their own included; but Flax's own state is none.
     has_module = any(map(is_module, jax.tree.leaves(params, is_leaf=is_module)))
     for path, x in jax.tree.leaves_with_path(params, is_leaf=is_variable):
         is_state = is_variable(x) and not isinstance(x, nnx.Param)
