@@ -78,7 +78,7 @@ def knows_names(function: Callable[..., Any], per_task: Mapping[str, Any] | None
             slip = _slip_of(function, signature, args, kwargs)
             if slip is None:
                 raise
-        reject(*slip, TypeError)
+        return reject(*slip, TypeError)
 
     return public
 
