@@ -45,6 +45,7 @@ from mtlbalance.losses import (
     state_dtype,
     sums,
 )
+from mtlbalance.memo import memoized as memoized
 from mtlbalance.names import check_names, knows_names, knows_names_of
 from mtlbalance.state_checks import state_check
 from mtlbalance.states import among, place
@@ -92,8 +93,8 @@ def scalarizer(
     check = state_check(init, (apply, init))
     read = reader(check, required=True)
 
-    def public_init(shape):
-        dims, dtype = read_shape(shape)
+    def public_init(shape=None, *others):
+        dims, dtype = read_shape(shape, *others)
         with knows_names_of(shape):
             check_names(per_task)
             return place(returned.new_state(init(dims, dtype), dims, learned), shape)
@@ -178,8 +179,8 @@ def aggregator(
     read, settled = reader(check, required=reads_losses), partial(settle, jacobian_shaped=jacobian_shaped)
 
     def initializer(needs_params):
-        def public_init(shape):
-            m, params, dtype = read_pair(shape, needs_params=needs_params)
+        def public_init(shape=None, *others):
+            m, params, dtype = read_pair(shape, *others, needs_params=needs_params)
             state = returned.new_state(init(m, params, dtype), (m,), jacobian_shaped)
             returned.check_rows(state, jacobian_shaped, m)
             return place(state, params, jacobian_shaped)
@@ -338,7 +339,6 @@ def norms_aggregator(
     """
 
     def visit(memory, row, task):
-        del task
         return memory, squared_norm(row, axis_name)
 
     def of_diagonal(state, gramian, values, mask):

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import chex
 import jax
 
+from mtlbalance.hyperparameters import reject
+
 Hook = Callable[..., Any]
 
 
@@ -26,7 +28,8 @@ class Scalarizer(NamedTuple):
       end_epoch: ``(state) -> new_state``, the identity unless the method has epochs.
       observe: ``(state, values, *, mask=None) -> new_state``, the identity unless the method looks at the losses
         again after the optimizer's step (FAMO), or at another number per task (DTP).
-      learned: names of the state fields that are trained by gradient, see :func:`mtlbalance.learn`.
+      learned: names of the state fields that are trained by gradient, see :func:`mtlbalance.learn`. ``apply`` leaves
+        them as they are: it cannot know whether its caller trains them.
       jacobian_shaped: none; as in :class:`Aggregator`.
       last_weights: ``(state) -> weights`` that the last call gave, shaped like the losses; ``None`` for a method that
         does not keep them. See :func:`mtlbalance.amortize`.
@@ -118,6 +121,21 @@ class Aggregator(NamedTuple):
     learned: tuple[str, ...] = ()
     jacobian_shaped: tuple[str, ...] = ()
     last_weights: Callable[..., Any] | None = None
+
+
+def check_is_method(argument: str, method: Any, expected: str, *families: type) -> None:
+    """Raises unless this is a method of one of these families."""
+    if isinstance(method, families):
+        return
+    found, name = type(method).__name__, getattr(method, "__name__", "")
+    if isinstance(method, type):
+        found = f"the class {name}"
+    elif callable(method):
+        is_factory = "<locals>" not in getattr(method, "__qualname__", "<locals>")
+        found = f"function {name}: a factory must be called, {name}()" if is_factory else "a function"
+    elif isinstance(method, str):
+        found = f"{method!r}: the factory of that name must be called"
+    reject(argument, expected, found, TypeError)
 
 
 def weights_of(

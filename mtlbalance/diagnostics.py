@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
-from mtlbalance.contract import weights_of
+from mtlbalance.contract import check_is_method, weights_of
 from mtlbalance.gramian import gramian as inner_products
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import (
@@ -266,9 +266,8 @@ def effective_weights(
       >>> print({name: f"{weight:.2f}" for name, weight in weights.items()})
       {'a': '1.00', 'b': '0.25'}
     """
-    if not isinstance(scalarizer, base.Scalarizer):
-        expected = "a Scalarizer (an aggregator's weights: method.weighting.apply)"
-        reject("scalarizer", expected, type(scalarizer).__name__, TypeError)
+    expected = "a Scalarizer (an aggregator's weights: method.weighting.apply)"
+    check_is_method("scalarizer", scalarizer, expected, base.Scalarizer)
     array, present = read_losses("values", values), read_labelled(values)
     if mask is not None:
         mask = read_mask(mask, values, array.shape)

@@ -159,6 +159,8 @@ def check_key(key: int | chex.Array) -> None:
     """Raises unless a factory's ``key`` is an int, which may be traced, or a key."""
     if not is_int(key) and not hasattr(key, "dtype"):
         reject("key", "an int or a key", type(key).__name__, TypeError)
+    if jnp.ndim(key) > (0 if _is_typed(key) else 1):
+        reject("key", "one key (seeds are swept by building the method inside vmap)", f"shape {jnp.shape(key)}")
 
 
 def new_key_data(key: int | chex.Array) -> chex.Array:

@@ -10,7 +10,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance.hyperparameters import check_int, flatten, is_int, reject
+from mtlbalance.hyperparameters import check_int, flatten, is_int, is_number, reject
+from mtlbalance.parameters import check_trainable, is_network
 
 
 class Counted(NamedTuple):
@@ -56,15 +57,22 @@ class Call(NamedTuple):
 # What `init` is given.
 
 
-def read_shape(shape: Any) -> tuple[tuple[int, ...], chex.ArrayDType]:
+def read_shape(shape: Any, *others: Any) -> tuple[tuple[int, ...], chex.ArrayDType]:
     """The shape of the losses, and the dtype of their state, from any form that ``Scalarizer.init`` takes."""
+    number = "the number of tasks, as in init(2), or the losses"
+    if others or (isinstance(shape, tuple) and len(shape) == 2 and is_int(shape[0]) and not is_number(shape[1])):
+        reject("init", f"{number}: a scalarizer's state needs no parameters", "two things", TypeError)
     dims = (shape,) if is_int(shape) else shape
     if isinstance(dims, tuple) and all(map(is_int, dims)):
         dtype = jnp.result_type(float)
     else:
         leaves, treedef = jax.tree.flatten(sums(shape))
-        for leaf in leaves:
-            _check_floating("shape", leaf)
+        shapes = [_shape(leaf) for leaf in leaves if is_number(leaf)]
+        if is_network(shapes):
+            grids = "losses with several axes each: raveled"
+            found = f"what looks like parameters, shapes {shapes}"
+            reject("shape", f"{number} (a scalarizer's state needs no parameters; {grids})", found)
+        check_losses("shape", shape)
         single = leaves and jax.tree_util.treedef_is_leaf(treedef)
         dims = _shape(leaves[0]) if single else (sum(math.prod(_shape(leaf)) for leaf in leaves),)
         dtype = jnp.result_type(jnp.float32, *map(_dtype, leaves))
@@ -73,18 +81,27 @@ def read_shape(shape: Any) -> tuple[tuple[int, ...], chex.ArrayDType]:
     return tuple(int(dim) for dim in dims), dtype
 
 
-def read_pair(tasks: Any, *, needs_params: bool) -> tuple[int, chex.ArrayTree, chex.ArrayDType]:
+def read_pair(tasks: Any, *others: Any, needs_params: bool) -> tuple[int, chex.ArrayTree, chex.ArrayDType]:
     """The number of tasks, the parameters and the state's dtype, from what ``Aggregator.init`` takes."""
+    if others:
+        found = f"{1 + len(others)} arguments"
+        reject("init", "one pair (number of tasks: int, params), as in init((3, params))", found, TypeError)
     if is_int(tasks) and not needs_params:
         tasks = (tasks, ())
     if not (isinstance(tasks, tuple | list) and len(tasks) == 2 and is_int(tasks[0])):
         found = f"({', '.join(type(x).__name__ for x in tasks)})" if isinstance(tasks, tuple) else type(tasks).__name__
-        reject("init", "a pair (number of tasks: int, params), as in init((3, params))", found, TypeError)
+        reject(
+            "init",
+            "a pair (number of tasks: int, params), as in init((3, params)); in an optax chain mtl.aggregate makes it",
+            found,
+            TypeError,
+        )
     m, params = tasks
     check_int("number of tasks", m, 1)
     if is_int(params):
         check_int("number of parameters", params, 0)
         params = jax.ShapeDtypeStruct((int(params),), jnp.result_type(float))
+    check_trainable("params", params)
     leaves = jax.tree.leaves(params)
     for leaf in filter(is_int, leaves):
         reject("params", "arrays (or one int: the columns of a matrix)", f"the int {leaf} in a tree", TypeError)
@@ -135,10 +152,30 @@ def shape_of(state: chex.ArrayTree) -> tuple[int, ...]:
 
 def read_losses(name: str, losses: chex.ArrayTree, dtype: chex.ArrayDType | None = None) -> chex.Array:
     """The losses as one array, :class:`Counted` ones divided by their counts; in float32 or wider by default."""
-    for leaf in jax.tree.leaves(sums(losses)):
-        _check_floating(name, leaf)
+    check_losses(name, losses)
     dtype = dtype or jnp.result_type(jnp.float32, *jax.tree.leaves(sums(losses)))
     return flatten(name, jax.tree.map(lambda x: _value(x, dtype), losses, is_leaf=is_counted))
+
+
+def check_losses(name: str, losses: chex.ArrayTree) -> None:
+    """Raises unless every loss is made of floating point numbers, and names the one that is not."""
+    is_leaf = lambda x: x is None or is_counted(x)
+    for path, leaf in jax.tree.leaves_with_path(losses, is_leaf=is_leaf):
+        for part in leaf if is_counted(leaf) else (leaf,):
+            if (path and part is None) or (part is not None and not is_number(part)):
+                _reject_loss(
+                    name, path, losses, f"{part!r}" if part is None or isinstance(part, str) else type(part).__name__
+                )
+        loss = leaf.sum if is_counted(leaf) else leaf
+        if is_int(loss) or not (loss is None or jnp.issubdtype(_dtype(loss), jnp.floating)):
+            _reject_loss(name, path, losses, f"the int {loss}" if is_int(loss) else f"dtype {_dtype(loss)}")
+
+
+def _reject_loss(name, path, losses, found):
+    hint = " (a task that is absent: mask=, or mtl.Counted(sum, 0))" if path else ""
+    if name == "losses_fn" and type(losses) is tuple and len(losses) == 2 and path[0].idx == 1:
+        hint = " (or has_aux=True, for a pair (losses, aux))"
+    reject(f"{name}{jax.tree_util.keystr(path)}", f"floating point numbers{hint}", found, TypeError)
 
 
 def read_labelled(losses: chex.ArrayTree) -> chex.Array | None:
@@ -241,6 +278,8 @@ def read_mask(
 ) -> chex.Array:
     """Checks a mask against the losses and their shape; it may be one array or a tree like the losses."""
     for leaf in jax.tree.leaves(mask):
+        if not is_number(leaf):
+            reject("mask", "booleans, one per task", f"{leaf!r}", TypeError)
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
             reject("mask", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
     structure, losses = jax.tree.structure(mask), sums(values)

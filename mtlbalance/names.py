@@ -5,6 +5,7 @@ a wrapper hands its losses to the method inside as an array, and that method sti
 """
 
 import contextlib
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +17,8 @@ import chex
 import jax
 import numpy as np
 
-from mtlbalance.hyperparameters import are_any_tasks, is_int, reject
-from mtlbalance.losses import sums
+from mtlbalance.hyperparameters import are_any_tasks, is_int, is_number, reject
+from mtlbalance.losses import check_losses, sums
 
 
 class Names(NamedTuple):
@@ -53,21 +54,31 @@ def knows_names(function: Callable[..., Any], per_task: Mapping[str, Any] | None
       losses_at: the position at which it takes ``values``; ``None`` if that is a keyword.
     """
 
+    def losses_of(args, kwargs):
+        return args[losses_at] if losses_at is not None and len(args) > losses_at else kwargs.get("values")
+
     def traced(names, *args, **kwargs):
         with _known(names):
+            check_losses("values", losses_of(args, kwargs))
             check_names(per_task)
             return function(*args, **kwargs)
 
     compiled = jax.jit(traced, static_argnums=0)
+    signature = inspect.signature(function)
 
     @wraps(function)
     def public(*args, **kwargs):
         names = _outermost.get()
         if names is ...:
-            by_position = losses_at is not None and len(args) > losses_at
-            losses = args[losses_at] if by_position else kwargs.get("values")
+            losses = losses_of(args, kwargs)
             names = None if losses is None else names_of(losses)
-        return compiled(names, *args, **kwargs)
+        try:
+            return compiled(names, *args, **kwargs)
+        except TypeError:
+            slip = _slip_of(function, signature, args, kwargs)
+            if slip is None:
+                raise
+        return reject(*slip, TypeError)
 
     return public
 
@@ -123,6 +134,22 @@ def index_of(argument: str, task: int | str) -> int:
         found = repr(task) if isinstance(task, str) else f"the index {task}, which is a sorted position"
         reject(argument, f"one of the losses' names {entries}" if entries else "an index", found)
     return task
+
+
+def _slip_of(function, signature, args, kwargs):
+    """The argument, what was expected and what was found, if a call that failed is one of other things than arrays."""
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        return function.__name__.removeprefix("public_"), f"the arguments {signature}", f"{error}"
+    for path, leaf in jax.tree.leaves_with_path(given):
+        if not is_number(leaf):
+            found = repr(leaf) if isinstance(leaf, str) else type(leaf).__name__
+            argument, *where = path
+            expected = {"state": "what the method's init returned", "mask": "booleans, one per task"}
+            expected = expected.get(argument.key, "an array or a tree of arrays")
+            return f"{argument.key}{jax.tree_util.keystr(tuple(where))}", expected, found
+    return None
 
 
 @contextlib.contextmanager

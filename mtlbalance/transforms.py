@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import optax
 
 from mtlbalance import base
+from mtlbalance.contract import check_is_method
 from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.losses import check_params_like
+from mtlbalance.parameters import check_trainable
 
 
+@base.memoized
 def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransformationExtraArgs:
     """Turns an aggregator into the first link of an optax chain.
 
@@ -65,9 +68,7 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
       >>> print(updates["w"])
       [-0.15 -0.25]
     """
-    if not isinstance(aggregator, base.Aggregator):
-        reject("aggregator", "an mtlbalance.Aggregator", type(aggregator).__name__, TypeError)
-
+    check_is_method("aggregator", aggregator, "an mtlbalance.Aggregator", base.Aggregator)
     check_int("n_tasks", n_tasks, 1)
 
     def init(params):
@@ -75,6 +76,7 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
 
     # No keyword stands in the signature: solvers that look there, as jinns does, then demand all of them.
     def update(updates, state, params=None, **extra_args):
+        check_trainable("params", params)
         given = {"values": _losses_of(extra_args), "mask": extra_args.get("mask")}
         jacobian = extra_args.get("jacobian")
         if jacobian is None:

@@ -10,8 +10,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up: a file imports what stands on a lower floor, or in its own folder.
 FLOORS = [
-    ["hyperparameters", "numerics"],
-    ["losses", "states"],
+    ["hyperparameters", "memo", "numerics"],
+    ["parameters", "states"],
+    ["losses"],
     ["names"],
     ["gramian", "contract", "solvers"],
     ["returned", "state_checks"],

@@ -17,6 +17,7 @@ from mtlbalance.states import count_seen, init_seen_after
 _SCALE_MODES = ("min", "median", "rmse")
 
 
+@base.memoized
 def aligned_mtl(
     pref_vector: chex.ArrayTree | None = None, scale_mode: str = "min", *, axis_name: Hashable | None = None
 ) -> base.Aggregator:

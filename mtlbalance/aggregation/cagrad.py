@@ -14,6 +14,7 @@ from mtlbalance.solvers import cagrad_dual
 from mtlbalance.states import count_seen, init_seen
 
 
+@base.memoized
 def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | None = None) -> base.Aggregator:
     r"""Maximizes the least gain of a task within a ball around the mean gradient.
 

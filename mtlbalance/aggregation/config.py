@@ -14,6 +14,7 @@ from mtlbalance.hyperparameters import preference
 from mtlbalance.states import count_seen, init_seen_after
 
 
+@base.memoized
 def config(pref_vector: chex.ArrayTree | None = None, *, axis_name: Hashable | None = None) -> base.Aggregator:
     r"""The direction whose cosines with the gradients are as preferred, as long as the sum of their projections on it.
 

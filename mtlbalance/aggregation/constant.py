@@ -7,6 +7,7 @@ from mtlbalance.hyperparameters import per_task
 from mtlbalance.states import count_seen, init_seen_after
 
 
+@base.memoized
 def constant(weights: chex.ArrayTree) -> base.Aggregator:
     r"""The tasks' gradients weighted by fixed numbers.
 

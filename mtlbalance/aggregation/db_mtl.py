@@ -28,6 +28,7 @@ class DBMTLState(NamedTuple):
     averages: chex.ArrayTree
 
 
+@base.memoized
 def db_mtl(
     beta: chex.Numeric | None = None, beta_sigma: chex.Numeric = 0.0, *, axis_name: Hashable | None = None
 ) -> base.Aggregator:

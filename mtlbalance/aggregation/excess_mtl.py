@@ -33,6 +33,7 @@ class ExcessMTLState(NamedTuple):
     squared_gradients: chex.ArrayTree
 
 
+@base.memoized
 def excess_mtl(
     robust_step_size: chex.Numeric = 1.0,
     n_warmup_steps: int = 0,

@@ -13,6 +13,7 @@ from mtlbalance.solvers import alpha_fair
 from mtlbalance.states import count_seen, init_seen
 
 
+@base.memoized
 def fairgrad(alpha: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) -> base.Aggregator:
     r"""The combination of the gradients in which task i gains :math:`w_i^{-1/\alpha}`.
 

@@ -26,6 +26,7 @@ class GradNormWeightsState(NamedTuple):
     seen: chex.Array
 
 
+@base.memoized
 def grad_norm_weights(momentum: chex.Numeric = 0.9, *, axis_name: Hashable | None = None) -> base.Aggregator:
     r"""Weighs every gradient so that all are about as long as the mean of their lengths.
 

@@ -16,6 +16,7 @@ from mtlbalance.hyperparameters import FRACTION, check_key, key_impl, per_task, 
 from mtlbalance.states import count_seen, init_random, split_key
 
 
+@base.memoized
 def graddrop(
     key: int | chex.PRNGKey = 0,
     leak: chex.ArrayTree | float = 0.0,

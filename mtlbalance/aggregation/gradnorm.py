@@ -33,6 +33,7 @@ class GradNormState(NamedTuple):
     opt_state: chex.ArrayTree
 
 
+@base.memoized
 def gradnorm(
     alpha: chex.Numeric = 1.5,
     optimizer: optax.GradientTransformation | None = None,

@@ -30,6 +30,7 @@ class GradVacState(NamedTuple):
     key: chex.Array
 
 
+@base.memoized
 def gradvac(
     key: int | chex.PRNGKey = 0,
     beta: chex.Numeric = 0.5,

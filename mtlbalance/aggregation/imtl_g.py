@@ -12,6 +12,7 @@ from mtlbalance import base, numerics
 from mtlbalance.states import count_seen, init_seen
 
 
+@base.memoized
 def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
     r"""The combination of the gradients whose projections onto each of their directions are equal.
 

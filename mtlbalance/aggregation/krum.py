@@ -14,6 +14,7 @@ from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.states import count_seen, init_seen_after
 
 
+@base.memoized
 def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = None) -> base.Aggregator:
     r"""The mean of the gradients that are nearest to their neighbours (Multi-Krum).
 

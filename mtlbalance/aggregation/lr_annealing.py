@@ -30,6 +30,7 @@ class LRAnnealingState(NamedTuple):
     seen: chex.Array
 
 
+@base.memoized
 def lr_annealing(
     reference: int | str = 0,
     alpha: chex.Numeric = 0.1,

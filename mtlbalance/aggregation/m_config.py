@@ -42,6 +42,7 @@ class MConFIGState(NamedTuple):
     squares: chex.ArrayTree
 
 
+@base.memoized
 def m_config(
     beta_1: chex.Numeric = 0.9, beta_2: chex.Numeric = 0.999, *, axis_name: Hashable | None = None
 ) -> base.Aggregator:

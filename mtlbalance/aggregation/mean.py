@@ -6,6 +6,7 @@ from mtlbalance import base
 from mtlbalance.states import count_seen, init_seen
 
 
+@base.memoized
 def mean() -> base.Aggregator:
     r"""The mean of the tasks' gradients, the gradient of the mean loss.
 

@@ -12,6 +12,7 @@ from mtlbalance.solvers import simplex_qp
 from mtlbalance.states import count_seen, init_seen
 
 
+@base.memoized
 def mgda(*, axis_name: Hashable | None = None) -> base.Aggregator:
     r"""The combination of the gradients with the least norm.
 

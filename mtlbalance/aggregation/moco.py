@@ -31,6 +31,7 @@ class MoCoState(NamedTuple):
     tracked: chex.ArrayTree
 
 
+@base.memoized
 def moco(
     beta: chex.Numeric = 0.5,
     beta_sigma: chex.Numeric = 0.5,

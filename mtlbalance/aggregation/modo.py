@@ -23,6 +23,7 @@ class MoDoState(NamedTuple):
     weights: chex.Array
 
 
+@base.memoized
 def modo(gamma: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hashable | None = None) -> base.Aggregator:
     r"""Weights that take one projected gradient step at every call.
 

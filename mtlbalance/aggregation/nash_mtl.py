@@ -14,6 +14,7 @@ from mtlbalance.solvers import nash_bargaining
 from mtlbalance.states import count_seen, init_seen
 
 
+@base.memoized
 def nash_mtl(max_norm: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) -> base.Aggregator:
     r"""The direction that maximizes the product of the tasks' gains.
 

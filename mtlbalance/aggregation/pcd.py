@@ -30,6 +30,7 @@ class PCDState(NamedTuple):
     squares: chex.Array
 
 
+@base.memoized
 def pcd(
     tau: chex.ArrayTree | float = 0.02,
     beta: chex.Numeric = 0.999,

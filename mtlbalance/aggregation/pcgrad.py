@@ -14,6 +14,7 @@ from mtlbalance.hyperparameters import check_key, key_impl
 from mtlbalance.states import count_seen, init_random, random_orders
 
 
+@base.memoized
 def pcgrad(key: int | chex.PRNGKey = 0, *, axis_name: Hashable | None = None) -> base.Aggregator:
     r"""The sum of the gradients, each without what points against the others.
 

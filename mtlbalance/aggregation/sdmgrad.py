@@ -25,6 +25,7 @@ class SDMGradState(NamedTuple):
     weights: chex.Array
 
 
+@base.memoized
 def sdmgrad(
     lr: chex.Numeric = 10.0,
     momentum: chex.Numeric = 0.5,

@@ -6,6 +6,7 @@ from mtlbalance import base
 from mtlbalance.states import count_seen, init_seen
 
 
+@base.memoized
 def sum() -> base.Aggregator:
     r"""The sum of the tasks' gradients, the gradient of the summed loss.
 

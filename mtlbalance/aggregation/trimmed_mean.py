@@ -16,6 +16,7 @@ from mtlbalance.states import count_seen, init_seen_after
 _WRITTEN_OUT = 64
 
 
+@base.memoized
 def trimmed_mean(trim_number: int) -> base.Aggregator:
     r"""In every coordinate, the mean of the gradients without the k largest and the k smallest.
 

@@ -16,6 +16,7 @@ from mtlbalance.solvers import dual_cone
 from mtlbalance.states import count_seen, init_seen_after
 
 
+@base.memoized
 def upgrad(
     pref_vector: chex.ArrayTree | None = None,
     reg_eps: chex.Numeric = 1e-4,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mtlbalance.autodiff.options import (
     cheapest_rows,
+    check_function,
     check_params,
     check_per_task,
     check_rows,
@@ -66,11 +67,12 @@ def value_and_jac(
        [2. 4.]]
     """
     check_rows(rows, "vmap")
+    check_function(losses_fn, argnums)
 
     def jac_fn(*args, **kwargs):
         point, params = _of_argnums(losses_fn, argnums, args, kwargs, has_aux, task_axis, allow_int)
         evaluated = point.evaluated
-        check_per_task(evaluated.values)
+        check_per_task(evaluated)
         chosen = rows or cheapest_rows(("vmap",), task_axis, point, params)
         jacobian = point.pull(lambda pullback: pullback.rows(whole, chosen))
         value = (evaluated.losses, evaluated.aux) if has_aux else evaluated.losses
@@ -127,11 +129,12 @@ def value_and_gramian(
     """
     possible = ("vmap", "two_pass") if task_axis is None else ("vmap",)
     check_rows(rows, *possible)
+    check_function(losses_fn, argnums)
 
     def gramian_fn(*args, **kwargs):
         point, params = _of_argnums(losses_fn, argnums, args, kwargs, has_aux, task_axis, allow_int)
         evaluated = point.evaluated
-        check_per_task(evaluated.values)
+        check_per_task(evaluated)
         chosen = rows or cheapest_rows(possible, task_axis, point, params)
         value = (evaluated.losses, evaluated.aux) if has_aux else evaluated.losses
         return value, gramian_at(point, whole, chosen, requested=rows)[0]

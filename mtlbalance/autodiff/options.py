@@ -1,6 +1,8 @@
 """The options of a step: which are allowed together, and what they choose by default."""
 
+import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -8,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance.autodiff.microbatches import of_microbatches
-from mtlbalance.autodiff.point import Point, move_axis, n_bytes, of_features, of_losses, of_own_data
+from mtlbalance.autodiff.point import Evaluated, Point, move_axis, n_bytes, of_features, of_losses, of_own_data
 from mtlbalance.autodiff.subsets import Subset
 from mtlbalance.contract import Aggregator, Scalarizer
 from mtlbalance.hyperparameters import check_int, reject
-from mtlbalance.losses import shape_of
+from mtlbalance.losses import shape_of, sums
+from mtlbalance.parameters import OF_MODULE, check_trainable
 from mtlbalance.wrappers.plumbing import check_method
 
 # Bytes of a Jacobian up to which all rows are computed at once, and up to which they may be kept for speed alone.
@@ -23,9 +26,22 @@ def check_losses_fn(losses_fn: Any, shared: Subset | None, task_axis: int | None
     """Raises unless there is a function, or a trunk and heads without what these exclude."""
     is_pair = isinstance(losses_fn, tuple) and len(losses_fn) == 2 and callable(losses_fn[0])
     if not is_pair and not callable(losses_fn):
-        reject("losses_fn", "a function, or a pair of a trunk and heads", f"{type(losses_fn).__name__}", TypeError)
+        expected = "a function, or a pair of a trunk and heads"
+        if isinstance(losses_fn, Mapping | tuple | list):
+            expected += ": one function returns the losses of all tasks"
+        reject("losses_fn", expected, f"{type(losses_fn).__name__}", TypeError)
     if is_pair and (shared is not None or task_axis is not None):
         reject("losses_fn", "one function with shared= or task_axis=", "a pair of trunk and heads")
+
+
+def check_function(losses_fn: Any, argnums: Any) -> None:
+    """Raises unless there is a function, and positions of its arguments and not these themselves."""
+    if not callable(losses_fn):
+        reject("losses_fn", "a function that returns the losses", f"{type(losses_fn).__name__}", TypeError)
+    for i in argnums if isinstance(argnums, tuple | list) else (argnums,):
+        if not hasattr(i, "__index__"):
+            expected = "positions of arguments (the arguments are given to the function that comes back)"
+            reject("argnums", expected, f"{type(i).__name__}", TypeError)
 
 
 def check_is_possible(method: Any, return_weights: bool, decide_on: Subset | None) -> None:
@@ -105,19 +121,39 @@ def evaluate_at(losses_fn, params, args, kwargs, *, has_aux, task_axis, microbat
 
 
 def check_params(params: chex.ArrayTree, allow_int: bool) -> None:
-    """Raises unless all parameters can be differentiated, or are integers that are allowed."""
+    """Raises unless all parameters can be differentiated, or are integers or random keys that are allowed."""
+    check_trainable("params", params)
     for path, leaf in jax.tree.leaves_with_path(params):
-        is_array = hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)
-        dtype = jnp.result_type(leaf) if is_array else type(leaf).__name__
-        may_be = (jnp.floating, jnp.integer, jnp.bool_) if allow_int else (jnp.floating,)
-        if not is_array or not any(jnp.issubdtype(dtype, kind) for kind in may_be):
-            expected = "floating point numbers (or allow_int=True, for gradients of integers of type float0)"
+        dtype = jnp.result_type(leaf)
+        may_be = (jnp.floating, jnp.integer, jnp.bool_, jax.dtypes.prng_key) if allow_int else (jnp.floating,)
+        if not any(jnp.issubdtype(dtype, kind) for kind in may_be):
+            hint = "or allow_int=True, for gradients of integers of type float0"
+            if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+                hint = f"no random keys: {OF_MODULE}"
+            expected = f"floating point numbers ({hint})"
             reject(f"params{jax.tree_util.keystr(path)}", expected, f"dtype {dtype}", TypeError)
 
 
-def check_per_task(values: chex.Array, state: Any = None) -> None:
-    """Raises if there is one loss, a scalar, where the state is not made for that."""
+def check_state(state: Any) -> None:
+    """Raises if what stands between the parameters and the batch is no state, before the losses meet it."""
+    if not hasattr(state, "_fields") or isinstance(state, Scalarizer | Aggregator):
+        expected = "what the method's init returned, between parameters and batch: grad_fn(params, state, *batch)"
+        reject("state", expected, type(state).__name__, TypeError)
+
+
+def check_per_task(evaluated: Evaluated, state: Any = None) -> None:
+    """Raises if there is one loss, a scalar, where the state is not made for that; or more than one a task."""
+    values, losses = evaluated.values, evaluated.losses
     of_no_task = bool(jax.tree.leaves(state)) and shape_of(state) == ()
     if values.ndim == 0 and not of_no_task:
         expected = "one loss for each task, as in jnp.stack([...]) or a dict"
         reject("losses_fn", expected, "a scalar: do not add the losses up")
+    if state is None or values.shape == shape_of(state):
+        return
+    n_tasks, expected = math.prod(shape_of(state)), f"as many losses as the state is for, shape {shape_of(state)}"
+    n_losses = lambda losses: sum(map(jnp.size, jax.tree.leaves(sums(losses))))
+    if type(losses) is tuple and len(losses) == 2 and n_losses(losses[0]) == n_tasks:
+        reject("losses_fn", f"{expected}, or has_aux=True", "a pair, which looks like (losses, aux)")
+    if values.size > n_tasks and n_tasks in (len(jax.tree.leaves(sums(losses))), *values.shape):
+        found = f"shapes {jax.tree.map(jnp.shape, sums(losses))}"
+        reject("losses_fn", f"{expected}: each the mean over its examples", found)

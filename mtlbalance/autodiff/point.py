@@ -163,7 +163,11 @@ def move_axis(args: chex.ArrayTree, axis: int) -> chex.ArrayTree:
 def pair_of(params: chex.ArrayTree) -> Any:
     """The outermost structure of the parameters of a trunk and heads, which must be a pair."""
     if not isinstance(params, tuple | list) or len(params) != 2:
-        reject("params", "a pair: the trunk's, and a tree with those of each head", type(params).__name__)
+        reject(
+            "params",
+            "a pair, as losses_fn is one: the trunk's, and a tree with those of each head",
+            type(params).__name__,
+        )
     return jax.tree.structure(params, is_leaf=lambda x: x is not params)
 
 

@@ -17,11 +17,20 @@ from mtlbalance.autodiff.options import (
     check_losses_fn,
     check_params,
     check_per_task,
+    check_state,
     evaluate_at,
     possible_rows,
 )
 from mtlbalance.autodiff.point import Evaluated, pair_of
-from mtlbalance.autodiff.subsets import Subset, join_subsets, read_subset, select_subset, whole, with_float0
+from mtlbalance.autodiff.subsets import (
+    Subset,
+    join_subsets,
+    read_option,
+    read_subset,
+    select_subset,
+    whole,
+    with_float0,
+)
 from mtlbalance.contract import Aggregator, Scalarizer, weights_of
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import flatten, reject
@@ -149,15 +158,17 @@ def value_and_grad(
     possible = possible_rows(method, rows, task_axis, microbatches)
 
     def grad_fn(params, state, /, *args, mask=None, refresh=None, **kwargs):
+        check_state(state)
         check_params(params, allow_int)
-        given = pair_of(params).unflatten((True, False)) if has_features else shared
-        is_shared = None if given is None else read_subset("shared", given, params)
-        decides = is_shared if decide_on is None else read_subset("decide_on", decide_on, params)
+        is_shared = read_option("shared", shared, params)
+        if has_features:
+            is_shared = read_subset("shared", pair_of(params).unflatten((True, False)), params)
+        decides = is_shared if decide_on is None else read_option("decide_on", decide_on, params)
         restrict = whole if decides is None else partial(select_subset, subset=decides)
 
         forms = {"has_aux": has_aux, "task_axis": task_axis, "microbatches": microbatches}
         point = evaluate_at(losses_fn, params, args, kwargs, **forms)
-        check_per_task(point.evaluated.values, state)
+        check_per_task(point.evaluated, state)
         present = _read_present(mask, point.evaluated)
         chosen = at if at == "features" else rows or cheapest_rows(possible, task_axis, point, restrict(params))
         decide = partial(_decide, method, state, point, present, restrict, chosen, rows)

@@ -52,6 +52,15 @@ def read_subset(name: str, subset: Subset, params: chex.ArrayTree) -> chex.Array
     return full
 
 
+def read_option(name: str, subset: Subset | None, params: chex.ArrayTree) -> chex.ArrayTree | None:
+    """The subset that an option asks for, which must not be empty: a predicate that met no name is a slip."""
+    full = None if subset is None else read_subset(name, subset, params)
+    leaves = jax.tree.leaves(full)
+    if leaves and not any(leaves):
+        reject(name, "at least one parameter to decide on", "False for all")
+    return full
+
+
 def select_subset(tree: chex.ArrayTree, subset: chex.ArrayTree) -> chex.ArrayTree:
     """The leaves that are in the subset."""
     return jax.tree.map(lambda selected, x: x if selected else optax.MaskedNode(), subset, tree)

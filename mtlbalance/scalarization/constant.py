@@ -8,6 +8,7 @@ from mtlbalance.hyperparameters import per_task
 from mtlbalance.states import count_seen, init_seen_after
 
 
+@base.memoized
 def constant(weights: chex.ArrayTree) -> base.Scalarizer:
     r"""The losses weighted by fixed numbers.
 

@@ -12,6 +12,7 @@ from mtlbalance.hyperparameters import NONNEGATIVE, check, per_task
 from mtlbalance.states import count_seen, init_seen_after
 
 
+@base.memoized
 def cosmos(lambda_: chex.Numeric, weights: chex.ArrayTree) -> base.Scalarizer:
     r"""The preferred sum of the losses, less a multiple of the cosine of their angle to the preference.
 

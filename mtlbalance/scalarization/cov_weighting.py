@@ -30,6 +30,7 @@ class CoVWeightingState(NamedTuple):
     seen: chex.Array
 
 
+@base.memoized
 def cov_weighting(decay: chex.Numeric | None = None) -> base.Scalarizer:
     r"""Weights each loss by how much it varies, relative to its running mean.
 

@@ -27,6 +27,7 @@ class DTPState(NamedTuple):
     observed: chex.Array
 
 
+@base.memoized
 def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer:
     r"""Weights each loss by how badly its task is done: a focal loss of a performance indicator (KPI).
 

@@ -31,6 +31,7 @@ class DWAState(NamedTuple):
     older: chex.Array
 
 
+@base.memoized
 def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> base.Scalarizer:
     r"""Weights each loss by its rate of change over the last two epochs.
 

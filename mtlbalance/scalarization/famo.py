@@ -33,6 +33,7 @@ class FAMOState(NamedTuple):
     count: chex.Array
 
 
+@base.memoized
 def famo(
     min_losses: chex.ArrayTree | float = 0.0,
     lr: chex.Numeric = 0.025,

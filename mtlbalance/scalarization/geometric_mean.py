@@ -10,6 +10,7 @@ from mtlbalance import base
 from mtlbalance.states import count_seen, init_seen
 
 
+@base.memoized
 def geometric_mean() -> base.Scalarizer:
     r"""The geometric mean of the losses (geometric loss strategy, GLS).
 

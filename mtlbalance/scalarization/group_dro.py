@@ -24,6 +24,7 @@ class GroupDROState(NamedTuple):
     log_weights: chex.Array
 
 
+@base.memoized
 def group_dro(robust_step_size: chex.Numeric = 0.01) -> base.Scalarizer:
     r"""Weights on the simplex that follow the largest losses by exponentiated gradient ascent.
 

@@ -22,6 +22,7 @@ class IMTLLState(NamedTuple):
     log_scale: chex.Array
 
 
+@base.memoized
 def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     r"""Scales each loss towards 1 by a learned factor.
 
@@ -32,7 +33,8 @@ def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     start. At :math:`s` it equals twice :func:`~mtlbalance.scalarization.uw` at :math:`-s`.
 
     The log-scales are trained by gradient, in one of two ways: differentiate with respect to the state and give it to
-    your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`.
+    your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`. A bare ``apply``
+    returns them as they were: in a loop of these alone nothing is learned.
 
     Args:
       initial_log_scale: start of :math:`s`: one real number, or one per task (an array or a tree of the same names).

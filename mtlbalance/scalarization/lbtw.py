@@ -26,6 +26,7 @@ class LBTWState(NamedTuple):
     count: chex.Array
 
 
+@base.memoized
 def lbtw(alpha: chex.Numeric = 0.5, steps_per_epoch: int | None = None) -> base.Scalarizer:
     r"""Weights each loss by its ratio to the first one of the epoch: what has been learned loses weight.
 

@@ -6,6 +6,7 @@ from mtlbalance import base
 from mtlbalance.states import count_seen, init_seen
 
 
+@base.memoized
 def mean() -> base.Scalarizer:
     r"""The mean of the losses.
 

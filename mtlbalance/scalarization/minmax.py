@@ -23,6 +23,7 @@ class MinMaxState(NamedTuple):
     logits: chex.Array
 
 
+@base.memoized
 def minmax(initial_logits: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     r"""Weights that a gradient ascent moves towards the largest losses.
 
@@ -32,7 +33,7 @@ def minmax(initial_logits: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
 
     The gradient with respect to the logits :math:`a` has its sign reversed, so that whatever optimizer descends on it
     climbs: give it an optimizer of its own by ``mtlbalance.learn(minmax(), optax.adam(1e-3))``, or differentiate with
-    respect to the state too and let one optimizer train both.
+    respect to the state too and let one optimizer train both. A bare ``apply`` returns them as they were.
 
     Note:
       ConFIG's version computes the ascent for these weights but then weighs the losses by the logits themselves. It

@@ -13,6 +13,7 @@ from mtlbalance.hyperparameters import NONNEGATIVE, Bound, check, per_task
 from mtlbalance.states import count_seen, init_seen_after
 
 
+@base.memoized
 def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     r"""The losses' length along a preferred direction, plus a penalty on their distance from it.
 

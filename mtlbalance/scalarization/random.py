@@ -11,6 +11,7 @@ from mtlbalance.hyperparameters import check_key, key_impl
 from mtlbalance.states import init_random, random_weights
 
 
+@base.memoized
 def random(key: int | chex.PRNGKey) -> base.Scalarizer:
     r"""New random weights at every call (RLW).
 

@@ -33,6 +33,7 @@ class ReLoBRaLoState(NamedTuple):
     key: chex.Array
 
 
+@base.memoized
 def relobralo(
     temperature: chex.Numeric = 1.0,
     alpha: chex.Numeric = 0.999,

@@ -22,6 +22,7 @@ class RevisedUWState(NamedTuple):
     sigma: chex.Array
 
 
+@base.memoized
 def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
     r"""Weights each loss by a learned uncertainty, with a regularizer of at least zero.
 
@@ -33,7 +34,8 @@ def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
     zero.
 
     The uncertainties are trained by gradient, in one of two ways: differentiate with respect to the state and give it
-    to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`.
+    to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`. A bare ``apply``
+    returns them as they were: in a loop of these alone nothing is learned.
 
     Args:
       initial_sigma: start of :math:`\sigma`, not zero: one real number, or one per task (an array or a tree of the

@@ -11,6 +11,7 @@ from mtlbalance.hyperparameters import per_task
 from mtlbalance.states import count_seen, init_seen_after
 
 
+@base.memoized
 def scale_invariant(weights: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
     r"""The sum of the losses' logarithms (the baseline SI, also log-sum).
 

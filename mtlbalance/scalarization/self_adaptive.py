@@ -23,6 +23,7 @@ class SelfAdaptiveState(NamedTuple):
     multipliers: chex.Array
 
 
+@base.memoized
 def self_adaptive(initial_multipliers: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
     r"""Weights that a gradient ascent raises for as long as their losses are not zero.
 
@@ -33,7 +34,8 @@ def self_adaptive(initial_multipliers: chex.ArrayTree | float = 1.0) -> base.Sca
 
     The gradient with respect to the multipliers :math:`\lambda` has its sign reversed, so that whatever optimizer
     descends on it climbs: give it an optimizer of its own by ``mtlbalance.learn(self_adaptive(), optax.adam(5e-3))``,
-    or differentiate with respect to the state too and let one optimizer train both.
+    or differentiate with respect to the state too and let one optimizer train both. A bare ``apply`` returns them as
+    they were.
 
     Note:
       The paper weighs every collocation point, and its code starts with random multipliers. Here there is one for

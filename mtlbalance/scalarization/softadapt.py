@@ -36,6 +36,7 @@ class SoftAdaptState(NamedTuple):
     recent: chex.Array
 
 
+@base.memoized
 def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "original") -> base.Scalarizer:
     r"""Weights each loss by how it moved over the last calls: a loss that rises, or falls slowly, gains.
 

@@ -29,6 +29,7 @@ class STCHState(NamedTuple):
     epoch: chex.Array
 
 
+@base.memoized
 def stch(
     mu: chex.Numeric,
     weights: chex.ArrayTree | None = None,

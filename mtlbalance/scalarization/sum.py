@@ -6,6 +6,7 @@ from mtlbalance import base
 from mtlbalance.states import count_seen, init_seen
 
 
+@base.memoized
 def sum() -> base.Scalarizer:
     r"""The sum of the losses, what is called equal weighting (EW).
 

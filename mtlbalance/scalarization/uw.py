@@ -24,6 +24,7 @@ class UWState(NamedTuple):
     log_var: chex.Array
 
 
+@base.memoized
 def uw(initial_log_var: chex.ArrayTree | float = 0.0, classification: chex.ArrayTree | bool = False) -> base.Scalarizer:
     r"""Weights each loss by a learned uncertainty.
 
@@ -35,7 +36,8 @@ def uw(initial_log_var: chex.ArrayTree | float = 0.0, classification: chex.Array
     regressions.
 
     The log-variances are trained by gradient, in one of two ways: differentiate with respect to the state and give it
-    to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`.
+    to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`. A bare ``apply``
+    returns them as they were: in a loop of these alone nothing is learned.
 
     Note:
       By default every task is a regression, and :math:`s` starts at 0, as in TorchJD. LibMTL starts at -0.5.

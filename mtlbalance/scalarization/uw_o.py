@@ -10,6 +10,7 @@ from mtlbalance import base, numerics
 from mtlbalance.states import count_seen, init_seen
 
 
+@base.memoized
 def uw_o() -> base.Scalarizer:
     r"""Weights each loss by its inverse, the optimum of uncertainty weighting (UW-O).
 

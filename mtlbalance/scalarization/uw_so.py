@@ -12,6 +12,7 @@ from mtlbalance.hyperparameters import POSITIVE_OR_INFINITE, check
 from mtlbalance.states import count_seen, init_seen
 
 
+@base.memoized
 def uw_so(temperature: chex.Numeric = 1.0) -> base.Scalarizer:
     r"""Weights each loss by a softmax over the inverse losses (UW-SO).
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
+from mtlbalance import base
 from mtlbalance.wrappers.plumbing import Method, check_method, reweighted
 
 
@@ -21,6 +22,7 @@ class AmortizeState(NamedTuple):
     inner: chex.ArrayTree
 
 
+@base.memoized
 def amortize(method: Method) -> Method:
     """Keeps a method's last weights, so that :func:`mtlbalance.value_and_grad` may use them again.
 

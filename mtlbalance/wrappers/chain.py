@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base
-from mtlbalance.contract import Rowwise, weights_of
+from mtlbalance.contract import Rowwise, check_is_method, weights_of
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import broadcast_to_rows
 from mtlbalance.wrappers.plumbing import within
@@ -25,6 +25,7 @@ class ChainState(NamedTuple):
     aggregator: chex.ArrayTree
 
 
+@base.memoized
 def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggregator:
     r"""Multiplies each gradient by the weight that a scalarizer gives its loss, and aggregates the products.
 
@@ -68,10 +69,8 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
       Liu et al., `Towards Impartial Multi-Task Learning <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021,
       algorithm 1, with the losses and then the gradients balanced.
     """
-    if not isinstance(scalarizer, base.Scalarizer):
-        reject("scalarizer", "a Scalarizer", type(scalarizer).__name__, TypeError)
-    if not isinstance(aggregator, base.Aggregator):
-        reject("aggregator", "an Aggregator", type(aggregator).__name__, TypeError)
+    check_is_method("scalarizer", scalarizer, "a Scalarizer", base.Scalarizer)
+    check_is_method("aggregator", aggregator, "an Aggregator", base.Aggregator)
     if scalarizer.learned:
         expected = "a method with nothing left to learn, as in chain(learn(scalarizer, optimizer), aggregator)"
         reject("scalarizer", expected, f"learned={scalarizer.learned}")

@@ -10,7 +10,8 @@ import chex
 import jax.numpy as jnp
 
 from mtlbalance import base
-from mtlbalance.hyperparameters import FRACTION, check, per_task, reject
+from mtlbalance.contract import check_is_method
+from mtlbalance.hyperparameters import FRACTION, check, per_task
 from mtlbalance.states import count_seen, running_average, zero_counts
 from mtlbalance.wrappers.plumbing import check_method, reweighted
 
@@ -29,6 +30,7 @@ class CRMOGMState(NamedTuple):
     inner: chex.ArrayTree
 
 
+@base.memoized
 def cr_mogm(
     method: base.Aggregator, alpha: chex.Numeric = 0.9, initial_weights: chex.ArrayTree | None = None
 ) -> base.Aggregator:
@@ -66,8 +68,7 @@ def cr_mogm(
       Zhou et al., `On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond
       <https://openreview.net/forum?id=ScwfQ7hdwyP>`_, NeurIPS 2022, algorithm 1.
     """
-    if not isinstance(method, base.Aggregator):
-        reject("method", "an Aggregator", type(method).__name__, TypeError)
+    check_is_method("method", method, "an Aggregator", base.Aggregator)
     check_method(method, "cr_mogm(learn(method, optimizer))", makes_weights=True)
     check("alpha", alpha, FRACTION)
 

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from mtlbalance import base
+from mtlbalance.contract import check_is_method
 from mtlbalance.hyperparameters import reject
 from mtlbalance.states import optimizer_step
 from mtlbalance.wrappers.plumbing import hooks_of
@@ -24,6 +25,7 @@ class LearnState(NamedTuple):
     opt_state: chex.ArrayTree
 
 
+@base.memoized
 def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> base.Scalarizer:
     """Trains a method's learned fields inside its own ``apply``, so that it threads like any other method.
 
@@ -45,6 +47,7 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
       the inner state.
 
     Raises:
+      TypeError: if ``method`` is none, or ``optimizer`` none of optax.
       ValueError: if ``method`` has no learned fields.
 
     Example:
@@ -56,9 +59,13 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
       >>> print(scalar, state.inner.log_var)
       2.5 [0.   0.15]
     """
-    if not isinstance(method, base.Scalarizer) or not method.learned:
-        found = f"learned={method.learned}" if isinstance(method, base.Scalarizer) else type(method).__name__
+    check_is_method("method", method, "a Scalarizer with learned fields", base.Scalarizer, base.Aggregator)
+    if not method.learned:
+        found = f"{type(method).__name__} with nothing to learn, which needs no mtl.learn"
         reject("method", "a Scalarizer with learned fields", found)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        found = f"the function {optimizer.__name__}" if callable(optimizer) else type(optimizer).__name__
+        reject("optimizer", "an optax optimizer, such as optax.adam(1e-2)", found, TypeError)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def learned_fields(state):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 
 from mtlbalance import base, numerics
-from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, weights_of
+from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, check_is_method, weights_of
 from mtlbalance.hyperparameters import reject
 
 Method = TypeVar("Method", Scalarizer, Aggregator)
@@ -17,8 +17,7 @@ Method = TypeVar("Method", Scalarizer, Aggregator)
 
 def check_method(method: Any, usage: str, *, makes_weights: bool = False) -> None:
     """Raises unless this is a method with nothing left to learn, as in ``usage``, and makes weights if it must."""
-    if not isinstance(method, Scalarizer | Aggregator):
-        reject("method", "a Scalarizer or an Aggregator", type(method).__name__, TypeError)
+    check_is_method("method", method, "a Scalarizer or an Aggregator", Scalarizer, Aggregator)
     if method.learned:
         reject("method", f"a method with nothing left to learn, as in {usage}", f"learned={method.learned}")
     if makes_weights and isinstance(method, Aggregator) and method.weighting is None:

@@ -30,6 +30,7 @@ class SkipNonfiniteState(NamedTuple):
     skipped: chex.Array
 
 
+@base.memoized
 def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Method:
     """Keeps a method's state from being poisoned by a loss or gradient that is not finite.
 

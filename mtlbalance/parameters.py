@@ -1,0 +1,54 @@
+"""Parameters as a model holds them: what no optimizer could train is refused, and the framework's way out is named."""
+
+import sys
+
+import chex
+import jax
+
+from mtlbalance.hyperparameters import is_number, reject
+
+# What to give in place of a whole module.
+OF_MODULE = "eqx.filter(model, eqx.is_inexact_array) or eqx.partition; nnx.split(model, nnx.Param, ...)"
+
+
+def check_trainable(name: str, params: chex.ArrayTree) -> None:
+    """Raises if there is anything among the parameters that is no number, or state that a model changes by itself.
+
+    Args:
+      name: the argument's, for the error.
+      params: arrays, or what stands for them: their shapes and dtypes, or no leaf at all.
+    """
+    _check_nnx(name, params)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not is_number(leaf):
+            found = f"{leaf!r}" if isinstance(leaf, str) else type(leaf).__name__
+            expected = f"floating point numbers (of a module its parameters alone: {OF_MODULE})"
+            reject(f"{name}{jax.tree_util.keystr(path)}", expected, found, TypeError)
+
+
+def is_network(shapes: list[tuple[int, ...]]) -> bool:
+    """Whether arrays are a network's, and no losses: the last axis of a matrix is what another of them takes in.
+
+    Layers are followed by their bias or by the next layer. Losses may be of any shape too: of one point each, or one
+    with several axes.
+    """
+    matrices = [shape for shape in shapes if sum(n > 1 for n in shape) > 1]
+    takes_in = lambda shape: shape[-2] if len(shape) > 1 else shape[-1] if shape else 1
+    return any(a != b and a[-1] == takes_in(b) > 1 for a in matrices for b in shapes)
+
+
+def _check_nnx(name, params):
+    """Statistics and random state would get gradients of zero, and what the model makes of them would be lost."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return
+    is_module, is_variable = lambda x: isinstance(x, nnx.Module), lambda x: isinstance(x, nnx.Variable)
+    # What is no module its user has chosen, variables of kinds of their own included; but Flax's own state is none.
+    has_module = any(map(is_module, jax.tree.leaves(params, is_leaf=is_module)))
+    for path, x in jax.tree.leaves_with_path(params, is_leaf=is_variable):
+        is_state = is_variable(x) and not isinstance(x, nnx.Param)
+        if is_state and (has_module or type(x).__module__.startswith("flax.")):
+            recipe = "definition, params, others = nnx.split(model, nnx.Param, ...), and nnx.merge inside losses_fn"
+            expected = f"parameters alone, nnx.Param ({recipe}: README, In Flax and Equinox)"
+            found = f"{type(x).__name__}, which would silently keep its value"
+            reject(f"{name}{jax.tree_util.keystr(path)}", expected, found, TypeError)
