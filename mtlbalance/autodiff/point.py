@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from mtlbalance.autodiff.loops import map_rows
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.losses import as_counted, is_counted, like_losses, present_rows, read_labelled, read_losses
@@ -78,7 +79,7 @@ def of_losses(losses_fn, params, args, kwargs, *, has_aux, totals=None) -> Point
     values, pull, outputs = jax.vjp(values_of, params, has_aux=True)
     weighted = _weighted(pull, values, params)
     row = lambda i: weighted(one_hot(i, values))
-    rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n)
+    rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n, values)
     return _at(values, outputs, Pullback(weighted, row, rows, n_bytes(pull)))
 
 
@@ -98,7 +99,7 @@ def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Point
     values, pull, outputs = jax.vjp(lambda params: jax.vmap(value_of, (None, 0))(params, tasks), params, has_aux=True)
     row = lambda i: gradient(jax.tree.map(lambda x: x[i], tasks))
     # Not pulled back from one-hot weights: that would differentiate every task's data for every row.
-    rows = lambda restrict, n: _map(lambda task: restrict(gradient(task)), tasks, n)
+    rows = lambda restrict, n: _map(lambda task: restrict(gradient(task)), tasks, n, values)
     return _at(values, outputs, Pullback(_weighted(pull, values, params), row, rows, n_bytes(pull)))
 
 
@@ -141,7 +142,7 @@ def of_features(trunk_and_heads, params, args, kwargs, *, has_aux, totals=None) 
         return from_features(combine(weights, rows), weights, present)
 
     row = lambda i: from_features(jax.tree.map(lambda x: x[i], jacobian), one_hot(i, values))
-    rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n)
+    rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n, values)
     pullback = Pullback(weighted, row, rows, n_bytes(pull_features), (jacobian, from_features))
     return _at(values, (losses, (trunk_aux, aux) if has_aux else None), pullback)
 
@@ -218,11 +219,10 @@ def one_hot(i: chex.Numeric, values: chex.Array) -> chex.Array:
     return jnp.reshape(jnp.arange(values.size) == i, values.shape).astype(values.dtype)
 
 
-def _map(fun, xs, batch_size):
-    n = len(jax.tree.leaves(xs)[0])
-    if batch_size == "vmap" or batch_size >= n:
+def _map(fun, xs, batch_size, values):
+    if batch_size == "vmap" or batch_size >= values.size:
         return jax.vmap(fun)(xs)
-    return jax.lax.map(fun, xs, batch_size=None if batch_size == 1 else batch_size)
+    return map_rows(fun, xs, batch_size, given=values)
 
 
 def _values(losses, totals):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtlbalance.autodiff.jacobian import gramian_at
+from mtlbalance.autodiff.loops import fold, is_traced
 from mtlbalance.autodiff.options import (
     cheapest_rows,
     check_at,
@@ -160,7 +161,7 @@ def value_and_grad(
         present = _read_present(mask, point.evaluated)
         chosen = at if at == "features" else rows or cheapest_rows(possible, task_axis, point, restrict(params))
         decide = partial(_decide, method, state, point, present, restrict, chosen, rows)
-        decision = decide() if refresh is None else _refresh(method, refresh, decide, state, present)
+        decision = decide() if refresh is None else _refresh(method, refresh, decide, state, point, present)
 
         evaluated, new_state, weights, gradient = decision
         if gradient is None or decide_on is not None:
@@ -249,7 +250,7 @@ def _decide_by_visits(rowwise, state, point, mask, restrict):
 
     _, statistic = jax.eval_shape(visit, 0, state)
     start = jax.tree.map(lambda x: jnp.zeros((n_tasks, *x.shape), x.dtype), statistic)
-    state, statistics = jax.lax.fori_loop(0, n_visits, step, (state, start))
+    state, statistics = fold(step, n_visits, (state, start), given=given)
     if rowwise.weigh is not None:
         weights, state = rowwise.weigh(state, statistics, **given)
         return _Decision(evaluated, state, weights)
@@ -260,7 +261,7 @@ def _decide_by_visits(rowwise, state, point, mask, restrict):
     return _Decision(evaluated, state, None, gradient)
 
 
-def _refresh(method, refresh, decide, state, present):
+def _refresh(method, refresh, decide, state, point, present):
     """The decision anew, or the last weights again."""
     if method.last_weights is None:
         expected = "a method that keeps its last weights, mtl.amortize(method), outside of mtl.chain"
@@ -277,7 +278,7 @@ def _refresh(method, refresh, decide, state, present):
     def again():
         return state, last if present is None else jnp.where(jnp.reshape(present, last.shape), last, 0)
 
-    if isinstance(refresh, bool | np.bool_):
+    if isinstance(refresh, bool | np.bool_) or not is_traced(refresh, state, point.evaluated.values, present):
         return _Decision(None, *(anew() if refresh else again()))
     return _Decision(None, *jax.lax.cond(refresh, anew, again))
 
