@@ -165,6 +165,7 @@ def aggregator(
     def initializer(needs_params):
         def public_init(shape):
             m, params, dtype = read_pair(shape, needs_params=needs_params)
+            check_names(per_task)
             state = returned.new_state(init(m, params, dtype), (m,), jacobian_shaped)
             returned.check_rows(state, jacobian_shaped, m)
             return place(state, params, jacobian_shaped)
@@ -322,8 +323,7 @@ def norms_aggregator(
     Raises as :func:`aggregator`.
     """
 
-    def visit(memory, row, task):
-        del task
+    def visit(memory, row, _task):
         return memory, squared_norm(row, axis_name)
 
     def of_gramian(state, gramian, values, mask):

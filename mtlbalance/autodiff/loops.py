@@ -59,7 +59,8 @@ def scan(step: Callable[..., Any], carry: Any, xs: chex.ArrayTree) -> tuple[Any,
 
 def entries(xs: chex.ArrayTree) -> list[chex.ArrayTree]:
     """The entries along the leading axis."""
-    return [jax.tree.map(lambda x: x[i], xs) for i in range(_length(xs))]
+    entry = lambda i: jax.tree.map(lambda x: x[i], xs)
+    return [entry(i) for i in range(_length(xs))]
 
 
 def stack(trees: list[chex.ArrayTree]) -> chex.ArrayTree:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mtlbalance.autodiff.loops import map_rows
 from mtlbalance.gramian import combine
-from mtlbalance.hyperparameters import check_int, reject
+from mtlbalance.hyperparameters import check_int, is_number, reject
 from mtlbalance.losses import as_counted, is_counted, like_losses, present_rows, read_labelled, read_losses
 
 
@@ -74,6 +74,8 @@ def of_losses(losses_fn, params, args, kwargs, *, has_aux, totals=None) -> Point
 
     def values_of(params):
         losses, aux = _with_aux(losses_fn(params, *args, **kwargs), has_aux)
+        if not has_aux:
+            _check_no_aux(losses)
         return _values(losses, totals), (losses, aux)
 
     values, pull, outputs = jax.vjp(values_of, params, has_aux=True)
@@ -187,6 +189,17 @@ def _with_aux(output, has_aux):
     return output
 
 
+def _check_no_aux(losses):
+    """Raises for a pair of which the second is not an array: more likely an auxiliary output than a loss."""
+    if type(losses) is tuple and len(losses) == 2:
+        second = losses[1]
+        is_array = jax.tree_util.all_leaves([second]) and is_number(second)
+        if not is_counted(second) and not (is_array and jnp.issubdtype(jnp.result_type(second), jnp.floating)):
+            expected = "losses alone (two groups of them under names), or has_aux=True for a pair (losses, aux)"
+            found = f"dtype {jnp.result_type(second)}" if is_array else f"a {type(second).__name__}"
+            reject("losses_fn", expected, f"a pair of which the second is {found}", TypeError)
+
+
 def _weighted(pull, values, params):
     def weighted(weights, present=None):
         del present  # one backward pass for all: what is not finite in an absent task's comes through
@@ -233,9 +246,12 @@ def _values(losses, totals):
 
 
 def _one_value(name, loss, total):
+    expected = "one loss for each task, a scalar"
+    if type(loss) is tuple and len(loss) == 2:
+        reject(name, f"{expected} (or has_aux=True for a pair (loss, aux))", "a pair")
     value = _values(loss, total)
     if value.ndim:
-        reject(name, "one loss for each task, a scalar", f"shape {value.shape}")
+        reject(name, expected, f"shape {value.shape}")
     return value
 
 

@@ -16,13 +16,12 @@ from mtlbalance.autodiff.options import (
     check_at,
     check_is_possible,
     check_losses_fn,
-    check_params,
     check_per_task,
-    evaluate_at,
     possible_rows,
 )
-from mtlbalance.autodiff.point import Evaluated, pair_of
-from mtlbalance.autodiff.subsets import Subset, join_subsets, read_subset, select_subset, whole, with_float0
+from mtlbalance.autodiff.point import Evaluated
+from mtlbalance.autodiff.start import GradFn, Problem, check_state, check_state_is_given, with_init
+from mtlbalance.autodiff.subsets import Subset, join_subsets, with_float0
 from mtlbalance.contract import Aggregator, Scalarizer, weights_of
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import flatten, reject
@@ -42,7 +41,7 @@ def value_and_grad(
     task_axis: int | None = None,
     microbatches: int | None = None,
     allow_int: bool = False,
-) -> Callable[..., Any]:
+) -> GradFn:
     r"""One training step's losses and balanced gradient, whatever the method.
 
     Reads as :func:`jax.value_and_grad`, and as that it is not jitted: call it inside your jitted step. ::
@@ -142,22 +141,21 @@ def value_and_grad(
       NeurIPS 2018, for ``at="features"``; Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
       <https://arxiv.org/abs/2406.16232>`_, 2024, section 6, for descent by the Gramian.
     """
-    has_features = isinstance(losses_fn, tuple)
     check_losses_fn(losses_fn, shared, task_axis)
     check_is_possible(method, return_weights, decide_on)
-    check_at(at, has_features, decide_on, rows, microbatches)
+    check_at(at, isinstance(losses_fn, tuple), decide_on, rows, microbatches)
     possible = possible_rows(method, rows, task_axis, microbatches)
+    problem = Problem(losses_fn, shared, decide_on, at, has_aux, task_axis, microbatches, allow_int)
 
     def grad_fn(params, state, /, *args, mask=None, refresh=None, **kwargs):
-        check_params(params, allow_int)
-        given = pair_of(params).unflatten((True, False)) if has_features else shared
-        is_shared = None if given is None else read_subset("shared", given, params)
-        decides = is_shared if decide_on is None else read_subset("decide_on", decide_on, params)
-        restrict = whole if decides is None else partial(select_subset, subset=decides)
-
-        forms = {"has_aux": has_aux, "task_axis": task_axis, "microbatches": microbatches}
-        point = evaluate_at(losses_fn, params, args, kwargs, **forms)
+        is_shared, restrict = problem.subsets(params)
+        try:
+            point = problem.evaluate(params, args, kwargs)
+        except (TypeError, ValueError):
+            check_state_is_given(problem, method, params, state, args, kwargs)
+            raise
         check_per_task(point.evaluated.values, state)
+        check_state(problem, method, state, point, params)
         present = _read_present(mask, point.evaluated)
         chosen = at if at == "features" else rows or cheapest_rows(possible, task_axis, point, restrict(params))
         decide = partial(_decide, method, state, point, present, restrict, chosen, rows)
@@ -181,7 +179,7 @@ def value_and_grad(
         outputs += (evaluated.aux,) if has_aux else ()
         return outputs, with_float0(gradient, params)
 
-    return grad_fn
+    return with_init(grad_fn, problem, method)
 
 
 class _Decision(NamedTuple):
