@@ -105,7 +105,8 @@ def _check_is_state_like(state, init):
         expected = jax.eval_shape(init)
     except Exception:  # whatever is wrong with it then is for the method to say
         return
-    if jax.tree.structure(state) != jax.tree.structure(expected):
+    is_one = type(state) is type(expected) and hasattr(expected, "_fields")  # if for other parameters or tasks
+    if not is_one and jax.tree.structure(state) != jax.tree.structure(expected):
         made = f"what grad_fn.init(params, ...) returned as the second argument, {_kind(expected)}"
         reject("state", made, _kind(state), TypeError)
 

@@ -47,6 +47,7 @@ def value_and_grad(
     Reads as :func:`jax.value_and_grad`, and as that it is not jitted: call it inside your jitted step. ::
 
         grad_fn = mtl.value_and_grad(losses_fn, method)
+        state = grad_fn.init(params, batch)
         (losses, state), grads = grad_fn(params, state, batch)
 
     The gradient is :math:`\sum_i w_i \nabla L_i`: for a scalarizer :math:`w` is the derivative of its scalar with
@@ -75,10 +76,15 @@ def value_and_grad(
       returned them. ``mask`` says which tasks are present and ``refresh``, one boolean, whether to decide anew; neither
       is passed to ``losses_fn``.
 
+      ``grad_fn.init(params, *args, **kwargs)`` is the method's first state, for these losses and what the method sees
+      of the parameters, placed as these are. Arguments may be :class:`jax.ShapeDtypeStruct`: nothing is computed,
+      except where the losses' Python code branches on numbers. ``jax.jit(grad_fn)`` has it too.
+
     Raises:
-      TypeError: if a parameter or a loss is not floating point, or an option of the wrong type.
-      ValueError: if the method has learned fields or cannot do what is asked, a mask is of another structure, or the
-        losses are a scalar where one per task is expected.
+      TypeError: if a parameter or a loss is not floating point, an option of the wrong type, or the state none of the
+        method's.
+      ValueError: if the method has learned fields or cannot do what is asked, a mask is of another structure, the
+        losses are a scalar where one per task is expected, or ``losses_fn`` has a parameter ``mask`` or ``refresh``.
 
     Example:
       >>> import jax
@@ -89,23 +95,23 @@ def value_and_grad(
       ...     return {"small": jnp.mean((params - x) ** 2), "large": 100 * jnp.mean((params + x) ** 2)}
       >>> method = aggregation.imtl_g()
       >>> grad_fn = jax.jit(mtl.value_and_grad(losses_fn, method, return_weights=True))
-      >>> params = jnp.array([0.5, 0.0])
-      >>> (losses, state, weights), grads = grad_fn(params, method.init((2, params)), jnp.array([1.0, 2.0]))
+      >>> params, x = jnp.array([0.5, 0.0]), jnp.array([1.0, 2.0])
+      >>> (losses, state, weights), grads = grad_fn(params, grad_fn.init(params, x), x)
       >>> print({name: f"{weight:.3f}" for name, weight in weights.items()})
       {'large': '0.008', 'small': '0.992'}
 
     Notes:
       **Shared parameters.** ``shared`` says which parameters the tasks share: a tree of booleans in the structure of
       the parameters or a prefix of it, or a function from the parameters to one. Only they are balanced, in either
-      family, and only they are in the Jacobian; all others get the plain gradient of the sum of the losses. The state
-      is then made for the shared part: ``method.init((m, mtl.subset(params, shared)))``.
+      family, and only they are in the Jacobian; all others get the plain gradient of the sum of the losses. A state
+      made by hand is for the shared part: ``method.init((m, mtl.subset(params, shared)))``.
 
       **Trunk and heads.** A pair ``(trunk, heads)`` in place of ``losses_fn``: ``trunk(trunk_params, *args)`` returns
       the features, and ``heads`` is a tree of functions, each ``head(head_params, features, *args)`` the loss of one
       task. ``params`` is a pair too: the trunk's, which are the shared ones, and a tree with those of each head. Heads
       are differentiated once each, for their own loss. ``at="features"`` gives the method the Jacobian of the features
       in place of the trunk's: one backward pass through the trunk in all. That is an approximation (MGDA-UB, Sener and
-      Koltun 2018; LibMTL's ``rep_grad``), and needs tasks that share their inputs. The state is then made for the
+      Koltun 2018; LibMTL's ``rep_grad``), and needs tasks that share their inputs. A state made by hand is for the
       features: ``method.init((m, jax.eval_shape(trunk, trunk_params, *args)))``.
 
       **Own data.** With ``task_axis`` ``losses_fn`` is the loss of *one* task, called with each task's part of every
@@ -123,7 +129,7 @@ def value_and_grad(
 
       **Fewer decisions.** With a method wrapped in :func:`amortize`, ``grad_fn(..., refresh=False)`` takes the last
       weights again, at the cost of one backward pass. ``decide_on``, booleans like ``shared``, decides the weights on
-      some parameters (the last layer, norms, LoRA's) and applies them to all; the state is made for these:
+      some parameters (the last layer, norms, LoRA's) and applies them to all; a state made by hand is for these:
       ``method.init((m, mtl.subset(params, decide_on)))``. Scalarizers decide on losses: nothing changes for them.
 
       **Rows.** ``"vmap"`` computes all rows at once, an int so many at a time, and keeps them until the gradient is
