@@ -12,8 +12,8 @@ params = init_params(jax.random.key(0))
 optimizer = optax.adam(1e-3)
 opt_state = optimizer.init(params)
 method = mtl.aggregation.upgrad()  # new
-state = method.init((3, params))  # new; `method.init(3)` for a scalarizer
 grad_fn = mtl.value_and_grad(task_losses, method)  # was: jax.value_and_grad of the sum of the losses
+state = grad_fn.init(params, test_pairs)  # new: for any batch, of which it reads the shapes
 
 
 @jax.jit

@@ -54,8 +54,8 @@ def train(method, params, digits, epochs, key, progress):
 
         return jax.lax.scan(step, carry, jax.random.split(key, STEPS_PER_EPOCH))
 
-    # A scalarizer's state is made for the losses, an aggregator's for their number and the parameters.
-    state = method.init(len(TASKS) if isinstance(method, mtl.Scalarizer) else (len(TASKS), params))
+    # A scalarizer's state is for the losses, an aggregator's for their number and the parameters: any batch serves.
+    state = grad_fn.init(params, draw_pairs(key, digits, BATCH_SIZE))
     params = jax.tree.map(jnp.copy, params)  # donated below, and the next method starts from the same ones
     carry, history = (params, optimizer.init(params), state), []
     for epoch in range(epochs):

@@ -81,8 +81,7 @@ def train(method, keys, digits, epochs, progress):
 
     def start(key):
         params = init_params(key)
-        scalarizer = isinstance(method, mtl.Scalarizer)
-        return params, optimizer.init(params), method.init(N_ROWS if scalarizer else (N_ROWS, params))
+        return params, optimizer.init(params), grad_fn.init(params, images[:1], labels[:1])
 
     def step(carry, key):
         params, opt_state, state = carry

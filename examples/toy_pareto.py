@@ -169,9 +169,7 @@ def training(method, scales=SCALES, lowest=0.0, max_norm=1.0, optimizer=None):
     optimizer = optax.chain(optax.clip_by_global_norm(max_norm), optimizer or optax.adam(1e-3))
 
     def begin(start):
-        losses = losses_fn(start)
-        state = method.init((len(losses), start) if isinstance(method, mtl.Aggregator) else losses)
-        return start, optimizer.init(start), state
+        return start, optimizer.init(start), grad_fn.init(start)
 
     def step(carry, _):
         x, opt_state, state = carry

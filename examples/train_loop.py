@@ -104,8 +104,14 @@ def check_fits_tasks(name, method):
         raise SystemExit(f"{name.partition('.')[-1]}: {error}. {BY_NAME}") from error
 
 
-def init_state(method, params):
-    return method.init(len(TASKS) if isinstance(method, mtl.Scalarizer) else (len(TASKS), params))
+def losses_with(predict):
+    """The losses of a model, by name."""
+    return lambda params, batch: losses_of(predict(params, batch["image"]), batch)
+
+
+def init_state(method, predict, params, digits):
+    """A new state, for whatever method: it depends on the number of the losses, their names, and the parameters."""
+    return mtl.value_and_grad(losses_with(predict), method).init(params, draw_pairs(jax.random.key(0), digits, 1))
 
 
 def balanced_gradient(losses_fn, name, method):
@@ -162,11 +168,7 @@ def record(losses, losses_after, weights):
 
 def make_epoch(name, method, optimizer, predict):
     """A function from (params, optimizer's state, method's state) to the next ones, and a record of every step."""
-
-    def losses_fn(params, batch):
-        return losses_of(predict(params, batch["image"]), batch)
-
-    grad_fn = balanced_gradient(losses_fn, name, method)
+    grad_fn = balanced_gradient(losses_with(predict), name, method)
 
     def step(carry, key, digits):
         params, opt_state, state = carry
@@ -191,7 +193,7 @@ def train(method, predict, params, digits, args):
     """The trained parameters, and the mean record of every epoch."""
     optimizer = optax.adam(args.learning_rate)
     epoch = make_epoch(args.method, method, optimizer, predict)
-    carry, history = (params, optimizer.init(params), init_state(method, params)), []
+    carry, history = (params, optimizer.init(params), init_state(method, predict, params, digits)), []
     settings = {key: value for key, value in vars(args).items() if key not in ("epochs", "checkpoints", "output")}
     with open_checkpoints(args.checkpoints) as checkpoints:
         if checkpoints and checkpoints.latest_step() is not None:

@@ -181,6 +181,7 @@ def aggregator(
     def initializer(needs_params):
         def public_init(shape=None, *others):
             m, params, dtype = read_pair(shape, *others, needs_params=needs_params)
+            check_names(per_task)
             state = returned.new_state(init(m, params, dtype), (m,), jacobian_shaped)
             returned.check_rows(state, jacobian_shaped, m)
             return place(state, params, jacobian_shaped)
@@ -338,7 +339,7 @@ def norms_aggregator(
     Raises as :func:`aggregator`.
     """
 
-    def visit(memory, row, task):
+    def visit(memory, row, _task):
         return memory, squared_norm(row, axis_name)
 
     def of_diagonal(state, gramian, values, mask):

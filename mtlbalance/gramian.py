@@ -6,6 +6,7 @@ feeds a weight is made here, leaf by leaf: raveling the tree into one vector wou
 """
 
 from collections.abc import Hashable
+from functools import partial
 
 import chex
 import jax
@@ -130,6 +131,11 @@ def _of_leaf(x, y):
     may_be_split = any(kind != AxisType.Manual for kind in jax.typeof(x).sharding.mesh.axis_types)
     if may_be_split or x.size < 2 * len(x) * _CHUNK:
         return _contract(x, y, free=1)
+    return _of_wide_leaf(x, y)
+
+
+@partial(jax.jit, inline=True)  # compiled once for all bare calls
+def _of_wide_leaf(x, y):
     return jax.lax.platform_dependent(x, y, cpu=_of_leaf_by_chunks, default=lambda x, y: _contract(x, y, free=1))
 
 

@@ -46,7 +46,7 @@ LOSSES, NAMED = jnp.array([1.0, 2.0]), {"cls": jnp.array(1.0), "reg": jnp.array(
 PLAIN = optax.sgd(0.1).init(PARAMS)
 ABSENT = r"floating point numbers \(a task that is absent: mask=, or mtl.Counted\(sum, 0\)\)"
 ONLY = r"floating point numbers \(of a module its parameters alone: eqx.filter\(model, eqx.is_inexact_array\) or eqx"
-STATE_DUE = r"state: expected what the method's init returned, between parameters and batch: grad_fn\(params, state"
+STATE_DUE = r"state: expected what grad_fn.init\(params, \*batch\) returned, in its place: grad_fn\(params, state"
 PAIR = r"init: expected a pair \(number of tasks: int, params\), as in init\(\(3, params\)\)"
 A_METHOD = "expected a Scalarizer or an Aggregator, found"
 
@@ -206,7 +206,7 @@ STEPS = {
     ),
     "aux of ints without has_aux": (
         returning(lambda losses: (losses, jnp.arange(3))),
-        r"losses_fn\[1\]: .*has_aux=True, for a pair \(losses, aux\)\), found dtype int32",
+        r"losses_fn: .*has_aux=True for a pair \(losses, aux\), found a pair of which the second is dtype int32",
     ),
     "has_aux without aux": (returning(lambda losses: losses, has_aux=True), "losses_fn: expected a pair .* found dict"),
     "losses per example": (

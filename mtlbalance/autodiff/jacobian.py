@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from mtlbalance.autodiff.loops import map_rows
 from mtlbalance.autodiff.options import (
     cheapest_rows,
     check_function,
@@ -171,7 +172,8 @@ def gramian_at(
 def _two_pass_gramian(gradient_of, values):
     r"""Row i is :math:`J J^\top e_i`: a gradient pulled back, and that through the transposed pull-back."""
     row = lambda i: gradient_of(one_hot(i, values))
-    half = jax.lax.map(lambda i: _inner_products(gradient_of, row(i), values), jnp.arange(values.size))
+    products = lambda i: _inner_products(gradient_of, row(i), values)
+    half = map_rows(products, jnp.arange(values.size), batch_size=1, given=values)
     return (half + half.T) / 2
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtlbalance.autodiff.loops import scan
 from mtlbalance.autodiff.point import Evaluated, Point
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import as_counted, is_counted, read_labelled, wide
@@ -39,7 +40,7 @@ def of_microbatches(point_of: Callable[..., Point], args: Any, n: int, axis: int
             new, aux = part_of(part)
             return jax.tree.map(lambda x, y: x + y, total, new), aux
 
-        total, aux = jax.lax.scan(step, start, parts)
+        total, aux = scan(step, start, parts)
         return jax.tree.map(lambda x, like: x.astype(like.dtype), total, dtypes), aux
 
     # The counts alone: where they depend on labels only, XLA removes the model from this pass.

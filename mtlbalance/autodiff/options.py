@@ -1,5 +1,6 @@
 """The options of a step: which are allowed together, and what they choose by default."""
 
+import inspect
 import math
 import numbers
 from collections.abc import Mapping
@@ -32,6 +33,22 @@ def check_losses_fn(losses_fn: Any, shared: Subset | None, task_axis: int | None
         reject("losses_fn", expected, f"{type(losses_fn).__name__}", TypeError)
     if is_pair and (shared is not None or task_axis is not None):
         reject("losses_fn", "one function with shared= or task_axis=", "a pair of trunk and heads")
+    for function in jax.tree.leaves(losses_fn, is_leaf=callable):
+        _check_keywords(function)
+
+
+def _check_keywords(function):
+    """Raises if it could not be given an argument, as the step takes it for itself."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # it has none that can be read
+        return
+    by_keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    for parameter in parameters:
+        if parameter.name in ("mask", "refresh") and parameter.kind in by_keyword:
+            expected = "no parameter mask or refresh, which grad_fn(..., mask=, refresh=) takes for the tasks"
+            hint = "rename it, or wrap the function in one that calls it otherwise"
+            reject("losses_fn", f"{expected} ({hint})", f"a parameter {parameter.name!r}")
 
 
 def check_function(losses_fn: Any, argnums: Any) -> None:
@@ -50,7 +67,8 @@ def check_is_possible(method: Any, return_weights: bool, decide_on: Subset | Non
     makes_weights = isinstance(method, Scalarizer) or method.weighting is not None
     for name, given in {"return_weights": return_weights, "decide_on": decide_on is not None}.items():
         if given and not makes_weights:
-            reject(name, "a method that makes weights (method.weighting)", "one that makes none")
+            expected = f"a method that makes weights (method.weighting), or a call without {name}="
+            reject(name, expected, "a method that makes none")
 
 
 def check_at(at: str, has_features: bool, *excluded: Any) -> None:
@@ -137,7 +155,7 @@ def check_params(params: chex.ArrayTree, allow_int: bool) -> None:
 def check_state(state: Any) -> None:
     """Raises if what stands between the parameters and the batch is no state, before the losses meet it."""
     if not hasattr(state, "_fields") or isinstance(state, Scalarizer | Aggregator):
-        expected = "what the method's init returned, between parameters and batch: grad_fn(params, state, *batch)"
+        expected = "what grad_fn.init(params, *batch) returned, in its place: grad_fn(params, state, *batch)"
         reject("state", expected, type(state).__name__, TypeError)
 
 

@@ -7,8 +7,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from mtlbalance.autodiff.loops import map_rows
 from mtlbalance.gramian import combine
-from mtlbalance.hyperparameters import check_int, reject
+from mtlbalance.hyperparameters import check_int, is_number, reject
 from mtlbalance.losses import as_counted, is_counted, like_losses, present_rows, read_labelled, read_losses
 
 
@@ -73,12 +74,14 @@ def of_losses(losses_fn, params, args, kwargs, *, has_aux, totals=None) -> Point
 
     def values_of(params):
         losses, aux = _with_aux(losses_fn(params, *args, **kwargs), has_aux)
+        if not has_aux:
+            _check_no_aux(losses)
         return _values(losses, totals), (losses, aux)
 
     values, pull, outputs = jax.vjp(values_of, params, has_aux=True)
     weighted = _weighted(pull, values, params)
     row = lambda i: weighted(one_hot(i, values))
-    rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n)
+    rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n, values)
     return _at(values, outputs, Pullback(weighted, row, rows, n_bytes(pull)))
 
 
@@ -98,7 +101,7 @@ def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Point
     values, pull, outputs = jax.vjp(lambda params: jax.vmap(value_of, (None, 0))(params, tasks), params, has_aux=True)
     row = lambda i: gradient(jax.tree.map(lambda x: x[i], tasks))
     # Not pulled back from one-hot weights: that would differentiate every task's data for every row.
-    rows = lambda restrict, n: _map(lambda task: restrict(gradient(task)), tasks, n)
+    rows = lambda restrict, n: _map(lambda task: restrict(gradient(task)), tasks, n, values)
     return _at(values, outputs, Pullback(_weighted(pull, values, params), row, rows, n_bytes(pull)))
 
 
@@ -141,7 +144,7 @@ def of_features(trunk_and_heads, params, args, kwargs, *, has_aux, totals=None) 
         return from_features(combine(weights, rows), weights, present)
 
     row = lambda i: from_features(jax.tree.map(lambda x: x[i], jacobian), one_hot(i, values))
-    rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n)
+    rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n, values)
     pullback = Pullback(weighted, row, rows, n_bytes(pull_features), (jacobian, from_features))
     return _at(values, (losses, (trunk_aux, aux) if has_aux else None), pullback)
 
@@ -190,6 +193,17 @@ def _with_aux(output, has_aux):
     return output
 
 
+def _check_no_aux(losses):
+    """Raises for a pair of which the second is not an array: more likely an auxiliary output than a loss."""
+    if type(losses) is tuple and len(losses) == 2:
+        second = losses[1]
+        is_array = jax.tree_util.all_leaves([second]) and is_number(second)
+        if not is_counted(second) and not (is_array and jnp.issubdtype(jnp.result_type(second), jnp.floating)):
+            expected = "losses alone (two groups of them under names), or has_aux=True for a pair (losses, aux)"
+            found = f"dtype {jnp.result_type(second)}" if is_array else f"a {type(second).__name__}"
+            reject("losses_fn", expected, f"a pair of which the second is {found}", TypeError)
+
+
 def _weighted(pull, values, params):
     def weighted(weights, present=None):
         del present  # one backward pass for all: what is not finite in an absent task's comes through
@@ -222,11 +236,10 @@ def one_hot(i: chex.Numeric, values: chex.Array) -> chex.Array:
     return jnp.reshape(jnp.arange(values.size) == i, values.shape).astype(values.dtype)
 
 
-def _map(fun, xs, batch_size):
-    n = len(jax.tree.leaves(xs)[0])
-    if batch_size == "vmap" or batch_size >= n:
+def _map(fun, xs, batch_size, values):
+    if batch_size == "vmap" or batch_size >= values.size:
         return jax.vmap(fun)(xs)
-    return jax.lax.map(fun, xs, batch_size=None if batch_size == 1 else batch_size)
+    return map_rows(fun, xs, batch_size, given=values)
 
 
 def _values(losses, totals):
@@ -237,9 +250,12 @@ def _values(losses, totals):
 
 
 def _one_value(name, loss, total):
+    expected = "one loss for each task, a scalar"
+    if type(loss) is tuple and len(loss) == 2:
+        reject(name, f"{expected} (or has_aux=True for a pair (loss, aux))", "a pair")
     value = _values(loss, total)
     if value.ndim:
-        reject(name, "one loss for each task, a scalar", f"shape {value.shape}")
+        reject(name, expected, f"shape {value.shape}")
     return value
 
 

@@ -10,27 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtlbalance.autodiff.jacobian import gramian_at
+from mtlbalance.autodiff.loops import fold, is_traced
 from mtlbalance.autodiff.options import (
     cheapest_rows,
     check_at,
     check_is_possible,
     check_losses_fn,
-    check_params,
     check_per_task,
     check_state,
-    evaluate_at,
     possible_rows,
 )
-from mtlbalance.autodiff.point import Evaluated, pair_of
-from mtlbalance.autodiff.subsets import (
-    Subset,
-    join_subsets,
-    read_option,
-    read_subset,
-    select_subset,
-    whole,
-    with_float0,
-)
+from mtlbalance.autodiff.point import Evaluated
+from mtlbalance.autodiff.start import GradFn, Problem, with_init
+from mtlbalance.autodiff.subsets import Subset, join_subsets, with_float0
 from mtlbalance.contract import Aggregator, Scalarizer, weights_of
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import flatten, reject
@@ -51,12 +43,13 @@ def value_and_grad(
     task_axis: int | None = None,
     microbatches: int | None = None,
     allow_int: bool = False,
-) -> Callable[..., Any]:
+) -> GradFn:
     r"""One training step's losses and balanced gradient, whatever the method.
 
     Reads as :func:`jax.value_and_grad`, and as that it is not jitted: call it inside your jitted step. ::
 
         grad_fn = mtl.value_and_grad(losses_fn, method)
+        state = grad_fn.init(params, batch)
         (losses, state), grads = grad_fn(params, state, batch)
 
     The gradient is :math:`\sum_i w_i \nabla L_i`: for a scalarizer :math:`w` is the derivative of its scalar with
@@ -85,10 +78,15 @@ def value_and_grad(
       returned them. ``mask`` says which tasks are present and ``refresh``, one boolean, whether to decide anew; neither
       is passed to ``losses_fn``.
 
+      ``grad_fn.init(params, *args, **kwargs)`` is the method's first state, for these losses and what the method sees
+      of the parameters, placed as these are. Arguments may be :class:`jax.ShapeDtypeStruct`: nothing is computed,
+      except where the losses' Python code branches on numbers. ``jax.jit(grad_fn)`` has it too.
+
     Raises:
-      TypeError: if a parameter or a loss is not floating point, or an option of the wrong type.
-      ValueError: if the method has learned fields or cannot do what is asked, a mask is of another structure, or the
-        losses are a scalar where one per task is expected.
+      TypeError: if a parameter or a loss is not floating point, an option of the wrong type, or the state none of the
+        method's.
+      ValueError: if the method has learned fields or cannot do what is asked, a mask is of another structure, the
+        losses are a scalar where one per task is expected, or ``losses_fn`` has a parameter ``mask`` or ``refresh``.
 
     Example:
       >>> import jax
@@ -99,23 +97,23 @@ def value_and_grad(
       ...     return {"small": jnp.mean((params - x) ** 2), "large": 100 * jnp.mean((params + x) ** 2)}
       >>> method = aggregation.imtl_g()
       >>> grad_fn = jax.jit(mtl.value_and_grad(losses_fn, method, return_weights=True))
-      >>> params = jnp.array([0.5, 0.0])
-      >>> (losses, state, weights), grads = grad_fn(params, method.init((2, params)), jnp.array([1.0, 2.0]))
+      >>> params, x = jnp.array([0.5, 0.0]), jnp.array([1.0, 2.0])
+      >>> (losses, state, weights), grads = grad_fn(params, grad_fn.init(params, x), x)
       >>> print({name: f"{weight:.3f}" for name, weight in weights.items()})
       {'large': '0.008', 'small': '0.992'}
 
     Notes:
       **Shared parameters.** ``shared`` says which parameters the tasks share: a tree of booleans in the structure of
       the parameters or a prefix of it, or a function from the parameters to one. Only they are balanced, in either
-      family, and only they are in the Jacobian; all others get the plain gradient of the sum of the losses. The state
-      is then made for the shared part: ``method.init((m, mtl.subset(params, shared)))``.
+      family, and only they are in the Jacobian; all others get the plain gradient of the sum of the losses. A state
+      made by hand is for the shared part: ``method.init((m, mtl.subset(params, shared)))``.
 
       **Trunk and heads.** A pair ``(trunk, heads)`` in place of ``losses_fn``: ``trunk(trunk_params, *args)`` returns
       the features, and ``heads`` is a tree of functions, each ``head(head_params, features, *args)`` the loss of one
       task. ``params`` is a pair too: the trunk's, which are the shared ones, and a tree with those of each head. Heads
       are differentiated once each, for their own loss. ``at="features"`` gives the method the Jacobian of the features
       in place of the trunk's: one backward pass through the trunk in all. That is an approximation (MGDA-UB, Sener and
-      Koltun 2018; LibMTL's ``rep_grad``), and needs tasks that share their inputs. The state is then made for the
+      Koltun 2018; LibMTL's ``rep_grad``), and needs tasks that share their inputs. A state made by hand is for the
       features: ``method.init((m, jax.eval_shape(trunk, trunk_params, *args)))``.
 
       **Own data.** With ``task_axis`` ``losses_fn`` is the loss of *one* task, called with each task's part of every
@@ -133,7 +131,7 @@ def value_and_grad(
 
       **Fewer decisions.** With a method wrapped in :func:`amortize`, ``grad_fn(..., refresh=False)`` takes the last
       weights again, at the cost of one backward pass. ``decide_on``, booleans like ``shared``, decides the weights on
-      some parameters (the last layer, norms, LoRA's) and applies them to all; the state is made for these:
+      some parameters (the last layer, norms, LoRA's) and applies them to all; a state made by hand is for these:
       ``method.init((m, mtl.subset(params, decide_on)))``. Scalarizers decide on losses: nothing changes for them.
 
       **Rows.** ``"vmap"`` computes all rows at once, an int so many at a time, and keeps them until the gradient is
@@ -151,23 +149,16 @@ def value_and_grad(
       NeurIPS 2018, for ``at="features"``; Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization
       <https://arxiv.org/abs/2406.16232>`_, 2024, section 6, for descent by the Gramian.
     """
-    has_features = isinstance(losses_fn, tuple)
     check_losses_fn(losses_fn, shared, task_axis)
     check_is_possible(method, return_weights, decide_on)
-    check_at(at, has_features, decide_on, rows, microbatches)
+    check_at(at, isinstance(losses_fn, tuple), decide_on, rows, microbatches)
     possible = possible_rows(method, rows, task_axis, microbatches)
+    problem = Problem(losses_fn, shared, decide_on, at, has_aux, task_axis, microbatches, allow_int)
 
     def grad_fn(params, state, /, *args, mask=None, refresh=None, **kwargs):
         check_state(state)
-        check_params(params, allow_int)
-        is_shared = read_option("shared", shared, params)
-        if has_features:
-            is_shared = read_subset("shared", pair_of(params).unflatten((True, False)), params)
-        decides = is_shared if decide_on is None else read_option("decide_on", decide_on, params)
-        restrict = whole if decides is None else partial(select_subset, subset=decides)
-
-        forms = {"has_aux": has_aux, "task_axis": task_axis, "microbatches": microbatches}
-        point = evaluate_at(losses_fn, params, args, kwargs, **forms)
+        is_shared, restrict = problem.subsets(params)
+        point = problem.evaluate(params, args, kwargs)
         check_per_task(point.evaluated, state)
         present = _read_present(mask, point.evaluated)
         chosen = at if at == "features" else rows or cheapest_rows(possible, task_axis, point, restrict(params))
@@ -192,7 +183,7 @@ def value_and_grad(
         outputs += (evaluated.aux,) if has_aux else ()
         return outputs, with_float0(gradient, params)
 
-    return grad_fn
+    return with_init(grad_fn, problem, method)
 
 
 class _Decision(NamedTuple):
@@ -261,7 +252,7 @@ def _decide_by_visits(rowwise, state, point, mask, restrict):
 
     _, statistic = jax.eval_shape(visit, 0, state)
     start = jax.tree.map(lambda x: jnp.zeros((n_tasks, *x.shape), x.dtype), statistic)
-    state, statistics = jax.lax.fori_loop(0, n_visits, step, (state, start))
+    state, statistics = fold(step, n_visits, (state, start), given=given)
     if rowwise.weigh is not None:
         weights, state = rowwise.weigh(state, statistics, **given)
         return _Decision(evaluated, state, weights)
@@ -291,7 +282,7 @@ def _refresh(method, refresh, decide, state, evaluated, present):
     def again():
         return state, last if present is None else jnp.where(jnp.reshape(present, last.shape), last, 0)
 
-    if isinstance(refresh, bool | np.bool_):
+    if isinstance(refresh, bool | np.bool_) or not is_traced(refresh, state, evaluated.values, present):
         return _Decision(None, *(anew() if refresh else again()))
     return _Decision(None, *jax.lax.cond(refresh, anew, again))
 

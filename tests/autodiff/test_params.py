@@ -553,7 +553,7 @@ def test_what_is_no_function_no_method_or_no_state():
     with pytest.raises(TypeError, match=r"^method: expected a Scalarizer or an Aggregator"):
         mtl.value_and_grad(_task_losses, aggregation.mgda)
     for state in None, ():
-        with pytest.raises(TypeError, match=r"^state: expected what the method's init returned"):
+        with pytest.raises(TypeError, match=r"^state: expected what grad_fn.init\(params, \*batch\) returned"):
             mtl.value_and_grad(lambda params: _mlp(**params), method)(params, state)
     with pytest.raises(TypeError, match=r"^params\['w'\]: expected floating point numbers .*PjitFunction"):
         mtl.value_and_jac(lambda params: jnp.ones(3))({"w": jnp.tanh})
