@@ -3,6 +3,7 @@
 from mtlbalance import (
     aggregation,
     base,
+    complex_parts,
     diagnostics,
     gramian,
     hyperparameters,
@@ -43,6 +44,7 @@ __all__ = [
     "amortize",
     "base",
     "chain",
+    "complex_parts",
     "diagnostics",
     "gramian",
     "hyperparameters",

@@ -3,8 +3,8 @@
 import optax
 
 from mtlbalance import base
+from mtlbalance.boundary import check_rows_of
 from mtlbalance.hyperparameters import check_int, reject
-from mtlbalance.losses import check_params_like
 
 
 def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransformationExtraArgs:
@@ -27,7 +27,8 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
 
     Raises:
       TypeError: if ``n_tasks`` is not an int, or ``aggregator`` not an :class:`~mtlbalance.Aggregator`.
-      ValueError: from ``update``, if the Jacobian does not fit the number of tasks or the params.
+      ValueError: from ``update``, if the Jacobian does not fit the number of tasks or the params, as a plain gradient
+        does not.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -50,9 +51,8 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
 
     def update(updates, state, params=None, *, values=None, mask=None, **extra_args):
         del extra_args
-        gradient, state = aggregator.apply(state, updates, values=values, mask=mask)
         if params is not None:
-            check_params_like("jacobian", gradient, params)
-        return gradient, state
+            check_rows_of(updates, n_tasks, params)
+        return aggregator.apply(state, updates, values=values, mask=mask)
 
     return optax.GradientTransformationExtraArgs(init, update)

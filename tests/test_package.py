@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up: a file imports what stands on a lower floor, or in its own folder.
 FLOORS = [
-    ["hyperparameters", "numerics"],
+    ["complex_parts", "hyperparameters", "numerics"],
     ["losses", "states"],
     ["names"],
     ["gramian", "contract", "solvers"],

@@ -113,7 +113,7 @@ def of_features(trunk_and_heads, params, args, kwargs, *, has_aux, totals=None) 
 
     features, pull_features, trunk_aux = jax.vjp(of_trunk, trunk_params, has_aux=True)
     for path, x in jax.tree.leaves_with_path(features):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
             where, expected = f"the trunk's features{jax.tree_util.keystr(path)}", "floating point numbers"
             reject(where, f"{expected} (heads get the trunk's arguments too)", f"dtype {x.dtype}", TypeError)
 
