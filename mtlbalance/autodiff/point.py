@@ -222,7 +222,13 @@ def _map(fun, xs, batch_size):
     n = len(jax.tree.leaves(xs)[0])
     if batch_size == "vmap" or batch_size >= n:
         return jax.vmap(fun)(xs)
-    return jax.lax.map(fun, xs, batch_size=None if batch_size == 1 else batch_size)
+    if batch_size == 1:
+        return jax.lax.map(fun, xs)
+    # Batches of leaves without entries cannot be put together: these are made here.
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(fun, jax.tree.map(lambda x: x[0], xs)))
+    with_entries = lambda x: [leaf for leaf in jax.tree.leaves(fun(x)) if leaf.size]
+    mapped = iter(jax.lax.map(with_entries, xs, batch_size=batch_size))
+    return treedef.unflatten([next(mapped) if x.size else jnp.zeros((n, *x.shape), x.dtype) for x in leaves])
 
 
 def _values(losses, totals):
