@@ -167,7 +167,7 @@ def check_task_axis(jacobian: chex.ArrayTree, m: int) -> chex.ArrayTree:
         _check_floating(name, x, jnp.inexact)
         if jnp.shape(x)[:1] != (m,):
             hint = (
-                " (a gradient of the summed loss has no such axis, nor has jacrev of a dict of losses; optax's "
+                " (a gradient of the summed loss has no such axis, nor have named losses or jacrev of them; optax's "
                 "MultiSteps and flatten take it away: they go after the aggregator)"
             )
             reject(name, f"a leading axis of {m}, one row per task{hint}", f"shape {jnp.shape(x)}")

@@ -12,7 +12,8 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
 
     Its ``update`` takes the Jacobian tree, leaves ``[n_tasks, *param.shape]``, where others take gradients, and
     returns the gradient. It forwards ``values=`` and ``mask=`` to the method and ignores other extra arguments.
-    The state is the aggregator's.
+    The state is the aggregator's. For complex parameters conjugate the Jacobian first, or the gradient after it: optax
+    goes down along the conjugate of what :func:`jax.grad` returns.
 
     Per-task transformations go before it, ordinary ones after it. ``optax.MultiSteps``, ``apply_if_finite``,
     ``conditionally_transform`` and ``flatten`` expect updates shaped like the params: they must not surround it,

@@ -53,6 +53,9 @@ def value_and_grad(
     respect to the losses, one backward pass in all; for an aggregator it is what its weighting makes of the Jacobian
     or Gramian. An aggregator without weights combines the rows as it likes.
 
+    Of complex parameters it is, as :func:`jax.grad` has it, the conjugate of the steepest ascent; methods see pairs of
+    reals.
+
     Args:
       losses_fn: ``(params, *args, **kwargs) -> losses``, one per task, an array or a tree of names, see
         :func:`value_and_jac`; or a pair of trunk and heads, below.
