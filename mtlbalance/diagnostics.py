@@ -164,7 +164,8 @@ def directional_derivatives(
     Args:
       jacobian: tree with leaves ``[m, *param.shape]``, as :func:`~mtlbalance.value_and_jac` gives it.
       updates: what :func:`optax.apply_updates` adds, shaped like the parameters; a plain gradient step is
-        ``-learning_rate * gradient``, of complex parameters the conjugate of that. For a Jacobian of a part of them ``mtl.subset(updates, mask)``.
+        ``-learning_rate * gradient``, of complex parameters the conjugate of that. For a Jacobian of a part of them
+        ``mtl.subset(updates, mask)``.
       losses: as in :func:`cosine_similarities`.
       mask: as in :func:`cosine_similarities`.
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split, as in
