@@ -3,6 +3,7 @@
 from mtlbalance import (
     aggregation,
     base,
+    complex_parts,
     diagnostics,
     gramian,
     hyperparameters,
@@ -45,6 +46,7 @@ __all__ = [
     "base",
     "carry_over",
     "chain",
+    "complex_parts",
     "diagnostics",
     "gramian",
     "hyperparameters",

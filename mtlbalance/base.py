@@ -23,28 +23,23 @@ import jax.numpy as jnp
 
 from mtlbalance import returned
 from mtlbalance.boundary import (
+    check_kinds,
     checked,
     combined,
     of_gramian,
+    public_apply,
     public_hooks,
     public_rowwise,
     public_weigh,
+    read_rows,
     reader,
     settle,
-    zero_if_none,
+    without_state,
 )
 from mtlbalance.contract import Aggregator, Hook, Rowwise, Scalarizer, Task, Weighting
 from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import reject
-from mtlbalance.losses import (
-    check_params_like,
-    read_gramian,
-    read_jacobian,
-    read_pair,
-    read_shape,
-    state_dtype,
-    sums,
-)
+from mtlbalance.losses import read_gramian, read_pair, read_shape, state_dtype, sums
 from mtlbalance.memo import memoized as memoized
 from mtlbalance.names import check_names, knows_names, knows_names_of
 from mtlbalance.state_checks import state_check
@@ -148,6 +143,8 @@ def aggregator(
       axis_name: mapped axis over which parameters are split, for the Gramian.
       per_task: as in :func:`scalarizer`.
 
+    Complex leaves reach the functions as :class:`~mtlbalance.complex_parts.ComplexParts`: two real leaves each.
+
     Returns:
       An :class:`~mtlbalance.Aggregator` with a weighting of whatever weighs, and ``rowwise`` if given.
 
@@ -188,24 +185,17 @@ def aggregator(
 
         return public_init
 
-    def public_apply(state, jacobian, *, values=None, mask=None):
-        call = read(state, values, mask)
-        rows = read_jacobian(call, jacobian)
-        output = apply(state, rows, call.values, call.mask)
-        gradient, new_state = returned.gradient_and_state("apply", output, state, rows)
-        return zero_if_none(call, gradient), settled("apply", call, new_state, state)
-
     def public_weighting(name, weigh, read_statistic):
         init = initializer(needs_params=bool(jacobian_shaped))
         return Weighting(init, public_weigh(name, weigh, read_statistic, read, settled, per_task)) if weigh else None
 
     return Aggregator(
         initializer(needs_params=True),
-        knows_names(public_apply, per_task),
+        public_apply(apply, read, settled, jacobian_shaped, per_task),
         *public_hooks(check, end_epoch, observe, jacobian_shaped, per_task),
-        public_weighting("weighting", weighting, read_jacobian),
-        public_weighting("gramian_weighting", gramian_weighting, read_gramian),
-        rowwise and public_rowwise(rowwise, read, settled, per_task),
+        public_weighting("weighting", weighting, partial(read_rows, jacobian_shaped=jacobian_shaped)),
+        public_weighting("gramian_weighting", gramian_weighting, without_state(read_gramian)),
+        rowwise and public_rowwise(rowwise, read, settled, jacobian_shaped, per_task),
         jacobian_shaped=jacobian_shaped,
         last_weights=checked(check, last_weights),
     )
@@ -219,6 +209,7 @@ def rowwise_aggregator(
     finish: Callable[..., Any] | None = None,
     visits: Callable[..., Any] | None = None,
     memory: str | None = None,
+    of_moduli: bool = False,
     **others: Any,
 ) -> Aggregator:
     """Builds an :class:`Aggregator` that needs each row of the Jacobian once.
@@ -235,6 +226,7 @@ def rowwise_aggregator(
       visits: ``(state, mask) -> indices`` of the rows that this call takes in; all by default.
       memory: the state field with leaves ``[m, *param.shape]``, made by :func:`mtlbalance.states.zeros_jacobian`; none
         by default.
+      of_moduli: whether ``memory`` has one real leaf for a complex parameter, made for its ``entries``, and not two.
       **others: as in :func:`aggregator`.
 
     Returns:
@@ -274,13 +266,14 @@ def rowwise_aggregator(
         returned.check_fields(state, ("seen",))
         return state
 
-    def read_memory(state, name, jacobian, skip):
+    def read_memory(state, name, jacobian):
+        cast = lambda rows, dtype: jax.tree.map(lambda x: x.astype(dtype), rows)
         if memory is None:
-            dtype = state_dtype(state, jacobian)
-            return (), jax.tree.map(lambda j: j.astype(dtype), jacobian)
+            return (), cast(jacobian, state_dtype(state, jacobian))
         remembered = getattr(state, memory)
-        check_params_like(name, jacobian, remembered, skip)
-        return remembered, jax.tree.map(lambda j, old: j.astype(old.dtype), jacobian, remembered)
+        if not of_moduli:
+            check_kinds(name, jacobian, remembered)
+        return remembered, jax.tree.map(lambda old, rows: cast(rows, old.dtype), remembered, jacobian)
 
     def with_memory(state, remembered):
         return state if memory is None else state._replace(**{memory: remembered})
@@ -289,13 +282,13 @@ def rowwise_aggregator(
         return Task(mask if visits is None else among(visits(state, mask), mask), values, state.seen)
 
     def visit_all(state, jacobian, values, mask):
-        remembered, jacobian = read_memory(state, "jacobian", jacobian, skip=0)
+        remembered, jacobian = read_memory(state, "jacobian", jacobian)
         new = jax.vmap(lambda *given: returned.visited(visit(*given), given[0]))
         remembered, statistics = new(remembered, jacobian, tasks(state, values, mask))
         return with_memory(state, remembered), statistics
 
     def visit_row(state, i, row, values, mask):
-        remembered, row = read_memory(state, "row", row, skip=1)
+        remembered, row = read_memory(state, "row", row)
         old = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), remembered)
         task = jax.tree.map(lambda x: x[i], tasks(state, values, mask))
         new, statistic = returned.visited(visit(old, row, task), old)

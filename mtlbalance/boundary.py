@@ -1,13 +1,19 @@
 """How a method's plain functions become the public ones: what a call is given is read, and what it returns settled."""
 
+from functools import wraps
+from operator import attrgetter
+
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import returned
+from mtlbalance.complex_parts import ComplexParts, entries, join, join_like, split, split_params
 from mtlbalance.contract import Hook, Rowwise
 from mtlbalance.gramian import combine, gramian_of_tasks
-from mtlbalance.losses import read_call, read_row, read_statistics, state_dtype
+from mtlbalance.hyperparameters import reject
+from mtlbalance.losses import check_task_axis, read_call, read_jacobian, read_row, read_statistics, state_dtype
 from mtlbalance.names import knows_names, names_of
+from mtlbalance.parameters import check_params_like
 from mtlbalance.states import select
 
 
@@ -54,40 +60,58 @@ def combined(weighting):
     return apply
 
 
+def public_apply(plain, read, settled, jacobian_shaped=(), per_task=None):
+    """An aggregator's ``apply`` from the plain one."""
+
+    def apply(state, jacobian, *, values=None, mask=None):
+        call = read(state, values, mask)
+        if not jacobian_shaped and _is_vector(jacobian):
+            jacobian = _not_differentiated(jnp.asarray(jacobian))
+        rows = read_rows(call, jacobian, state, jacobian_shaped)
+        output = plain(state, rows, call.values, call.mask)
+        gradient, new_state = returned.gradient_and_state("apply", output, state, rows)
+        gradient = join_like(zero_if_none(call, gradient), jacobian)
+        return gradient, settled("apply", call, new_state, state)
+
+    return _no_losses(knows_names(apply, per_task))
+
+
 def public_weigh(name, weigh, read_statistic, read, settled, per_task=None):
     """A weighting's ``apply`` from the plain function of this name."""
 
     def apply(state, statistic, *, values=None, mask=None):
         call = read(state, values, mask)
-        statistic = jax.lax.stop_gradient(read_statistic(call, statistic))
+        statistic = jax.lax.stop_gradient(read_statistic(call, statistic, state))
         output = weigh(state, statistic, call.values, call.mask)
         weights, new_state = returned.weights_and_state(name, output, call.mask.shape)
         weights = finish_weights(weights, call.mask, state_dtype(state, statistic))
         return weights, settled(name, call, new_state, state)
 
-    return knows_names(apply, per_task)
+    return _no_losses(knows_names(apply, per_task))
 
 
-def public_rowwise(rowwise, read, settled, per_task=None):
+def public_rowwise(rowwise, read, settled, jacobian_shaped=(), per_task=None):
     """A :class:`~mtlbalance.Rowwise` of public functions from one of plain ones."""
 
     def public_visit(state, i, row, *, values=None, mask=None):
         call = read(state, values, mask)
         row = jax.lax.stop_gradient(read_row(call.mask[i], row))
+        check_remembered("row", row, state, jacobian_shaped, skip=1)
         return jax.lax.stop_gradient(rowwise.visit(state, i, row, call.values, call.mask))
 
     def public_finish(state, statistics, *, values=None, mask=None):
         call = read(state, values, mask)
         output = rowwise.finish(state, read_statistics(call, statistics), call.values, call.mask)
         gradient, new_state = returned.gradient_and_state("finish", output, state)
-        return jax.lax.stop_gradient(zero_if_none(call, gradient)), settled("finish", call, new_state, state)
+        gradient = join(zero_if_none(call, gradient))
+        return jax.lax.stop_gradient(gradient), settled("finish", call, new_state, state)
 
     def public_visits(state, *, values=None, mask=None):
         return rowwise.visits(state, read(state, values, mask, required=False).mask)
 
     return Rowwise(
         knows_names(public_visit, per_task),
-        public_weigh("weigh", rowwise.weigh, read_statistics, read, settled, per_task) if rowwise.weigh else None,
+        rowwise.weigh and public_weigh("weigh", rowwise.weigh, without_state(read_statistics), read, settled, per_task),
         knows_names(public_finish, per_task) if rowwise.finish else None,
         knows_names(public_visits, per_task) if rowwise.visits else None,
     )
@@ -107,6 +131,56 @@ def public_hooks(check, end_epoch, observe, jacobian_shaped=(), per_task=None) -
         jax.jit(checked(check, public_end_epoch)) if end_epoch else lambda state: state,
         knows_names(public_observe, per_task, losses_at=1) if observe else lambda state, values, *, mask=None: state,
     )
+
+
+def read_rows(call, jacobian, state, jacobian_shaped):
+    """The Jacobian that a call is given, if it is of the state's parameters, as far as that knows them."""
+    rows = read_jacobian(call, jacobian)
+    check_remembered("jacobian", rows, state, jacobian_shaped)
+    return rows
+
+
+def without_state(read):
+    """A reader of what says nothing of the parameters, in the form of :func:`read_rows`."""
+    return lambda call, statistic, state: read(call, statistic)
+
+
+def check_remembered(name, rows, state, jacobian_shaped, skip=0):
+    """Raises unless gradients have the shapes of those that the state remembers, after ``skip`` axes."""
+    for field in jacobian_shaped:
+        check_rows_like(name, rows, attrgetter(field)(state), skip)
+
+
+def check_rows_like(name, rows, like, skip=0):
+    """Raises unless gradients have the shapes of others, after ``skip`` axes of these."""
+    # One leaf for a complex number: what is remembered of it may be its modulus.
+    rows, like = entries(rows), entries(like)
+    expected, found = ([jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (like, rows))
+    no_rows = found != expected and found == [shape[1:] for shape in expected]
+    if not skip and (no_rows or (_is_vector(rows) and not _is_vector(like))):
+        what = "a plain gradient" if no_rows else "a vector, such as the losses themselves"
+        due = f"leaves [m, *param.shape], one row per task, as mtl.value_and_jac returns: shapes {expected}"
+        reject(name, due, f"{what}, shapes {found}")
+    check_params_like(name, rows, like, skip)
+
+
+def check_kinds(name, rows, like):
+    """Raises unless gradients have complex numbers where others have them, both in their parts."""
+    is_parts = lambda x: isinstance(x, ComplexParts)
+    kinds, others = jax.tree.leaves_with_path(rows, is_leaf=is_parts), jax.tree.leaves(like, is_leaf=is_parts)
+    for (path, x), other in zip(kinds, others, strict=True):
+        found, expected = ("complex numbers" if is_parts(leaf) else "real numbers" for leaf in (x, other))
+        if found != expected:
+            reject(f"{name}{jax.tree_util.keystr(path)}", f"{expected}, as the parameters are", found, TypeError)
+
+
+def check_rows_of(jacobian, m, params):
+    """Raises unless a Jacobian has one row per task, and its leaves are those of the parameters."""
+    rows = split(check_task_axis(jacobian, m))
+    leaf = lambda x: jax.ShapeDtypeStruct((m, *jnp.shape(x)), jnp.result_type(x))
+    like = split_params(jax.tree.map(leaf, params))
+    check_rows_like("jacobian", rows, like)
+    check_kinds("jacobian", rows, like)
 
 
 def zero_if_none(call, gradient):
@@ -136,3 +210,38 @@ def _constants_like(name, new_state, state):
     """The new state in the old one's dtypes, a constant of differentiation."""
     returned.check_same(f"the new state of {name}", new_state, state)
     return jax.lax.stop_gradient(jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), new_state, state))
+
+
+# The Jacobian of one parameter that is a scalar by itself is a vector. So are the losses, given by mistake.
+
+
+def _no_losses(compiled):
+    """A function of the Jacobian that refuses the losses in its place, where both are given."""
+
+    @wraps(compiled)
+    def public(*args, values=None, **others):
+        if values is not None and any(x is values for x in (*args, *others.values())):
+            reject("jacobian", _ROWS_DUE, "the losses themselves, which are given as values too")
+        return compiled(*args, values=values, **others)
+
+    return public
+
+
+_ROWS_DUE = "one row per task, leaves [m, *param.shape], as mtl.value_and_jac returns"
+
+
+def _is_vector(jacobian):
+    return jax.tree_util.all_leaves([jacobian]) and jnp.ndim(jacobian) == 1
+
+
+@jax.custom_jvp
+def _not_differentiated(vector):
+    return vector
+
+
+@_not_differentiated.defjvp
+def _refuse(primals, tangents):
+    del tangents
+    hint = "; mtl.value_and_grad makes both the rows and the gradient. One scalar parameter: {'x': jacobian}"
+    found = f"a vector that is differentiated, shape {primals[0].shape}: the losses, inside jax.grad"
+    reject("jacobian", f"{_ROWS_DUE}{hint}", found)

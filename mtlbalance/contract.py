@@ -99,8 +99,9 @@ class Aggregator(NamedTuple):
     Attributes:
       init: ``((m, n)) -> state`` for a Jacobian matrix, ``((m, params)) -> state`` for a tree.
       apply: ``(state, jacobian, *, values=None, mask=None) -> (gradient, new_state)``. The Jacobian's leaves are
-        ``[m, *param.shape]``; the gradient has the params' shapes, in the Jacobian's dtypes. ``values`` are the losses,
-        for the methods that read them; ``mask`` says which tasks are present, as in :class:`Scalarizer`.
+        ``[m, *param.shape]``, real or complex; the gradient has the params' shapes, in the Jacobian's dtypes.
+        ``values`` are the losses, for the methods that read them; ``mask`` says which tasks are present, as in
+        :class:`Scalarizer`.
       end_epoch, observe: the hooks of :class:`Scalarizer`, so that one loop serves both families.
       weighting: of the Jacobian, where ``gradient = weights @ jacobian``.
       gramian_weighting: of ``J @ J.T``, where that is all the method needs.

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.complex_parts import is_complex, split
 from mtlbalance.contract import check_is_method, weights_of
 from mtlbalance.gramian import gramian as inner_products
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import (
     Call,
-    check_params_like,
+    check_task_axis,
     like_losses,
     read_gramian,
     read_jacobian,
@@ -27,6 +28,7 @@ from mtlbalance.losses import (
     read_mask,
     sums,
 )
+from mtlbalance.parameters import check_params_like
 
 
 def cosine_similarities(
@@ -162,7 +164,8 @@ def directional_derivatives(
     Args:
       jacobian: tree with leaves ``[m, *param.shape]``, as :func:`~mtlbalance.value_and_jac` gives it.
       updates: what :func:`optax.apply_updates` adds, shaped like the parameters; a plain gradient step is
-        ``-learning_rate * gradient``. For a Jacobian of a part of them ``mtl.subset(updates, mask)``.
+        ``-learning_rate * gradient``, of complex parameters the conjugate of that. For a Jacobian of a part of them
+        ``mtl.subset(updates, mask)``.
       losses: as in :func:`cosine_similarities`.
       mask: as in :func:`cosine_similarities`.
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split, as in
@@ -290,12 +293,13 @@ def _read_rows(jacobian, updates, losses, mask):
     if not leaves or not jnp.shape(leaves[0]):
         reject("jacobian", "leaves with a leading axis, one row per task", f"{jax.tree.map(jnp.shape, jacobian)}")
     call = _read_call(len(leaves[0]), losses, mask)
-    jacobian = read_jacobian(call, jacobian)
-    check_params_like("updates", updates, jacobian, skip=1)
+    check_params_like("updates", updates, check_task_axis(jacobian, len(leaves[0])), skip=1)
     # Products of one dtype: an update rounded to the Jacobian's bfloat16 or float16 could underflow.
     dtypes = jax.tree.map(jnp.result_type, jacobian, updates)
     cast = lambda tree: jax.tree.map(lambda x, dtype: jnp.asarray(x, dtype), tree, dtypes)
-    return call.mask, cast(jacobian), cast(updates)
+    # The gradient is the conjugate of the steepest ascent: with it an update has the products of its conjugate.
+    conjugate = jax.tree.map(lambda x: jnp.conj(x) if is_complex(x) else x, cast(updates))
+    return call.mask, read_jacobian(call, cast(jacobian)), split(conjugate)
 
 
 def _read_call(m, losses, mask):

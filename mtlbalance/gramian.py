@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from mtlbalance.complex_parts import join_like, split
 from mtlbalance.hyperparameters import reject
-from mtlbalance.losses import check_params_like
+from mtlbalance.parameters import check_params_like
 
 # Columns of a Jacobian that a CPU multiplies at a time: few enough for its cache, many enough to be worth a dot.
 _CHUNK = 4096
@@ -24,6 +25,8 @@ def gramian(
     jacobian: chex.ArrayTree, other: chex.ArrayTree | None = None, *, axis_name: Hashable | None = None
 ) -> chex.Array:
     r"""Inner products of the tasks' gradients, :math:`G = J J^\top`, or with others, :math:`J_1 J_2^\top`.
+
+    Complex gradients count as pairs of reals: the real part of :math:`J \bar J^\top`.
 
     Args:
       jacobian: tree with leaves ``[m, *param.shape]``, one row per task.
@@ -46,6 +49,7 @@ def gramian(
       [[26.  5.]
        [ 5.  2.]]
     """
+    jacobian = split(jacobian)
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(jacobian)]
     if len({leaf.shape[:1] for leaf in leaves}) != 1 or leaves[0].ndim == 0:
         shapes = [leaf.shape for leaf in leaves]
@@ -53,6 +57,7 @@ def gramian(
     if other is None:
         other = jacobian
     else:
+        other = split(other)
         check_params_like("other", other, jacobian)
     inner_products = sum(map(_of_leaf, leaves, map(jnp.asarray, jax.tree.leaves(other))))
     return inner_products if axis_name is None else jax.lax.psum(inner_products, axis_name)
@@ -71,8 +76,8 @@ def combine(weights: chex.Array, jacobian: chex.ArrayTree) -> chex.ArrayTree:
       jacobian: tree with leaves ``[m, *param.shape]``.
 
     Returns:
-      A tree with leaves of shape ``param.shape``, each in its Jacobian leaf's dtype; the sum itself is
-      made in ``result_type(float32, weights, leaf)``.
+      A tree with leaves of shape ``param.shape``, each in its Jacobian leaf's dtype, which may be complex; the sum
+      itself is made in ``result_type(float32, weights, leaf)``.
 
     Raises:
       ValueError: if a leaf does not have one row per weight.
@@ -95,7 +100,7 @@ def combine(weights: chex.Array, jacobian: chex.ArrayTree) -> chex.ArrayTree:
         operands = weights.astype(dtype), leaf.astype(dtype)
         return jax.lax.dot_general(*operands, row_axis, precision="highest").astype(leaf.dtype)
 
-    return jax.tree.map(leaf_sum, jacobian)
+    return join_like(jax.tree.map(leaf_sum, split(jacobian)), jacobian)
 
 
 def total(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array | float:
@@ -121,7 +126,7 @@ def total(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array
 
 def squared_norm(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array:
     """The squared norm of one task's gradient, summed over the axis by which its parameters are split, if any."""
-    return jnp.asarray(total(jax.tree.map(jnp.square, tree), axis_name))
+    return jnp.asarray(total(jax.tree.map(jnp.square, split(tree)), axis_name))
 
 
 def _of_leaf(x, y):

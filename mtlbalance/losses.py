@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from mtlbalance.complex_parts import split, split_params
 from mtlbalance.hyperparameters import check_int, flatten, is_int, is_number, reject
 from mtlbalance.parameters import check_trainable, is_network
 
@@ -105,6 +106,8 @@ def read_pair(tasks: Any, *others: Any, needs_params: bool) -> tuple[int, chex.A
     leaves = jax.tree.leaves(params)
     for leaf in filter(is_int, leaves):
         reject("params", "arrays (or one int: the columns of a matrix)", f"the int {leaf} in a tree", TypeError)
+    params = split_params(params)
+    leaves = jax.tree.leaves(params)
     floating = [_dtype(leaf) for leaf in leaves if jnp.issubdtype(_dtype(leaf), jnp.floating)]
     return int(m), params, jnp.result_type(*([jnp.float32, *floating] if leaves else [float]))
 
@@ -196,22 +199,26 @@ def like_losses(array: chex.Array, losses: chex.ArrayTree) -> chex.ArrayTree:
 
 
 def read_jacobian(call: Call, jacobian: chex.ArrayTree) -> chex.ArrayTree:
-    """Checks that every leaf has one row per task; an absent task's row becomes zero."""
-    m = call.mask.shape[0]
+    """Checks that every leaf has one row per task; an absent task's row becomes zero. Complex leaves are split."""
+    jacobian = split(check_task_axis(jacobian, call.mask.shape[0]))
+    return jacobian if call.all_present else present_rows(jacobian, call.mask)
+
+
+def check_task_axis(jacobian: chex.ArrayTree, m: int) -> chex.ArrayTree:
+    """The Jacobian's leaves as arrays, if each has one row per task."""
 
     def leaf(path, x):
         name = f"jacobian{jax.tree_util.keystr(path)}"
-        _check_floating(name, x)
+        _check_floating(name, x, jnp.inexact)
         if jnp.shape(x)[:1] != (m,):
             hint = (
-                " (a gradient of the summed loss has no such axis, nor has jacrev of a dict of losses; optax's "
+                " (a gradient of the summed loss has no such axis, nor have named losses or jacrev of them; optax's "
                 "MultiSteps and flatten take it away: they go after the aggregator)"
             )
             reject(name, f"a leading axis of {m}, one row per task{hint}", f"shape {jnp.shape(x)}")
         return jnp.asarray(x)
 
-    jacobian = jax.tree_util.tree_map_with_path(leaf, jacobian)
-    return jacobian if call.all_present else present_rows(jacobian, call.mask)
+    return jax.tree_util.tree_map_with_path(leaf, jacobian)
 
 
 def read_gramian(call: Call, gramian: chex.Array) -> chex.Array:
@@ -234,22 +241,10 @@ def read_statistics(call: Call, statistics: chex.ArrayTree) -> chex.ArrayTree:
 
 
 def read_row(present: chex.Array, row: chex.ArrayTree) -> chex.ArrayTree:
-    """Checks one task's gradient; an absent task's becomes zero."""
+    """Checks one task's gradient; an absent task's becomes zero. Complex leaves are split."""
     for leaf in jax.tree.leaves(row):
-        _check_floating("row", leaf)
-    return jax.tree.map(lambda x: jnp.where(present, x, 0), row)
-
-
-def check_params_like(name: str, tree: chex.ArrayTree, params: chex.ArrayTree, skip: int = 0) -> None:
-    """Raises unless two trees have one structure, and one shape a leaf (after ``skip`` axes of ``params``)."""
-    found, expected = jax.tree.structure(tree), jax.tree.structure(params)
-    if found != expected:
-        hint = " (of a part of them: was init given mtl.subset(params, mask)?)" if "MaskedNode" in f"{found}" else ""
-        reject(name, f"the params' tree {expected}", f"{found}{hint}")
-    for (path, leaf), param in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(params), strict=True):
-        if jnp.shape(leaf) != jnp.shape(param)[skip:]:
-            where = f"{name}{jax.tree_util.keystr(path)}"
-            reject(where, f"shape {jnp.shape(param)[skip:]}", f"shape {jnp.shape(leaf)}")
+        _check_floating("row", leaf, jnp.inexact)
+    return jax.tree.map(lambda x: jnp.where(present, x, 0), split(row))
 
 
 def present_rows(jacobian: chex.ArrayTree, mask: chex.Array) -> chex.ArrayTree:
@@ -337,8 +332,8 @@ def wide(dtype: chex.ArrayDType) -> chex.ArrayDType:
     return jnp.result_type(jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32, dtype)
 
 
-def _check_floating(name, leaf):
-    if is_int(leaf) or not jnp.issubdtype(_dtype(leaf), jnp.floating):
+def _check_floating(name, leaf, kind=jnp.floating):
+    if is_int(leaf) or not jnp.issubdtype(_dtype(leaf), kind):
         reject(name, "floating point numbers", f"dtype {_dtype(leaf)}", TypeError)
 
 

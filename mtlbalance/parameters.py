@@ -1,9 +1,10 @@
-"""Parameters as a model holds them: what no optimizer could train is refused, and the framework's way out is named."""
+"""Parameters as a model holds them: what no optimizer could train is refused, and what is not shaped like them."""
 
 import sys
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from mtlbalance.hyperparameters import is_number, reject
 
@@ -52,3 +53,15 @@ def _check_nnx(name, params):
             expected = f"parameters alone, nnx.Param ({recipe}: README, In Flax and Equinox)"
             found = f"{type(x).__name__}, which would silently keep its value"
             reject(f"{name}{jax.tree_util.keystr(path)}", expected, found, TypeError)
+
+
+def check_params_like(name: str, tree: chex.ArrayTree, params: chex.ArrayTree, skip: int = 0) -> None:
+    """Raises unless two trees have one structure, and one shape a leaf (after ``skip`` axes of ``params``)."""
+    found, expected = jax.tree.structure(tree), jax.tree.structure(params)
+    if found != expected:
+        hint = " (of a part of them: was init given mtl.subset(params, mask)?)" if "MaskedNode" in f"{found}" else ""
+        reject(name, f"the params' tree {expected}", f"{found}{hint}")
+    for (path, leaf), param in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(params), strict=True):
+        if jnp.shape(leaf) != jnp.shape(param)[skip:]:
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            reject(where, f"shape {jnp.shape(param)[skip:]}", f"shape {jnp.shape(leaf)}")

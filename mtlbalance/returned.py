@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance.hyperparameters import reject
-from mtlbalance.losses import check_params_like
+from mtlbalance.parameters import check_params_like
 
 
 def new_state(state: Any, shape: tuple[int, ...], fields: tuple[str, ...] = ()) -> Any:

@@ -74,10 +74,8 @@ def check_like(name: str, found: Any, expected: Any, *, method: str | None = Non
     fields = getattr(expected, "_fields", None)
     if fields is not None:
         if _kind(found) != _kind(expected):
-            hint = " (a checkpoint's, restored without a state to restore into: give it jax.eval_shape of init)"
-            as_restored = hint if isinstance(found, dict | list) else ""
             is_any = "" if hasattr(found, "_fields") else "what the method's init returned, "
-            reject(name, f"{is_any}{_described(expected, method)}", f"{_described(found)}{as_restored}", TypeError)
+            reject(name, f"{is_any}{_described(expected, method)}", described(found), TypeError)
         for field in () if by_type_only else fields:
             check_like(f"{name}.{field}", getattr(found, field), getattr(expected, field))
         return
@@ -139,6 +137,12 @@ def _float(shape):
 def _kind(x):
     # By name: a class that was pickled by value, or reloaded, is another object.
     return type(x).__name__, getattr(x, "_fields", None)
+
+
+def described(x: Any) -> str:
+    """What was found where a state is due."""
+    hint = " (of a checkpoint? restore it into jax.eval_shape of init)"
+    return _described(x) + (hint if isinstance(x, dict | list) else "")
 
 
 def _described(x, method=None):

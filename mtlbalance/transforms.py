@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import optax
 
 from mtlbalance import base
+from mtlbalance.boundary import check_rows_of
 from mtlbalance.contract import check_is_method
 from mtlbalance.hyperparameters import check_int, reject
-from mtlbalance.losses import check_params_like
-from mtlbalance.parameters import check_trainable
+from mtlbalance.parameters import check_params_like, check_trainable
 
 
 @base.memoized
@@ -16,7 +16,9 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
     """Turns an aggregator into the first link of an optax chain.
 
     Its ``update`` takes the Jacobian tree, leaves ``[n_tasks, *param.shape]``, where others take gradients, and
-    returns the gradient. The state is the aggregator's. Of the extra arguments it reads these, and ignores others:
+    returns the gradient. The state is the aggregator's. For complex parameters conjugate the Jacobian first, or the
+    gradient after it: optax goes down along the conjugate of what :func:`jax.grad` returns. Of the extra arguments it
+    reads these, and ignores others:
 
     * ``values=``, or by its other name ``task_losses=``: the losses, for methods that read them. Where they are named,
       row i is that of ``jax.tree.leaves(values)[i]``.
@@ -46,8 +48,8 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
 
     Raises:
       TypeError: if ``n_tasks`` is not an int, or ``aggregator`` not an :class:`~mtlbalance.Aggregator`.
-      ValueError: from ``update``, if the Jacobian does not fit the number of tasks or the params; if it, or the losses,
-        are given in both ways.
+      ValueError: from ``update``, if the Jacobian does not fit the number of tasks or the params, as a plain gradient
+        does not; if it, or the losses, are given in both ways.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -79,15 +81,12 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
         check_trainable("params", params)
         given = {"values": _losses_of(extra_args), "mask": extra_args.get("mask")}
         jacobian = extra_args.get("jacobian")
-        if jacobian is None:
-            gradient, state = aggregator.apply(state, updates, **given)
-        else:
-            jacobian = _masked_like(updates, jacobian)
-            gradient, state = aggregator.apply(state, jacobian, **given)
-            check_params_like("updates (beside jacobian= the plain gradient)", updates, jacobian, skip=1)
+        rows = updates if jacobian is None else _masked_like(updates, jacobian)
         if params is not None:
-            check_params_like("jacobian", gradient, params)
+            check_rows_of(rows, n_tasks, params)
+        gradient, state = aggregator.apply(state, rows, **given)
         if jacobian is not None:
+            check_params_like("updates (beside jacobian= the plain gradient)", updates, rows, skip=1)
             like = updates if params is None else params
             gradient = jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), gradient, like)
         return gradient, state

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.complex_parts import entries, squared_modulus
 from mtlbalance.gramian import total
 from mtlbalance.hyperparameters import POSITIVE, check, check_int
 from mtlbalance.states import count_seen, zero_counts, zeros_jacobian
@@ -24,7 +25,8 @@ class ExcessMTLState(NamedTuple):
       baseline: the excess that later ones are measured against, one per task; 0 while unset, and during warm-up
         the part of the mean gathered so far.
       seen: int32, one per task: the calls in which it was present.
-      squared_gradients: sum of the squared gradients, leaves ``[m, *param.shape]``.
+      squared_gradients: sum of the squared gradients, real leaves ``[m, *param.shape]``; of complex ones the squared
+        moduli.
     """
 
     log_weights: chex.Array
@@ -104,15 +106,18 @@ def excess_mtl(
             log_weights=jnp.full(m, -jnp.log(m), dtype),
             baseline=jnp.zeros(m, dtype),
             seen=zero_counts(m),
-            squared_gradients=zeros_jacobian(m, params, dtype),
+            squared_gradients=zeros_jacobian(m, entries(params), dtype),
         )
 
     def visit(squared_gradients, gradient, task):
         del task  # an absent task's gradient is zero, and so is its square
         # Eq. 7: the accumulator includes the gradient at hand.
-        squares = jax.tree.map(lambda s, g: s + g * g, squared_gradients, gradient)
-        excess = jax.tree.map(lambda s, g: g * (g * jax.lax.rsqrt(s + 1e-7)), squares, gradient)
-        return squares, total(excess, axis_name)
+        squares = jax.tree.map(lambda s, g: s + squared_modulus(g), squared_gradients, gradient)
+
+        def excess(s, g):  # of both parts of a complex number
+            return jax.tree.map(lambda part: part * (part * jax.lax.rsqrt(s + 1e-7)), g)
+
+        return squares, total(jax.tree.map(excess, squares, gradient), axis_name)
 
     def weigh(state, excess, values, mask):
         del values
@@ -128,4 +133,4 @@ def excess_mtl(
         state = state._replace(log_weights=log_weights, baseline=jnp.where(mask, baseline, state.baseline))
         return jax.nn.softmax(log_weights, where=mask), count_seen(state, mask)
 
-    return base.rowwise_aggregator(init, visit, weigh, memory="squared_gradients")
+    return base.rowwise_aggregator(init, visit, weigh, memory="squared_gradients", of_moduli=True)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.complex_parts import moduli
 from mtlbalance.gramian import total
 from mtlbalance.hyperparameters import FRACTION, check, reject
 from mtlbalance.names import check_task, index_of
@@ -91,7 +92,7 @@ def lr_annealing(
 
     def visit(memory, gradient, task):
         del task
-        sizes = jax.tree.map(jnp.abs, gradient)
+        sizes = moduli(gradient)
         largest = jnp.max(jnp.stack([jnp.max(x, initial=0) for x in jax.tree.leaves(sizes)] or [jnp.zeros(())]))
         added, count = jnp.asarray(total(sizes, axis_name)), float(sum(x.size for x in jax.tree.leaves(sizes)))
         if axis_name is not None:

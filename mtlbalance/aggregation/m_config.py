@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from mtlbalance import base, numerics
+from mtlbalance.complex_parts import entries, squared_modulus
 from mtlbalance.gramian import combine, gramian_of_tasks
 from mtlbalance.hyperparameters import DECAY, check
 from mtlbalance.losses import state_dtype
@@ -30,7 +31,8 @@ class MConFIGState(NamedTuple):
       count: int32 scalar: the calls that gave a gradient.
       direction: the last gradient before scaling, as if it were an average that has not been corrected for its start;
         shaped like the parameters.
-      squares: running average of the squares that Adam divides by, shaped like the parameters.
+      squares: running average of the squares that Adam divides by, real and shaped like the parameters; of complex ones
+        the squared moduli.
     """
 
     seen: chex.Array
@@ -103,7 +105,7 @@ def m_config(
             momentum=zeros_jacobian(m, params, dtype),
             count=jnp.zeros((), jnp.int32),
             direction=zeros_params(params, dtype),
-            squares=zeros_params(params, dtype),
+            squares=zeros_params(entries(params), dtype),
         )
 
     def visits(state, mask):
@@ -133,14 +135,17 @@ def m_config(
         new = second_moment(gradient, decay_1, decay_2, **old)
         state = state._replace(**select(ready, new, old))
         correction = numerics.bias_correction(decay_2, jnp.maximum(state.count, 1))
-        divide = lambda d, s: jnp.where(ready, d / (jnp.sqrt(s / correction) + 1e-8), 0)
-        return jax.tree.map(divide, gradient, state.squares), count_seen(state, mask)
+
+        def divide(s, g):  # both parts of a complex number
+            return jax.tree.map(lambda part: jnp.where(ready, part / (jnp.sqrt(s / correction) + 1e-8), 0), g)
+
+        return jax.tree.map(divide, state.squares, gradient), count_seen(state, mask)
 
     def second_moment(gradient, decay_1, decay_2, count, direction, squares):
         count = optax.safe_increment(count)
         new_direction = jax.tree.map(lambda d: numerics.bias_correction(decay_1, count) * d, gradient)
         implied = jax.tree.map(lambda new, old: (new - decay_1 * old) / (1 - decay_1), new_direction, direction)
-        squares = jax.tree.map(lambda s, x: decay_2 * s + (1 - decay_2) * x**2, squares, implied)
+        squares = jax.tree.map(lambda s, x: decay_2 * s + (1 - decay_2) * squared_modulus(x), squares, implied)
         return {"count": count, "direction": new_direction, "squares": squares}
 
     return base.rowwise_aggregator(init, visit, finish=finish, visits=visits, memory="momentum")

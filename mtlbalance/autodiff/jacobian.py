@@ -20,6 +20,7 @@ from mtlbalance.autodiff.options import (
 )
 from mtlbalance.autodiff.point import Point, one_hot
 from mtlbalance.autodiff.subsets import whole, with_float0
+from mtlbalance.complex_parts import split
 from mtlbalance.gramian import gramian
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import sums
@@ -155,7 +156,8 @@ def gramian_at(
       requested: whether that was asked for, or ``None``: then what is not possible is replaced with a warning.
     """
     if rows == "two_pass":
-        gradient_of = lambda weights: restrict(point.pull(lambda pullback: pullback.weighted(weights)))
+        # Split: the transposed of a complex pull-back is not its conjugate transposed.
+        gradient_of = lambda weights: split(restrict(point.pull(lambda pullback: pullback.weighted(weights))))
         obstacle, by_design = _obstacle_to_two_passes(gradient_of, point.evaluated)
         if obstacle is None:
             return _two_pass_gramian(gradient_of, point.evaluated.values), None

@@ -17,6 +17,7 @@ from mtlbalance.contract import Aggregator, Scalarizer
 from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.losses import shape_of, sums
 from mtlbalance.parameters import OF_MODULE, check_trainable
+from mtlbalance.state_checks import described
 from mtlbalance.wrappers.plumbing import check_method
 
 # Bytes of a Jacobian up to which all rows are computed at once, and up to which they may be kept for speed alone.
@@ -143,12 +144,12 @@ def check_params(params: chex.ArrayTree, allow_int: bool) -> None:
     check_trainable("params", params)
     for path, leaf in jax.tree.leaves_with_path(params):
         dtype = jnp.result_type(leaf)
-        may_be = (jnp.floating, jnp.integer, jnp.bool_, jax.dtypes.prng_key) if allow_int else (jnp.floating,)
+        may_be = (jnp.inexact, jnp.integer, jnp.bool_, jax.dtypes.prng_key) if allow_int else (jnp.inexact,)
         if not any(jnp.issubdtype(dtype, kind) for kind in may_be):
             hint = "or allow_int=True, for gradients of integers of type float0"
             if jnp.issubdtype(dtype, jax.dtypes.prng_key):
                 hint = f"no random keys: {OF_MODULE}"
-            expected = f"floating point numbers ({hint})"
+            expected = f"real or complex floating point numbers ({hint})"
             reject(f"params{jax.tree_util.keystr(path)}", expected, f"dtype {dtype}", TypeError)
 
 
@@ -156,7 +157,7 @@ def check_state(state: Any) -> None:
     """Raises if what stands between the parameters and the batch is no state, before the losses meet it."""
     if not hasattr(state, "_fields") or isinstance(state, Scalarizer | Aggregator):
         expected = "what grad_fn.init(params, *batch) returned, in its place: grad_fn(params, state, *batch)"
-        reject("state", expected, type(state).__name__, TypeError)
+        reject("state", expected, described(state), TypeError)
 
 
 def check_per_task(evaluated: Evaluated, state: Any = None) -> None:

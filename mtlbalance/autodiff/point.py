@@ -116,7 +116,7 @@ def of_features(trunk_and_heads, params, args, kwargs, *, has_aux, totals=None) 
 
     features, pull_features, trunk_aux = jax.vjp(of_trunk, trunk_params, has_aux=True)
     for path, x in jax.tree.leaves_with_path(features):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
             where, expected = f"the trunk's features{jax.tree_util.keystr(path)}", "floating point numbers"
             reject(where, f"{expected} (heads get the trunk's arguments too)", f"dtype {x.dtype}", TypeError)
 
@@ -239,7 +239,14 @@ def one_hot(i: chex.Numeric, values: chex.Array) -> chex.Array:
 def _map(fun, xs, batch_size, values):
     if batch_size == "vmap" or batch_size >= values.size:
         return jax.vmap(fun)(xs)
-    return map_rows(fun, xs, batch_size, given=values)
+    if batch_size == 1:
+        return map_rows(fun, xs, batch_size, given=values)
+    # Batches of leaves without entries cannot be put together: these are made here.
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(fun, jax.tree.map(lambda x: x[0], xs)))
+    with_entries = lambda x: [leaf for leaf in jax.tree.leaves(fun(x)) if leaf.size]
+    mapped = iter(map_rows(with_entries, xs, batch_size, given=values))
+    empty = lambda x: jnp.zeros((values.size, *x.shape), x.dtype)
+    return treedef.unflatten([next(mapped) if x.size else empty(x) for x in leaves])
 
 
 def _values(losses, totals):

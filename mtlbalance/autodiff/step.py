@@ -26,8 +26,9 @@ from mtlbalance.autodiff.subsets import Subset, join_subsets, with_float0
 from mtlbalance.contract import Aggregator, Scalarizer, weights_of
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import flatten, reject
-from mtlbalance.losses import check_params_like, like_losses, present_rows, read_mask, reject_number
+from mtlbalance.losses import like_losses, present_rows, read_mask, reject_number
 from mtlbalance.names import names_of
+from mtlbalance.parameters import check_params_like
 
 
 def value_and_grad(
@@ -55,6 +56,9 @@ def value_and_grad(
     The gradient is :math:`\sum_i w_i \nabla L_i`: for a scalarizer :math:`w` is the derivative of its scalar with
     respect to the losses, one backward pass in all; for an aggregator it is what its weighting makes of the Jacobian
     or Gramian. An aggregator without weights combines the rows as it likes.
+
+    Of complex parameters it is, as :func:`jax.grad` has it, the conjugate of the steepest ascent; methods see pairs of
+    reals.
 
     Args:
       losses_fn: ``(params, *args, **kwargs) -> losses``, one per task, an array or a tree of names, see

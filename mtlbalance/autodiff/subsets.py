@@ -75,7 +75,7 @@ def with_float0(gradient: chex.ArrayTree, params: chex.ArrayTree, lead: tuple[in
     """Zeros of dtype ``float0`` in the place of integers' gradients, as JAX has them."""
 
     def leaf(g, p):
-        if jnp.issubdtype(jnp.result_type(p), jnp.floating):
+        if jnp.issubdtype(jnp.result_type(p), jnp.inexact):
             return g
         return np.zeros((*lead, *jnp.shape(p)), jax.dtypes.float0)
 

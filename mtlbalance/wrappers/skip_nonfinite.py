@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mtlbalance import base
+from mtlbalance.complex_parts import is_complex
 from mtlbalance.contract import Rowwise
 from mtlbalance.gramian import squared_norm
 from mtlbalance.states import among, is_in, select
@@ -101,7 +102,9 @@ def _skip_aggregator(method, guard, hooks, axis_name):
 
     def nan_unless_finite(state, inner, output, finite):
         state, ok = guard(state, inner, finite)
-        return jax.tree.map(lambda x: jnp.where(ok, x, jnp.nan), output), state
+        # A gradient of `finish` may be complex: both of its parts are to be NaN.
+        nan_like = lambda x: complex(jnp.nan, jnp.nan) if is_complex(x) else jnp.nan
+        return jax.tree.map(lambda x: jnp.where(ok, x, nan_like(x)), output), state
 
     def guarded(apply, finite_tasks):
         def guarded_apply(state, statistic, values, mask):

@@ -204,13 +204,6 @@ def test_boolean_leaf_is_refused():
         mtl.value_and_jac(lambda params: params["w"])({"w": jnp.ones(3), "flags": {"on": jnp.array(True)}})
 
 
-@pytest.mark.parametrize("allow_int", [False, True])
-def test_complex_leaf_is_refused(allow_int):
-    losses = lambda params: jnp.abs(params["w"]) ** 2
-    with pytest.raises(TypeError, match=r"params\['w'\]: .*complex64"):
-        mtl.value_and_jac(losses, allow_int=allow_int)({"w": jnp.ones(3, jnp.complex64)})
-
-
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("rows", [None, "vmap", 1])
 def test_integer_leaf_jacobian(rows, jit):
