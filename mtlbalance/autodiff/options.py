@@ -111,7 +111,7 @@ def check_params(params: chex.ArrayTree, allow_int: bool) -> None:
         dtype = jnp.result_type(leaf) if is_array else type(leaf).__name__
         may_be = (jnp.inexact, jnp.integer, jnp.bool_) if allow_int else (jnp.inexact,)
         if not is_array or not any(jnp.issubdtype(dtype, kind) for kind in may_be):
-            expected = "floating point numbers, real or complex (or allow_int=True: integers get float0)"
+            expected = "floating point numbers (real or complex; or allow_int=True, and integers get float0)"
             reject(f"params{jax.tree_util.keystr(path)}", expected, f"dtype {dtype}", TypeError)
 
 
