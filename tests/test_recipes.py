@@ -67,7 +67,7 @@ def test_frozen_parameters_take_no_part_in_the_decision(method, frozen):
 def test_frozen_parameters_are_not_trained_and_the_others_are(frozen):
     shapes, keys = frozen["shapes"], frozen["keys"]
     start = {name: jax.random.normal(key, shapes[name]) / 4 for name, key in zip(shapes, keys, strict=False)}
-    moved = {name: bool(jnp.any(frozen["params"][name] != start[name])) for name in start}
+    moved = {name: not jnp.allclose(frozen["params"][name], start[name], atol=1e-4) for name in start}
     assert moved == frozen["trained"]
 
 

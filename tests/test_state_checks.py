@@ -295,7 +295,7 @@ def test_a_checkpoint_goes_with_a_target_and_not_without(tmp_path):
         checkpointer.save(tmp_path / "state", method.init(2))
         checkpointer.wait_until_finished()
         method.apply(checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: method.init(2))), jnp.ones(2))
-        with pytest.raises(TypeError, match=r"expected .*SkipNonfiniteState\(.*, found a dict of .*without a state"):
+        with pytest.raises(TypeError, match=r"expected .*SkipNonfiniteState\(.*, found a dict of .*of a checkpoint"):
             method.apply(checkpointer.restore(tmp_path / "state"), jnp.ones(2))
 
 

@@ -96,8 +96,9 @@ def test_vmap_over_float_hyperparameters_gives_what_a_loop_gives(built):
 
 
 def test_many_bare_calls_trace_once(built):
-    method, x = built.case.make(), built.sample(0)
-    state = built.init(method)
+    # As many tasks as no other check has: a factory returns the same method again, with its programs.
+    method, x = built.method_for(np.arange(6)), built.sample(0, n_tasks=6)
+    state = built.init(method, n_tasks=6)
     given = {} if built.is_scalarizer else {"values": built.losses(x)}
     with recorded() as events:
         _, state = method.apply(state, x, **given)
