@@ -108,7 +108,7 @@ def trace(toy, method, n_steps, starts=None, **setting):
 
 
 def check_ends(toy, points, expected, scales=None, residual=1e-4, atol=0.01):
-    """Exactly the starts named in ``expected`` arrive; each at its x1, where one is given."""
+    """Exactly the starts named in ``expected`` arrive; each at its x1, or one of several, where any is given."""
     scales = toy.SCALES if scales is None else scales
     there = toy.on_front(points, scales)
     assert [name for name, arrived in zip("ABCDE", there, strict=False) if arrived] == list(expected)
@@ -118,7 +118,8 @@ def check_ends(toy, points, expected, scales=None, residual=1e-4, atol=0.01):
     assert (shortest[~there] > 5e-3).all()
     for name, x1 in expected.items():
         if x1 is not None:
-            np.testing.assert_allclose(points["ABCDE".index(name), 0], x1, atol=atol, err_msg=name)
+            distances = points["ABCDE".index(name), 0] - np.atleast_1d(x1)
+            np.testing.assert_allclose(np.min(np.abs(distances)), 0, atol=atol, err_msg=name)
 
 
 def test_what_is_known_of_the_toy_problem(toy):
@@ -300,16 +301,19 @@ def test_famo_with_decay_gets_stuck(toy, weight_decay):
     method = scalarization.famo(min_losses=toy.LOWEST, weight_decay=weight_decay, delayed=True)
     ends = trace(toy, method, 50_000)[:, -1]
     # To where the logarithms' sum is least, as below.
-    check_ends(toy, ends, {"B": -6.24, "D": -6.24, "E": 6.24}, residual=1e-3)
+    check_ends(toy, ends, LOGARITHMS, residual=1e-3)
 
+
+# Where the sum of the logarithms is least; B lies on the line of symmetry, and rounding decides to which side it goes.
+LOGARITHMS = {"B": (-6.24, 6.24), "D": -6.24, "E": 6.24}
 
 # On the losses less their bound, which are positive; in no paper. From C none of them arrives.
 SHIFTED = {
-    "geometric mean": (scalarization.geometric_mean, {"B": 6.24, "D": -6.24, "E": 6.24}),
-    "scale-invariant": (scalarization.scale_invariant, {"B": 6.24, "D": -6.24, "E": 6.24}),
+    "geometric mean": (scalarization.geometric_mean, LOGARITHMS),
+    "scale-invariant": (scalarization.scale_invariant, LOGARITHMS),
     # At its best UW is the sum of the logarithms, and so is IMTL-L.
-    "UW": (lambda: mtl.learn(scalarization.uw(), optax.adam(0.025)), {"B": 6.24, "D": -6.24, "E": 6.24}),
-    "IMTL-L": (lambda: mtl.learn(scalarization.imtl_l(), optax.adam(0.025)), {"B": 6.24, "D": -6.24, "E": 6.24}),
+    "UW": (lambda: mtl.learn(scalarization.uw(), optax.adam(0.025)), LOGARITHMS),
+    "IMTL-L": (lambda: mtl.learn(scalarization.imtl_l(), optax.adam(0.025)), LOGARITHMS),
     "LBTW": (scalarization.lbtw, {"A": -4.02, "B": -4.06, "D": -4.26, "E": -3.54}),
     # From A it is on its way after 50,000 steps, and might arrive by other rounding: 40,000 below.
     "UW-SO, 1": (scalarization.uw_so, {"B": -6.09, "D": -6.09, "E": -6.09}),

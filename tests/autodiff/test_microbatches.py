@@ -21,11 +21,13 @@ X, Y = normal_batch(1, 64, n_in=5, n_out=3)
 LABELS = jnp.argsort(jax.random.uniform(jax.random.key(2), (64, 3)), axis=0) < jnp.array([64, 4, 13])
 
 
+NAMES = "dense", "rare", "sparse"
+
+
 def counted_losses(params, batch):
     x, y, there = batch
     errors = jnp.where(there, (network(params, x) - y) ** 2, 0)
-    names = "dense", "rare", "sparse"
-    return {name: mtl.Counted(jnp.sum(errors[:, i]), jnp.sum(there[:, i])) for i, name in enumerate(names)}
+    return {name: mtl.Counted(jnp.sum(errors[:, i]), jnp.sum(there[:, i])) for i, name in enumerate(NAMES)}
 
 
 def uncounted_losses(params, batch):
@@ -134,7 +136,8 @@ SOME = ["aggregation.imtl_g", "aggregation.excess_mtl", "aggregation.modo", "agg
 def test_passes_are_as_in_the_readme(name):
     """One where the weights are known before the losses, or come from rows; then the model is compiled in once."""
     passes, (family, name) = passes_in_readme()[name], name.split(".")
-    method = next(case for case in CASES[family] if case.name == name).make()
+    case = next(case for case in CASES[family] if case.name == name)
+    method = case.make(tasks={name: i for i, name in enumerate(NAMES)}) if case.per_task else case.make()
     if method.learned:
         method = mtl.learn(method, optax.sgd(0.1))
     step = mtl.value_and_grad(counted_losses, method, microbatches=4)

@@ -132,8 +132,9 @@ def test_wrong_losses_raise(scalarizer):
         apply(state, jnp.ones(4))
     with pytest.raises(ValueError, match=r"values: expected shape \(3,\).*found shape \(1,\)"):
         apply(state, jnp.ones(1))  # no broadcast
+    by_name = scalarizer.method_for({"left": 0, "right": 1})
     with pytest.raises(ValueError, match=r"values.*found shape \(2,\)"):
-        apply(state, {"left": 1.0, "right": 2.0})
+        by_name.apply(state, {"left": 1.0, "right": 2.0})
     for wrong in jnp.ones(3, int), jnp.ones(3, bool), jnp.ones(3, complex):
         with pytest.raises(TypeError, match=rf"values: expected floating point numbers, found dtype {wrong.dtype}"):
             apply(state, wrong)
@@ -164,11 +165,12 @@ def test_wrong_masks_raise(built):
 @pytest.mark.one_of_a_kind("boundary")
 def test_a_mask_of_other_names_raises(scalarizer):
     losses = {"left": 1.0, "right": 2.0, "sum": 3.0}
+    by_name = scalarizer.method_for({"left": 0, "right": 1, "sum": 2})
     with pytest.raises(ValueError, match="mask: expected one array, or the shapes of values"):
-        scalarizer.method.apply(scalarizer.init(), losses, mask={"left": True, "right": True, "total": True})
+        by_name.apply(scalarizer.init(), losses, mask={"left": True, "right": True, "total": True})
     uneven, labels = {"a": jnp.ones(2), "b": jnp.ones(1)}, {"a": jnp.array([True]), "b": jnp.array([True, False])}
     with pytest.raises(ValueError, match="mask: expected one array, or the shapes of values"):
-        scalarizer.method.apply(scalarizer.init(), uneven, mask=labels)
+        scalarizer.method_for({"a": jnp.arange(2), "b": jnp.array([2])}).apply(scalarizer.init(), uneven, mask=labels)
 
 
 @pytest.mark.one_of_a_kind("boundary")
