@@ -12,7 +12,7 @@ from mtlbalance.contract import Hook, Rowwise
 from mtlbalance.gramian import combine, gramian_of_tasks
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import check_task_axis, read_call, read_jacobian, read_row, read_statistics, state_dtype
-from mtlbalance.names import knows_names, names_of
+from mtlbalance.names import compile_with_names, names_of
 from mtlbalance.parameters import check_params_like
 from mtlbalance.states import select
 
@@ -31,11 +31,15 @@ def reader(check, *, required=False):
 def checked(check, function):
     """A function of the state alone, if there is one, after ``check`` has seen the state."""
 
+    if function is None:
+        return None
+
+    @wraps(function)
     def checked_function(state):
         check(state)
         return function(state)
 
-    return function and checked_function
+    return checked_function
 
 
 def of_gramian(gramian_weighting, axis_name):
@@ -73,7 +77,7 @@ def public_apply(plain, read, settled, jacobian_shaped=(), per_task=None):
         gradient = join_like(zero_if_none(call, gradient), jacobian)
         return gradient, settled("apply", call, new_state, state)
 
-    return _no_losses(knows_names(apply, per_task))
+    return _no_losses(compile_with_names(apply, per_task))
 
 
 def public_weigh(name, weigh, read_statistic, read, settled, per_task=None):
@@ -87,7 +91,7 @@ def public_weigh(name, weigh, read_statistic, read, settled, per_task=None):
         weights = finish_weights(weights, call.mask, state_dtype(state, statistic))
         return weights, settled(name, call, new_state, state)
 
-    return _no_losses(knows_names(apply, per_task))
+    return _no_losses(compile_with_names(apply, per_task))
 
 
 def public_rowwise(rowwise, read, settled, jacobian_shaped=(), per_task=None):
@@ -110,10 +114,10 @@ def public_rowwise(rowwise, read, settled, jacobian_shaped=(), per_task=None):
         return rowwise.visits(state, read(state, values, mask, required=False).mask)
 
     return Rowwise(
-        knows_names(public_visit, per_task),
+        compile_with_names(public_visit, per_task),
         rowwise.weigh and public_weigh("weigh", rowwise.weigh, without_state(read_statistics), read, settled, per_task),
-        knows_names(public_finish, per_task) if rowwise.finish else None,
-        knows_names(public_visits, per_task) if rowwise.visits else None,
+        compile_with_names(public_finish, per_task) if rowwise.finish else None,
+        compile_with_names(public_visits, per_task) if rowwise.visits else None,
     )
 
 
@@ -124,12 +128,14 @@ def public_hooks(check, end_epoch, observe, jacobian_shaped=(), per_task=None) -
         return _constants_like("end_epoch", end_epoch(state), state)
 
     def public_observe(state, values, *, mask=None):
-        call = reader(check)(state, values, mask)
+        call = reader(check, required=True)(state, values, mask)
         return settle("observe", call, observe(state, call.values, call.mask), state, jacobian_shaped)
 
     return (
-        jax.jit(checked(check, public_end_epoch)) if end_epoch else lambda state: state,
-        knows_names(public_observe, per_task, losses_at=1) if observe else lambda state, values, *, mask=None: state,
+        compile_with_names(checked(check, public_end_epoch)) if end_epoch else lambda state: state,
+        compile_with_names(public_observe, per_task, losses_at=1)
+        if observe
+        else lambda state, values, *, mask=None: state,
     )
 
 

@@ -1,5 +1,7 @@
 """Slips of a first hour: each is refused before anything compiles, in the sentence that its maker needs."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -81,6 +83,7 @@ METHODS = {
     ),
     "learn: a rate": (lambda: mtl.learn(UW, 0.1), r"optimizer: .*such as optax.adam\(1e-2\), found float"),
     "learn: a factory": (lambda: mtl.learn(UW, optax.adam), r"optimizer: .*, found the function adam"),
+    "learn: a part of a factory": (lambda: mtl.learn(UW, partial(optax.adam, 0.1)), "optimizer: .*, found partial$"),
     "learn: nothing to learn": (lambda: mtl.learn(DWA, ADAM), "found Scalarizer with nothing to learn, which needs no"),
     "learn: an aggregator": (lambda: mtl.learn(UPGRAD, ADAM), "found Aggregator with nothing to learn, which needs no"),
     "learn: outside": (lambda: mtl.learn(mtl.skip_nonfinite(UW), ADAM), r"as in skip_nonfinite\(learn\(method, optimi"),
@@ -170,6 +173,18 @@ CALLS = {
     "None before names": (
         lambda: scalarization.constant({"cls": 1.0, "reg": 2.0}).apply(STATE, {"cls": 1.0, "reg": None}),
         rf"values\['reg'\]: expected {ABSENT}, found None",
+    ),
+    "the method for its state, at an epoch's end": (
+        lambda: DWA.end_epoch(DWA),
+        r"state.init: expected what the method's init returned, found functi",
+    ),
+    "an epoch's number": (
+        lambda: DWA.end_epoch(STATE, 1),
+        r"end_epoch: expected the arguments \(state\), found too many positional",
+    ),
+    "nothing to observe": (
+        lambda: scalarization.famo().observe(scalarization.famo().init(2), None),
+        "values: expected the losses, found None",
     ),
     "Counted without its count": (
         apply(STATE, {"cls": mtl.Counted(jnp.array(1.0), None), "reg": 1.0}),
