@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from mtlbalance.contract import Aggregator, Scalarizer
+from mtlbalance.contract import Aggregator, Scalarizer, check_is_method
 from mtlbalance.hyperparameters import for_any_tasks, reject
 from mtlbalance.losses import shape_of, state_dtype, sums
 from mtlbalance.names import Names, names_of, with_names
@@ -63,8 +63,7 @@ def carry_over(
       >>> print(state.average, state.count)
       [3. 0. 1.] [1 0 1]
     """
-    if not isinstance(method, Scalarizer | Aggregator):
-        reject("method", "a Scalarizer or an Aggregator", type(method).__name__, TypeError)
+    check_is_method("method", method, "a Scalarizer or an Aggregator", Scalarizer, Aggregator)
     _, old = _read("old_losses", old_losses)
     new_losses, new = _read("new_losses", new_losses)
     params = params_of(state, method.jacobian_shaped) if params is None else params

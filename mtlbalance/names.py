@@ -17,7 +17,7 @@ import chex
 import jax
 import numpy as np
 
-from mtlbalance.hyperparameters import are_any_tasks, is_int, is_number, reject
+from mtlbalance.hyperparameters import are_any_tasks, is_int, is_number, kind_of, reject
 from mtlbalance.losses import check_losses, sums
 
 
@@ -161,11 +161,10 @@ def _slip_of(function, signature, args, kwargs):
         return function.__name__.removeprefix("public_"), f"the arguments {signature}", f"{error}"
     for path, leaf in jax.tree.leaves_with_path(given):
         if not is_number(leaf):
-            found = repr(leaf) if isinstance(leaf, str) else type(leaf).__name__
             argument, *where = path
             expected = {"state": "what the method's init returned", "mask": "booleans, one per task"}
             expected = expected.get(argument.key, "an array or a tree of arrays")
-            return f"{argument.key}{jax.tree_util.keystr(tuple(where))}", expected, found
+            return f"{argument.key}{jax.tree_util.keystr(tuple(where))}", expected, kind_of(leaf)
     return None
 
 

@@ -71,6 +71,10 @@ METHODS = {
         lambda: diagnostics.effective_weights(scalarization.dwa, STATE, LOSSES),
         r"scalarizer: expected a Scalarizer.* found function dwa: a factory must be called, dwa\(\)",
     ),
+    "... for other tasks": (
+        lambda: mtl.carry_over(scalarization.dwa, STATE, ["a", "b"], ["a"]),
+        rf"method: {A_METHOD} function dwa: a factory must be called, dwa\(\)",
+    ),
     "a wrapper that is not called": (lambda: grad_fn(mtl.amortize), rf"method: {A_METHOD} function amortize"),
     "a part of a method": (lambda: grad_fn(DWA.apply), rf"method: {A_METHOD} a function$"),
     "a name": (lambda: grad_fn("uw"), rf"method: {A_METHOD} 'uw': the factory of that name must be called"),
@@ -199,7 +203,7 @@ STEPS = {
     "the optimizer's state": (lambda: grad_fn()(PARAMS, ADAM.init(PARAMS), *BATCH), rf"{STATE_DUE}.* found a tuple of"),
     "the method": (lambda: grad_fn()(PARAMS, DWA, *BATCH), rf"{STATE_DUE}.* found Scalarizer"),
     "state first": (lambda: grad_fn()(STATE, PARAMS, *BATCH), rf"{STATE_DUE}.* found a dict of"),
-    "the number of tasks": (lambda: grad_fn()(PARAMS, 2, *BATCH), rf"{STATE_DUE}.* found a int"),
+    "the number of tasks": (lambda: grad_fn()(PARAMS, 2, *BATCH), rf"{STATE_DUE}.* found int$"),
     "the sum": (returning(lambda losses: sum(losses.values())), "losses_fn: .*a scalar: do not add the losses up"),
     "an int": (
         returning(lambda losses: losses | {"reg": 0}),
