@@ -68,6 +68,9 @@ def scalarizer(
       last_weights: ``(state) -> weights`` of the last call, for a method that keeps them.
       per_task: hyperparameters with one number per task, by argument: their names must be the losses'.
 
+    Returns:
+      A :class:`~mtlbalance.Scalarizer` of compiled functions.
+
     Raises:
       TypeError: when it is used, if a function returns something else; the error says what and which.
       ValueError: from ``init``, if the state's first leaf has not one entry per task.

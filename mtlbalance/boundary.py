@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import returned
-from mtlbalance.complex_parts import ComplexParts, entries, join, join_like, split, split_params
+from mtlbalance.complex_parts import entries, is_parts, join, join_like, split, split_params
 from mtlbalance.contract import Hook, Rowwise
 from mtlbalance.gramian import combine, gramian_of_tasks
 from mtlbalance.hyperparameters import reject
@@ -15,6 +15,8 @@ from mtlbalance.losses import check_task_axis, read_call, read_jacobian, read_ro
 from mtlbalance.names import compile_with_names, names_of
 from mtlbalance.parameters import check_params_like
 from mtlbalance.states import select
+
+_ROWS_DUE = "leaves [m, *param.shape], one row per task, as mtl.value_and_jac returns"
 
 
 def reader(check, *, required=False):
@@ -77,7 +79,7 @@ def public_apply(plain, read, settled, jacobian_shaped=(), per_task=None):
         gradient = join_like(zero_if_none(call, gradient), jacobian)
         return gradient, settled("apply", call, new_state, state)
 
-    return _no_losses(compile_with_names(apply, per_task))
+    return _refuses_losses(compile_with_names(apply, per_task))
 
 
 def public_weigh(name, weigh, read_statistic, read, settled, per_task=None):
@@ -91,7 +93,7 @@ def public_weigh(name, weigh, read_statistic, read, settled, per_task=None):
         weights = finish_weights(weights, call.mask, state_dtype(state, statistic))
         return weights, settled(name, call, new_state, state)
 
-    return _no_losses(compile_with_names(apply, per_task))
+    return _refuses_losses(compile_with_names(apply, per_task))
 
 
 def public_rowwise(rowwise, read, settled, jacobian_shaped=(), per_task=None):
@@ -165,14 +167,12 @@ def check_rows_like(name, rows, like, skip=0):
     no_rows = found != expected and found == [shape[1:] for shape in expected]
     if not skip and (no_rows or (_is_vector(rows) and not _is_vector(like))):
         what = "a plain gradient" if no_rows else "a vector, such as the losses themselves"
-        due = f"leaves [m, *param.shape], one row per task, as mtl.value_and_jac returns: shapes {expected}"
-        reject(name, due, f"{what}, shapes {found}")
+        reject(name, f"{_ROWS_DUE}: shapes {expected}", f"{what}, shapes {found}")
     check_params_like(name, rows, like, skip)
 
 
 def check_kinds(name, rows, like):
     """Raises unless gradients have complex numbers where others have them, both in their parts."""
-    is_parts = lambda x: isinstance(x, ComplexParts)
     kinds, others = jax.tree.leaves_with_path(rows, is_leaf=is_parts), jax.tree.leaves(like, is_leaf=is_parts)
     for (path, x), other in zip(kinds, others, strict=True):
         found, expected = ("complex numbers" if is_parts(leaf) else "real numbers" for leaf in (x, other))
@@ -221,7 +221,7 @@ def _constants_like(name, new_state, state):
 # The Jacobian of one parameter that is a scalar by itself is a vector. So are the losses, given by mistake.
 
 
-def _no_losses(compiled):
+def _refuses_losses(compiled):
     """A function of the Jacobian that refuses the losses in its place, where both are given."""
 
     @wraps(compiled)
@@ -231,9 +231,6 @@ def _no_losses(compiled):
         return compiled(*args, values=values, **others)
 
     return public
-
-
-_ROWS_DUE = "one row per task, leaves [m, *param.shape], as mtl.value_and_jac returns"
 
 
 def _is_vector(jacobian):
