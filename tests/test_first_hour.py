@@ -45,7 +45,6 @@ def apply(*args, **kwargs):
 
 STATE = DWA.init(2)
 LOSSES, NAMED = jnp.array([1.0, 2.0]), {"cls": jnp.array(1.0), "reg": jnp.array(2.0)}
-PLAIN = optax.sgd(0.1).init(PARAMS)
 ABSENT = r"floating point numbers \(a task that is absent: mask=, or mtl.Counted\(sum, 0\)\)"
 ONLY = r"floating point numbers \(of a module its parameters alone: eqx.filter\(model, eqx.is_inexact_array\) or eqx"
 STATE_DUE = r"state: expected what grad_fn.init\(params, \*batch\) returned, in its place: grad_fn\(params, state"

@@ -289,12 +289,12 @@ def test_an_auxiliary_array_shows_in_the_number_of_losses():
 
 
 def test_a_pair_of_losses_stays_one():
-    for losses_fn in (
-        lambda params, batch: (named(params, batch), jnp.sum(params[0]["w"])),
-        lambda params, batch: (jnp.sum(batch[0]) * params[0]["b"][0], counted(params, batch)["seg"]),
-    ):
+    four = lambda params, batch: (named(params, batch), jnp.sum(params[0]["w"]))
+    two = lambda params, batch: (jnp.sum(batch[0]) * params[0]["b"][0], counted(params, batch)["seg"])
+    for losses_fn, n_tasks in (four, 4), (two, 2):
         grad_fn = mtl.value_and_grad(losses_fn, aggregation.upgrad())
-        jax.eval_shape(grad_fn, PARAMS, grad_fn.init(PARAMS, BATCH), BATCH)
+        (_, state), _ = jax.eval_shape(grad_fn, PARAMS, grad_fn.init(PARAMS, BATCH), BATCH)
+        assert state.seen.shape == (n_tasks,)
 
 
 def test_the_one_loss_of_a_task_is_no_pair():
