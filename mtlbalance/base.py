@@ -41,7 +41,7 @@ from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import read_gramian, read_pair, read_shape, state_dtype, sums
 from mtlbalance.memo import memoized as memoized
-from mtlbalance.names import check_names, knows_names, knows_names_of
+from mtlbalance.names import check_names, compile_with_names, with_names_for_init
 from mtlbalance.state_checks import state_check
 from mtlbalance.states import among, place
 
@@ -68,6 +68,9 @@ def scalarizer(
       last_weights: ``(state) -> weights`` of the last call, for a method that keeps them.
       per_task: hyperparameters with one number per task, by argument: their names must be the losses'.
 
+    Returns:
+      A :class:`~mtlbalance.Scalarizer` of compiled functions.
+
     Raises:
       TypeError: when it is used, if a function returns something else; the error says what and which.
       ValueError: from ``init``, if the state's first leaf has not one entry per task.
@@ -90,7 +93,7 @@ def scalarizer(
 
     def public_init(shape=None, *others):
         dims, dtype = read_shape(shape, *others)
-        with knows_names_of(shape):
+        with with_names_for_init(shape):
             check_names(per_task)
             return place(returned.new_state(init(dims, dtype), dims, learned), shape)
 
@@ -103,7 +106,7 @@ def scalarizer(
         return scalar.astype(dtype), settle("apply", call, new_state, state)
 
     hooks = public_hooks(check, end_epoch, observe, per_task=per_task)
-    public = knows_names(public_apply, per_task, losses_at=1)
+    public = compile_with_names(public_apply, per_task, losses_at=1)
     return Scalarizer(public_init, public, *hooks, learned, last_weights=checked(check, last_weights))
 
 

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import returned
-from mtlbalance.complex_parts import ComplexParts, entries, join, join_like, split, split_params
+from mtlbalance.complex_parts import entries, is_parts, join, join_like, split, split_params
 from mtlbalance.contract import Hook, Rowwise
 from mtlbalance.gramian import combine, gramian_of_tasks
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import check_task_axis, read_call, read_jacobian, read_row, read_statistics, state_dtype
-from mtlbalance.names import knows_names, names_of
+from mtlbalance.names import compile_with_names, names_of
 from mtlbalance.parameters import check_params_like
 from mtlbalance.states import select
+
+_ROWS_DUE = "leaves [m, *param.shape], one row per task, as mtl.value_and_jac returns"
 
 
 def reader(check, *, required=False):
@@ -31,11 +33,15 @@ def reader(check, *, required=False):
 def checked(check, function):
     """A function of the state alone, if there is one, after ``check`` has seen the state."""
 
+    if function is None:
+        return None
+
+    @wraps(function)
     def checked_function(state):
         check(state)
         return function(state)
 
-    return function and checked_function
+    return checked_function
 
 
 def of_gramian(gramian_weighting, axis_name):
@@ -73,7 +79,7 @@ def public_apply(plain, read, settled, jacobian_shaped=(), per_task=None):
         gradient = join_like(zero_if_none(call, gradient), jacobian)
         return gradient, settled("apply", call, new_state, state)
 
-    return _no_losses(knows_names(apply, per_task))
+    return _refuses_losses(compile_with_names(apply, per_task))
 
 
 def public_weigh(name, weigh, read_statistic, read, settled, per_task=None):
@@ -87,7 +93,7 @@ def public_weigh(name, weigh, read_statistic, read, settled, per_task=None):
         weights = finish_weights(weights, call.mask, state_dtype(state, statistic))
         return weights, settled(name, call, new_state, state)
 
-    return _no_losses(knows_names(apply, per_task))
+    return _refuses_losses(compile_with_names(apply, per_task))
 
 
 def public_rowwise(rowwise, read, settled, jacobian_shaped=(), per_task=None):
@@ -110,10 +116,10 @@ def public_rowwise(rowwise, read, settled, jacobian_shaped=(), per_task=None):
         return rowwise.visits(state, read(state, values, mask, required=False).mask)
 
     return Rowwise(
-        knows_names(public_visit, per_task),
+        compile_with_names(public_visit, per_task),
         rowwise.weigh and public_weigh("weigh", rowwise.weigh, without_state(read_statistics), read, settled, per_task),
-        knows_names(public_finish, per_task) if rowwise.finish else None,
-        knows_names(public_visits, per_task) if rowwise.visits else None,
+        compile_with_names(public_finish, per_task) if rowwise.finish else None,
+        compile_with_names(public_visits, per_task) if rowwise.visits else None,
     )
 
 
@@ -124,12 +130,14 @@ def public_hooks(check, end_epoch, observe, jacobian_shaped=(), per_task=None) -
         return _constants_like("end_epoch", end_epoch(state), state)
 
     def public_observe(state, values, *, mask=None):
-        call = reader(check)(state, values, mask)
+        call = reader(check, required=True)(state, values, mask)
         return settle("observe", call, observe(state, call.values, call.mask), state, jacobian_shaped)
 
     return (
-        jax.jit(checked(check, public_end_epoch)) if end_epoch else lambda state: state,
-        knows_names(public_observe, per_task, losses_at=1) if observe else lambda state, values, *, mask=None: state,
+        compile_with_names(checked(check, public_end_epoch)) if end_epoch else lambda state: state,
+        compile_with_names(public_observe, per_task, losses_at=1)
+        if observe
+        else lambda state, values, *, mask=None: state,
     )
 
 
@@ -159,14 +167,12 @@ def check_rows_like(name, rows, like, skip=0):
     no_rows = found != expected and found == [shape[1:] for shape in expected]
     if not skip and (no_rows or (_is_vector(rows) and not _is_vector(like))):
         what = "a plain gradient" if no_rows else "a vector, such as the losses themselves"
-        due = f"leaves [m, *param.shape], one row per task, as mtl.value_and_jac returns: shapes {expected}"
-        reject(name, due, f"{what}, shapes {found}")
+        reject(name, f"{_ROWS_DUE}: shapes {expected}", f"{what}, shapes {found}")
     check_params_like(name, rows, like, skip)
 
 
 def check_kinds(name, rows, like):
     """Raises unless gradients have complex numbers where others have them, both in their parts."""
-    is_parts = lambda x: isinstance(x, ComplexParts)
     kinds, others = jax.tree.leaves_with_path(rows, is_leaf=is_parts), jax.tree.leaves(like, is_leaf=is_parts)
     for (path, x), other in zip(kinds, others, strict=True):
         found, expected = ("complex numbers" if is_parts(leaf) else "real numbers" for leaf in (x, other))
@@ -215,7 +221,7 @@ def _constants_like(name, new_state, state):
 # The Jacobian of one parameter that is a scalar by itself is a vector. So are the losses, given by mistake.
 
 
-def _no_losses(compiled):
+def _refuses_losses(compiled):
     """A function of the Jacobian that refuses the losses in its place, where both are given."""
 
     @wraps(compiled)
@@ -225,9 +231,6 @@ def _no_losses(compiled):
         return compiled(*args, values=values, **others)
 
     return public
-
-
-_ROWS_DUE = "one row per task, leaves [m, *param.shape], as mtl.value_and_jac returns"
 
 
 def _is_vector(jacobian):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from mtlbalance.contract import Aggregator, Scalarizer
+from mtlbalance.contract import Aggregator, Scalarizer, check_is_method
 from mtlbalance.hyperparameters import for_any_tasks, reject
 from mtlbalance.losses import shape_of, state_dtype, sums
-from mtlbalance.names import names_of
+from mtlbalance.names import Names, names_of, with_names
 from mtlbalance.state_checks import check_like, params_of
 
 
@@ -34,12 +34,12 @@ def carry_over(
     task starts with 1/m beside a total of 1, not with an equal share.
 
     Args:
-      method: for the new tasks. Its hyperparameters with one number per task have the new names; without any it may be
-        the same as before.
+      method: for the new tasks. Its hyperparameters with one number per task have the new names, and are checked as by
+        ``init``; without any it may be the same as before.
       state: of this method, or of the one for the old tasks. Of an optax chain whose first link is
         :func:`mtlbalance.aggregate` it is the first entry of the optimizer's state.
       old_losses: the named losses that the state was made for, whatever their values, or the names alone: a list, a
-        tuple or a set, which stands for a dict with these keys.
+        tuple or a set, in the order of a dict with these keys.
       new_losses: the same of the new ones.
       params: as given to an aggregator's ``init``: only for a method of your own whose state depends on them and
         remembers no gradients.
@@ -63,20 +63,20 @@ def carry_over(
       >>> print(state.average, state.count)
       [3. 0. 1.] [1 0 1]
     """
-    if not isinstance(method, Scalarizer | Aggregator):
-        reject("method", "a Scalarizer or an Aggregator", type(method).__name__, TypeError)
-    old_losses, old_names = _read("old_losses", old_losses)
-    new_losses, new_names = _read("new_losses", new_losses)
+    check_is_method("method", method, "a Scalarizer or an Aggregator", Scalarizer, Aggregator)
+    _, old = _read("old_losses", old_losses)
+    new_losses, new = _read("new_losses", new_losses)
     params = params_of(state, method.jacobian_shaped) if params is None else params
-    axes = _task_axes(method, state, old_names, params)
+    axes = _task_axes(method, state, old.entries, params)
 
-    if isinstance(method, Scalarizer):
-        dtype = state_dtype(state, ())
-        start = method.init(jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), dtype), new_losses))
-    else:
-        start = method.init((len(new_names), params))
+    with with_names(new):
+        if isinstance(method, Scalarizer):
+            dtype = state_dtype(state, ())
+            start = method.init(jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), dtype), new_losses))
+        else:
+            start = method.init((len(new.entries), params))
     leaves, treedef = jax.tree.flatten(start)
-    positions = [old_names.index(name) if name in old_names else None for name in new_names]
+    positions = [old.entries.index(name) if name in old.entries else None for name in new.entries]
 
     def merge(old, start):
         return [_merged(*given, positions) if given[2] else given[0] for given in zip(old, start, axes, strict=True)]
@@ -88,19 +88,19 @@ def carry_over(
 def _read(argument, losses):
     """The losses as a tree of anything, and their names in its order; of names alone one vector."""
     is_collection = isinstance(losses, Iterable) and not isinstance(losses, Mapping | str | chex.Array | np.ndarray)
-    names = list(losses) if is_collection else [None]
-    if all(isinstance(name, str) for name in names):
-        names.sort()  # as the keys of a dict
-        losses = np.zeros(len(names))
+    alone = list(losses) if is_collection else [None]
+    if all(isinstance(name, str) for name in alone):
+        # In the order of a dict's keys. The losses may be an array: numbers for each may have their order too.
+        losses, names = np.zeros(len(alone)), Names(tuple(sorted(alone)), n_leaves=1)
     else:
         losses = sums(jax.tree.map(lambda x: 0.0 if x is None else x, losses, is_leaf=lambda x: x is None))
-        names = list(names_of(losses).entries)
+        names = names_of(losses)
     if not sum(map(np.size, jax.tree.leaves(losses))):
         reject(argument, "at least one task", "none")
-    if not names:
+    if not names.entries:
         reject(argument, "named losses, or a list of their names", "losses without names")
-    if len(set(names)) != len(names):
-        reject(argument, "each name once", f"{names}")
+    if len(set(names.entries)) != len(names.entries):
+        reject(argument, "each name once", f"{list(names.entries)}")
     return losses, names
 
 
@@ -115,7 +115,7 @@ def _task_axes(method, state, names, params):
     expected, larger = like(m), like(m + 1)
     check_like("state", state, expected, by_type_only=True)
     if shape_of(state) != (m,):
-        reject("state", f"one entry for each of old_losses {names}", f"shape {shape_of(state)}")
+        reject("state", f"one entry for each of old_losses {list(names)}", f"shape {shape_of(state)}")
     check_like("state", state, expected)
     if jax.tree.structure(expected) != jax.tree.structure(larger):
         reject("method", "a state with arrays that have one entry per task", "one whose structure depends on them")

@@ -20,6 +20,15 @@ class ComplexParts(NamedTuple):
     Attributes:
       real: its real part.
       imag: its imaginary part.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtlbalance import complex_parts
+      >>> gradient = complex_parts.split({"fourier": jnp.array([3.0 + 4.0j]), "bias": jnp.array([2.0])})
+      >>> print(gradient["fourier"].imag, complex_parts.squared_modulus(gradient["fourier"]))
+      [4.] [25.]
+      >>> print(complex_parts.moduli(gradient))
+      {'bias': Array([2.], dtype=float32), 'fourier': Array([5.], dtype=float32)}
     """
 
     real: chex.Array
@@ -46,7 +55,7 @@ def split_params(params: chex.ArrayTree) -> chex.ArrayTree:
 
 def join(tree: chex.ArrayTree) -> chex.ArrayTree:
     """What :func:`split` undoes."""
-    return jax.tree.map(lambda x: jax.lax.complex(*x) if _is_parts(x) else x, tree, is_leaf=_is_parts)
+    return jax.tree.map(lambda x: jax.lax.complex(*x) if is_parts(x) else x, tree, is_leaf=is_parts)
 
 
 def join_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
@@ -56,7 +65,7 @@ def join_like(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
 
 def entries(tree: chex.ArrayTree) -> chex.ArrayTree:
     """The tree with one real leaf for every complex number: for what is a number for each, as its modulus."""
-    return jax.tree.map(lambda x: x.real if _is_parts(x) else x, tree, is_leaf=_is_parts)
+    return jax.tree.map(lambda x: x.real if is_parts(x) else x, tree, is_leaf=is_parts)
 
 
 def moduli(tree: chex.ArrayTree) -> chex.ArrayTree:
@@ -74,5 +83,6 @@ def is_complex(x: Any) -> bool:
     return jnp.issubdtype(x.dtype if hasattr(x, "dtype") else jnp.result_type(x), jnp.complexfloating)
 
 
-def _is_parts(x):
+def is_parts(x: Any) -> bool:
+    """Whether ``x`` stands for a complex array."""
     return isinstance(x, ComplexParts)

@@ -175,6 +175,14 @@ def key_impl(key: int | chex.Array) -> Any:
     return jax.random.key_impl(key) if _is_typed(key) else None
 
 
+def kind_of(x: Any) -> str:
+    """What was found, in a word for :func:`reject`: text and ``None`` as they are, else the type, with its fields."""
+    if x is None or isinstance(x, str):
+        return repr(x)
+    fields = getattr(x, "_fields", None)
+    return type(x).__name__ if fields is None else f"{type(x).__name__}({', '.join(fields)})"
+
+
 def is_int(x: Any) -> bool:
     """Whether ``x`` is an int known to Python, and no boolean."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance.complex_parts import split, split_params
-from mtlbalance.hyperparameters import check_int, flatten, is_int, is_number, reject
+from mtlbalance.hyperparameters import check_int, flatten, is_int, is_number, kind_of, reject
 from mtlbalance.parameters import check_trainable, is_network
 
 
@@ -166,9 +166,7 @@ def check_losses(name: str, losses: chex.ArrayTree) -> None:
     for path, leaf in jax.tree.leaves_with_path(losses, is_leaf=is_leaf):
         for part in leaf if is_counted(leaf) else (leaf,):
             if (path and part is None) or (part is not None and not is_number(part)):
-                _reject_loss(
-                    name, path, losses, f"{part!r}" if part is None or isinstance(part, str) else type(part).__name__
-                )
+                _reject_loss(name, path, losses, kind_of(part))
         loss = leaf.sum if is_counted(leaf) else leaf
         if is_int(loss) or not (loss is None or jnp.issubdtype(_dtype(loss), jnp.floating)):
             _reject_loss(name, path, losses, f"the int {loss}" if is_int(loss) else f"dtype {_dtype(loss)}")
@@ -274,7 +272,7 @@ def read_mask(
     """Checks a mask against the losses and their shape; it may be one array or a tree like the losses."""
     for leaf in jax.tree.leaves(mask):
         if not is_number(leaf):
-            reject("mask", "booleans, one per task", f"{leaf!r}", TypeError)
+            reject("mask", "booleans, one per task", kind_of(leaf), TypeError)
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
             reject("mask", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
     structure, losses = jax.tree.structure(mask), sums(values)

@@ -17,7 +17,7 @@ import chex
 import jax
 import numpy as np
 
-from mtlbalance.hyperparameters import are_any_tasks, is_int, is_number, reject
+from mtlbalance.hyperparameters import are_any_tasks, is_int, is_number, kind_of, reject
 from mtlbalance.losses import check_losses, sums
 
 
@@ -43,7 +43,9 @@ def names_of(losses: chex.ArrayTree) -> Names:
     return Names() if jax.tree_util.treedef_is_leaf(treedef) else _names(treedef, tuple(map(np.shape, leaves)))
 
 
-def knows_names(function: Callable[..., Any], per_task: Mapping[str, Any] | None = None, losses_at: int | None = None):
+def compile_with_names(
+    function: Callable[..., Any], per_task: Mapping[str, Any] | None = None, losses_at: int | None = None
+) -> Callable[..., Any]:
     """A compiled function of ``(state, *args, values=..., mask=...)`` in which the losses' names are known.
 
     They are a part of what the program is compiled for. Before it the names of ``per_task`` are checked.
@@ -58,7 +60,7 @@ def knows_names(function: Callable[..., Any], per_task: Mapping[str, Any] | None
         return args[losses_at] if losses_at is not None and len(args) > losses_at else kwargs.get("values")
 
     def traced(names, *args, **kwargs):
-        with _known(names):
+        with with_names(names):
             check_losses("values", losses_of(args, kwargs))
             check_names(per_task)
             return function(*args, **kwargs)
@@ -83,18 +85,23 @@ def knows_names(function: Callable[..., Any], per_task: Mapping[str, Any] | None
     return public
 
 
-def knows_names_of(losses: Any):
-    """While it is entered ``init`` is called for these losses, unless it is so for another method's."""
+@contextlib.contextmanager
+def with_names(names: Names | None) -> Iterator[None]:
+    """While it is entered methods are called for losses of these names, if they have any; ``None``: they may have."""
+    token = _outermost.set(names)
+    try:
+        yield
+    finally:
+        _outermost.reset(token)
+
+
+def with_names_for_init(losses: Any) -> contextlib.AbstractContextManager[None]:
+    """As :func:`with_names`, of what ``init`` is given; in a wrapper's they are known already."""
     names = _outermost.get()
     if names is ...:
         names = None if is_int(losses) else names_of(losses)
         names = names if names and names.entries else None  # a shape says nothing of names
-    return _known(names)
-
-
-def names_are_those_of(losses: chex.ArrayTree):
-    """While it is entered methods are called for these losses, as they are: also where they have no names."""
-    return _known(names_of(losses))
+    return with_names(names)
 
 
 def check_names(per_task: Mapping[str, Any] | None) -> None:
@@ -115,20 +122,25 @@ def check_names(per_task: Mapping[str, Any] | None) -> None:
 
 
 def check_task(argument: str, task: int | str, n_tasks: float = math.inf) -> None:
-    """Raises unless a task is given by its name, or by an index below the number of tasks."""
-    if isinstance(task, str):
-        return
-    if not is_int(task):
+    """Raises unless a task is given by its name, or by an index below the number of tasks.
+
+    In ``init``, where that number is given, it must be one of the losses' names as far as these are known.
+    """
+    if not isinstance(task, str) and not is_int(task):
         reject(argument, "the name or the index of a task", type(task).__name__, TypeError)
-    if not 0 <= task < n_tasks and not are_any_tasks():
+    if are_any_tasks():
+        return
+    if not isinstance(task, str) and not 0 <= task < n_tasks:
         bound = "" if n_tasks == math.inf else f" below the number of tasks {n_tasks}"
         reject(argument, f"a name, or an int of at least 0{bound}", f"{task}")
+    if n_tasks != math.inf and _outermost.get() not in (None, ...):
+        index_of(argument, task)
 
 
 def index_of(argument: str, task: int | str) -> int:
     """The position of a task: it must be given by name where losses have names, and by index where they have none."""
     names = _outermost.get()
-    if names is None or names is ...:
+    if names in (None, ...):
         if isinstance(task, str):
             reject(argument, "values= with the losses' names, or an index", f"{task!r} and no names")
         return task
@@ -149,21 +161,11 @@ def _slip_of(function, signature, args, kwargs):
         return function.__name__.removeprefix("public_"), f"the arguments {signature}", f"{error}"
     for path, leaf in jax.tree.leaves_with_path(given):
         if not is_number(leaf):
-            found = repr(leaf) if isinstance(leaf, str) else type(leaf).__name__
             argument, *where = path
             expected = {"state": "what the method's init returned", "mask": "booleans, one per task"}
             expected = expected.get(argument.key, "an array or a tree of arrays")
-            return f"{argument.key}{jax.tree_util.keystr(tuple(where))}", expected, found
+            return f"{argument.key}{jax.tree_util.keystr(tuple(where))}", expected, kind_of(leaf)
     return None
-
-
-@contextlib.contextmanager
-def _known(names: Names | None) -> Iterator[None]:
-    token = _outermost.set(names)
-    try:
-        yield
-    finally:
-        _outermost.reset(token)
 
 
 @lru_cache(maxsize=1024)

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance.hyperparameters import is_number, reject
+from mtlbalance.hyperparameters import is_number, kind_of, reject
 
 # What to give in place of a whole module.
 OF_MODULE = "eqx.filter(model, eqx.is_inexact_array) or eqx.partition; nnx.split(model, nnx.Param, ...)"
@@ -22,9 +22,8 @@ def check_trainable(name: str, params: chex.ArrayTree) -> None:
     _check_nnx(name, params)
     for path, leaf in jax.tree.leaves_with_path(params):
         if not is_number(leaf):
-            found = f"{leaf!r}" if isinstance(leaf, str) else type(leaf).__name__
             expected = f"floating point numbers (of a module its parameters alone: {OF_MODULE})"
-            reject(f"{name}{jax.tree_util.keystr(path)}", expected, found, TypeError)
+            reject(f"{name}{jax.tree_util.keystr(path)}", expected, kind_of(leaf), TypeError)
 
 
 def is_network(shapes: list[tuple[int, ...]]) -> bool:

@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance.hyperparameters import reject
+from mtlbalance.hyperparameters import kind_of, reject
 from mtlbalance.parameters import check_params_like
 
 
@@ -84,7 +84,7 @@ def check_same(name: str, new: Any, old: Any) -> None:
     """Raises unless what is new has the structure, the shapes and the kinds of numbers of the old."""
     found, expected = jax.tree.structure(new), jax.tree.structure(old)
     if found != expected:
-        kinds = _kind(old), _kind(new)
+        kinds = kind_of(old), kind_of(new)
         was, now = kinds if kinds[0] != kinds[1] else (f"{expected}", f"{found}")
         reject(name, f"what it was, {was}", now, TypeError)
     for (path, leaf), before in zip(jax.tree.leaves_with_path(new), jax.tree.leaves(old), strict=True):
@@ -112,9 +112,3 @@ def _described(output):
     parts = output if type(output) is tuple else (output,)
     names = [f"an array of shape {jnp.shape(x)}" if _is_array(x) else f"a {type(x).__name__}" for x in parts]
     return f"({', '.join(names)})" if type(output) is tuple else names[0]
-
-
-def _kind(x):
-    """A state by its type and fields."""
-    fields = getattr(x, "_fields", None)
-    return type(x).__name__ if fields is None else f"{type(x).__name__}({', '.join(fields)})"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mtlbalance.hyperparameters import for_any_tasks, reject
+from mtlbalance.hyperparameters import for_any_tasks, kind_of, reject
 
 _NO_PARAMS, _SOME_PARAMS = jax.tree.structure(()), jax.tree.structure({"some": 0})
 
@@ -151,18 +151,14 @@ def _described(x, method=None):
         *_, folder, file = ("", *type(x).__module__.split("."))
         if folder in ("scalarization", "aggregation", "wrappers"):
             method = file
-        return f"{method}'s {type(x).__name__}({', '.join(x._fields)})" if method else _kind_text(x)
+        return f"{method}'s {kind_of(x)}" if method else kind_of(x)
     if isinstance(x, dict):
         return f"a dict of {', '.join(map(repr, x))}"
     if isinstance(x, list | tuple):
         return f"a {type(x).__name__} of {len(x)}"
     if hasattr(x, "dtype"):
         return f"an array of shape {np.shape(x)}"
-    return "None" if x is None else f"a {type(x).__name__}"
-
-
-def _kind_text(x):
-    return f"{type(x).__name__}({', '.join(x._fields)})"
+    return kind_of(x)
 
 
 def _factory_of(functions):

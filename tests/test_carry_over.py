@@ -112,8 +112,15 @@ def test_new_tasks_start_as_the_new_methods_hyperparameters_say():
     for new_losses in losses, list(losses):
         new = mtl.carry_over(method, old.init(2), ["cls", "reg"], new_losses)
         chex.assert_trees_all_equal(new.log_var, jnp.array([-3.0, 1.0, -4.0]))
-    with pytest.raises(ValueError, match=r"initial_log_var: expected the losses' names \['aux', 'cls'\], found"):
-        mtl.carry_over(old, old.init(2), ["cls", "reg"], {"cls": 1.0, "aux": 1.0})
+    weighted = aggregation.constant({"cls": 1.0, "reg": 2.0})
+    for refused, argument in (old, "initial_log_var"), (weighted, "weights"):
+        state = refused.init(2 if refused is old else (2, 3))
+        for new_losses in {"cls": 1.0, "aux": 1.0}, ["cls", "aux"]:
+            with pytest.raises(ValueError, match=rf"{argument}: expected the losses' names \['aux', 'cls'\], found"):
+                mtl.carry_over(refused, state, ["cls", "reg"], new_losses)
+    with pytest.raises(ValueError, match=r"reference: expected one of the losses' names \['bc', 'ic'\], found 'res'"):
+        method = aggregation.lr_annealing("res")
+        mtl.carry_over(method, method.init((2, 3)), ["bc", "res"], ["bc", "ic"])
     with pytest.raises(ValueError, match="number of tasks: expected at least 3 with this n_byzantine, found 2"):
         mtl.carry_over(aggregation.krum(0), aggregation.krum(0).init((3, 2)), OLD, ["a", "b"])
 

@@ -1,5 +1,7 @@
 """Slips of a first hour: each is refused before anything compiles, in the sentence that its maker needs."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -43,7 +45,6 @@ def apply(*args, **kwargs):
 
 STATE = DWA.init(2)
 LOSSES, NAMED = jnp.array([1.0, 2.0]), {"cls": jnp.array(1.0), "reg": jnp.array(2.0)}
-PLAIN = optax.sgd(0.1).init(PARAMS)
 ABSENT = r"floating point numbers \(a task that is absent: mask=, or mtl.Counted\(sum, 0\)\)"
 ONLY = r"floating point numbers \(of a module its parameters alone: eqx.filter\(model, eqx.is_inexact_array\) or eqx"
 STATE_DUE = r"state: expected what grad_fn.init\(params, \*batch\) returned, in its place: grad_fn\(params, state"
@@ -69,6 +70,10 @@ METHODS = {
         lambda: diagnostics.effective_weights(scalarization.dwa, STATE, LOSSES),
         r"scalarizer: expected a Scalarizer.* found function dwa: a factory must be called, dwa\(\)",
     ),
+    "... for other tasks": (
+        lambda: mtl.carry_over(scalarization.dwa, STATE, ["a", "b"], ["a"]),
+        rf"method: {A_METHOD} function dwa: a factory must be called, dwa\(\)",
+    ),
     "a wrapper that is not called": (lambda: grad_fn(mtl.amortize), rf"method: {A_METHOD} function amortize"),
     "a part of a method": (lambda: grad_fn(DWA.apply), rf"method: {A_METHOD} a function$"),
     "a name": (lambda: grad_fn("uw"), rf"method: {A_METHOD} 'uw': the factory of that name must be called"),
@@ -81,6 +86,7 @@ METHODS = {
     ),
     "learn: a rate": (lambda: mtl.learn(UW, 0.1), r"optimizer: .*such as optax.adam\(1e-2\), found float"),
     "learn: a factory": (lambda: mtl.learn(UW, optax.adam), r"optimizer: .*, found the function adam"),
+    "learn: a part of a factory": (lambda: mtl.learn(UW, partial(optax.adam, 0.1)), "optimizer: .*, found partial$"),
     "learn: nothing to learn": (lambda: mtl.learn(DWA, ADAM), "found Scalarizer with nothing to learn, which needs no"),
     "learn: an aggregator": (lambda: mtl.learn(UPGRAD, ADAM), "found Aggregator with nothing to learn, which needs no"),
     "learn: outside": (lambda: mtl.learn(mtl.skip_nonfinite(UW), ADAM), r"as in skip_nonfinite\(learn\(method, optimi"),
@@ -171,6 +177,18 @@ CALLS = {
         lambda: scalarization.constant({"cls": 1.0, "reg": 2.0}).apply(STATE, {"cls": 1.0, "reg": None}),
         rf"values\['reg'\]: expected {ABSENT}, found None",
     ),
+    "the method for its state, at an epoch's end": (
+        lambda: DWA.end_epoch(DWA),
+        r"state.init: expected what the method's init returned, found functi",
+    ),
+    "an epoch's number": (
+        lambda: DWA.end_epoch(STATE, 1),
+        r"end_epoch: expected the arguments \(state\), found too many positional",
+    ),
+    "nothing to observe": (
+        lambda: scalarization.famo().observe(scalarization.famo().init(2), None),
+        "values: expected the losses, found None",
+    ),
     "Counted without its count": (
         apply(STATE, {"cls": mtl.Counted(jnp.array(1.0), None), "reg": 1.0}),
         r"values\['cls'\]: expected floating point numbers .* found None",
@@ -184,7 +202,7 @@ STEPS = {
     "the optimizer's state": (lambda: grad_fn()(PARAMS, ADAM.init(PARAMS), *BATCH), rf"{STATE_DUE}.* found a tuple of"),
     "the method": (lambda: grad_fn()(PARAMS, DWA, *BATCH), rf"{STATE_DUE}.* found Scalarizer"),
     "state first": (lambda: grad_fn()(STATE, PARAMS, *BATCH), rf"{STATE_DUE}.* found a dict of"),
-    "the number of tasks": (lambda: grad_fn()(PARAMS, 2, *BATCH), rf"{STATE_DUE}.* found a int"),
+    "the number of tasks": (lambda: grad_fn()(PARAMS, 2, *BATCH), rf"{STATE_DUE}.* found int$"),
     "the sum": (returning(lambda losses: sum(losses.values())), "losses_fn: .*a scalar: do not add the losses up"),
     "an int": (
         returning(lambda losses: losses | {"reg": 0}),

@@ -58,8 +58,6 @@ def train(method, observed, monkeypatch):
     block, found = re.subn(r"^method = .*$", "method = given", BLOCK, flags=re.MULTILINE)
     assert found == 1 and "method.observe(state, task_losses(params, batch))" in block
     block = block.replace("method.observe(state, task_losses(", "method.observe(state, observed(task_losses)(")
-    if isinstance(method, mtl.Scalarizer):
-        block = block.replace("method.init((2, params))", "method.init(2)")
     variables = {"given": method, "observed": observed}
     exec(compile(block, "README.md", "exec"), variables)
     jax.effects_barrier()

@@ -84,8 +84,9 @@ def test_equal_numbers_of_other_kinds_are_not_mixed_up(pair):
 def test_true_is_not_one():
     assert scalarization.uw(classification=True) is scalarization.uw(0.0, True)
     assert scalarization.famo(delayed=False) is scalarization.famo() is not scalarization.famo(delayed=True)
+    scalarization.dwa(2.0, 1)
     with pytest.raises(TypeError, match=r"^steps_per_epoch: expected an int"):
-        scalarization.dwa(2.0, True) if scalarization.dwa(2.0, 1) else None
+        scalarization.dwa(2.0, True)
 
 
 @pytest.mark.parametrize(

@@ -254,12 +254,6 @@ def test_what_stands_in_the_fields(method, change, message):
             jax.eval_shape(call, state)
 
 
-def test_the_jacobian_is_of_the_states_parameters():
-    other = {"w": jnp.ones((3, 4, 2)), "b": jnp.ones((3, 7))}
-    with pytest.raises(ValueError, match=r"jacobian\['b'\]: expected shape \(3, 2\), found shape \(3, 7\)"):
-        EXCESS_MTL.apply(EXCESS_MTL.init((3, PARAMS)), other)
-
-
 class Direction(NamedTuple):
     seen: Any
     momentum: Any

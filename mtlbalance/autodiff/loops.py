@@ -29,7 +29,7 @@ def map_rows(fun: Callable[..., Any], xs: chex.ArrayTree, batch_size: int, *, gi
     if is_traced(xs, given):
         return jax.lax.map(fun, xs, batch_size=None if batch_size == 1 else batch_size)
     if batch_size == 1:
-        return stack([fun(x) for x in entries(xs)])
+        return _stack([fun(x) for x in _entries(xs)])
     n = _length(xs)
     sizes = [min(batch_size, n - start) for start in range(0, n, batch_size)]
     slices = lambda i, size: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * batch_size, size), xs)
@@ -51,19 +51,19 @@ def scan(step: Callable[..., Any], carry: Any, xs: chex.ArrayTree) -> tuple[Any,
     if is_traced(carry, xs):
         return jax.lax.scan(step, carry, xs)
     outputs = []
-    for x in entries(xs):
+    for x in _entries(xs):
         carry, output = step(carry, x)
         outputs.append(output)
-    return carry, stack(outputs)
+    return carry, _stack(outputs)
 
 
-def entries(xs: chex.ArrayTree) -> list[chex.ArrayTree]:
+def _entries(xs: chex.ArrayTree) -> list[chex.ArrayTree]:
     """The entries along the leading axis."""
     entry = lambda i: jax.tree.map(lambda x: x[i], xs)
     return [entry(i) for i in range(_length(xs))]
 
 
-def stack(trees: list[chex.ArrayTree]) -> chex.ArrayTree:
+def _stack(trees: list[chex.ArrayTree]) -> chex.ArrayTree:
     """One tree of many, with a new leading axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 

@@ -13,7 +13,7 @@ from mtlbalance.autodiff.point import Point, pair_of
 from mtlbalance.autodiff.subsets import Subset, read_option, read_subset, select_subset, whole
 from mtlbalance.contract import Aggregator, Scalarizer
 from mtlbalance.losses import sums
-from mtlbalance.names import names_are_those_of
+from mtlbalance.names import names_of, with_names
 from mtlbalance.states import place
 
 # What says that a program's flow depends on numbers, and not on shapes alone.
@@ -71,7 +71,8 @@ def with_init(grad_fn: Any, problem: Problem, method: Scalarizer | Aggregator) -
 def _initializer(problem, method):
     def init(params, /, *args, mask=None, refresh=None, **kwargs):
         del mask, refresh  # a step's own: nothing of a new state depends on them
-        return _new_state(problem, method, params, *_shapes(problem, params, args, kwargs))
+        _, restrict = problem.subsets(params)  # as in a step before the losses meet the parameters
+        return _new_state(method, params, restrict, *_shapes(problem, params, args, kwargs))
 
     return init
 
@@ -108,10 +109,9 @@ def _structs(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
 
 
-def _new_state(problem, method, params, losses, rows_of_features):
+def _new_state(method, params, restrict, losses, rows_of_features):
     """The method's state for losses of these shapes and names, and what it sees: the parameters, or the features."""
-    _, restrict = problem.subsets(params)
-    with names_are_those_of(losses):
+    with with_names(names_of(losses)):
         if isinstance(method, Scalarizer):
             return place(method.init(losses), params)
         seen = restrict(params)

@@ -64,7 +64,8 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
         found = f"{type(method).__name__} with nothing to learn, which needs no mtl.learn"
         reject("method", "a Scalarizer with learned fields", found)
     if not isinstance(optimizer, optax.GradientTransformation):
-        found = f"the function {optimizer.__name__}" if callable(optimizer) else type(optimizer).__name__
+        name = getattr(optimizer, "__name__", "")
+        found = f"the function {name}" if name else type(optimizer).__name__
         reject("optimizer", "an optax optimizer, such as optax.adam(1e-2)", found, TypeError)
     optimizer = optax.with_extra_args_support(optimizer)
 

@@ -5,6 +5,7 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -51,8 +52,7 @@ def of(method, losses, params):
 @pytest.mark.parametrize("case", [*SCALARIZERS, *AGGREGATORS], ids=lambda case: case.name)
 def test_the_state_of_every_method(case):
     method = case.make()
-    if method.learned:
-        return
+    method = mtl.learn(method, optax.adam(1e-2)) if method.learned else method
     grad_fn = mtl.value_and_grad(squared_errors, method)
     expected = of(method, squared_errors(PARAMS, BATCH), PARAMS)
     assert_same_state(grad_fn.init(PARAMS, BATCH), expected)
@@ -178,6 +178,11 @@ NAMING = {
     "in a chain": mtl.chain(scalarization.constant(WRONG), aggregation.mgda()),
     "wrapped": mtl.skip_nonfinite(aggregation.cr_mogm(aggregation.mgda(), initial_weights=WRONG)),
 }
+TASKS = {
+    "an index": aggregation.lr_annealing(),
+    "another name": mtl.skip_nonfinite(aggregation.lr_annealing("edges")),
+    "a main task": aggregation.pcd(main=1),
+}
 
 
 @pytest.mark.parametrize("method", NAMING.values(), ids=NAMING)
@@ -186,6 +191,20 @@ def test_names_are_checked(method):
         mtl.value_and_grad(named, method).init(PARAMS, BATCH)
     with pytest.raises(ValueError, match="the losses have no names"):
         mtl.value_and_grad(squared_errors, method).init(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize("method", TASKS.values(), ids=TASKS)
+def test_a_task_is_one_of_the_losses(method):
+    with pytest.raises(ValueError, match=r"expected one of the losses' names \['depth', 'normal', 'seg'\], found"):
+        mtl.value_and_grad(named, method).init(PARAMS, BATCH)
+    by_name = mtl.value_and_grad(named, aggregation.lr_annealing("seg"))
+    assert by_name.init(PARAMS, BATCH).weights.shape == (3,)
+
+
+def test_parameters_are_looked_at_before_the_losses():
+    for method in METHODS.values():
+        with pytest.raises(TypeError, match=r"params\['n'\]: expected real or complex floating point numbers"):
+            mtl.value_and_grad(lambda params: params["n"] * jnp.arange(2), method).init({"n": jnp.array(3)})
 
 
 def test_a_sum_of_losses_is_refused():
@@ -270,12 +289,12 @@ def test_an_auxiliary_array_shows_in_the_number_of_losses():
 
 
 def test_a_pair_of_losses_stays_one():
-    for losses_fn in (
-        lambda params, batch: (named(params, batch), jnp.sum(params[0]["w"])),
-        lambda params, batch: (jnp.sum(batch[0]) * params[0]["b"][0], counted(params, batch)["seg"]),
-    ):
+    four = lambda params, batch: (named(params, batch), jnp.sum(params[0]["w"]))
+    two = lambda params, batch: (jnp.sum(batch[0]) * params[0]["b"][0], counted(params, batch)["seg"])
+    for losses_fn, n_tasks in (four, 4), (two, 2):
         grad_fn = mtl.value_and_grad(losses_fn, aggregation.upgrad())
-        jax.eval_shape(grad_fn, PARAMS, grad_fn.init(PARAMS, BATCH), BATCH)
+        (_, state), _ = jax.eval_shape(grad_fn, PARAMS, grad_fn.init(PARAMS, BATCH), BATCH)
+        assert state.seen.shape == (n_tasks,)
 
 
 def test_the_one_loss_of_a_task_is_no_pair():
@@ -333,8 +352,9 @@ def by_position(params, batch, mask, refresh=None, /):
 
 def test_by_position_there_is_no_clash():
     grad_fn = mtl.value_and_grad(by_position, scalarization.dwa())
-    state = grad_fn.init(PARAMS, BATCH, True)
-    jax.eval_shape(lambda: grad_fn(PARAMS, state, BATCH, True, mask=jnp.array([True, False, True])))
+    state, of_losses = grad_fn.init(PARAMS, BATCH, False), jnp.array([True, False, True])
+    (losses, state), _ = jax.jit(grad_fn)(PARAMS, state, BATCH, False, mask=of_losses)
+    chex.assert_trees_all_equal((losses, state.count), (jnp.zeros(3), of_losses.astype(jnp.int32)))
 
 
 @pytest.mark.parametrize("losses_fn", [max, lambda *mask: mask, lambda params, **refresh: params, jnp.add])
