@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mtlbalance.contract import Aggregator, Scalarizer, check_is_method
-from mtlbalance.hyperparameters import for_any_tasks, reject
+from mtlbalance.hyperparameters import asking_for_shapes, reject
 from mtlbalance.losses import shape_of, state_dtype, sums
 from mtlbalance.names import Names, names_of, with_names
 from mtlbalance.state_checks import check_like, params_of
@@ -108,7 +108,7 @@ def _task_axes(method, state, names, params):
     """For each leaf of the state the axes along which it has one entry per task: those that grow with their number."""
 
     def like(m):
-        with for_any_tasks():
+        with asking_for_shapes():
             return jax.eval_shape(lambda: method.init(m if isinstance(method, Scalarizer) else (m, params)))
 
     m = len(names)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_for_any_tasks: ContextVar[bool] = ContextVar("only what a state is like is asked for", default=False)
+_asks_for_shapes: ContextVar[bool] = ContextVar("only what a state is like is asked for", default=False)
 
 
 def reject(argument: str, expected: str, found: str, error: type[Exception] = ValueError) -> NoReturn:
@@ -84,18 +84,18 @@ def check_int(name: str, value: Any, minimum: int) -> None:
 
 
 @contextlib.contextmanager
-def for_any_tasks() -> Iterator[None]:
+def asking_for_shapes() -> Iterator[None]:
     """While it is entered ``init`` is only asked what a state is like, and no number of tasks is a wrong one."""
-    token = _for_any_tasks.set(True)
+    token = _asks_for_shapes.set(True)
     try:
         yield
     finally:
-        _for_any_tasks.reset(token)
+        _asks_for_shapes.reset(token)
 
 
-def are_any_tasks() -> bool:
-    """Whether :func:`for_any_tasks` is entered."""
-    return _for_any_tasks.get()
+def is_asking_for_shapes() -> bool:
+    """Whether :func:`asking_for_shapes` is entered."""
+    return _asks_for_shapes.get()
 
 
 def flatten(name: str, tree: chex.ArrayTree) -> chex.Array:
@@ -131,7 +131,7 @@ def per_task(
       ValueError: if the shape is another one or a number is out of bounds.
       TypeError: if something is not a real number.
     """
-    if are_any_tasks():
+    if is_asking_for_shapes():
         return jnp.zeros(shape, dtype)
     leaves = jax.tree.leaves(value)
     for leaf in leaves:

@@ -17,7 +17,7 @@ import chex
 import jax
 import numpy as np
 
-from mtlbalance.hyperparameters import are_any_tasks, is_int, is_number, kind_of, reject
+from mtlbalance.hyperparameters import is_asking_for_shapes, is_int, is_number, kind_of, reject
 from mtlbalance.losses import check_losses, sums
 
 
@@ -108,7 +108,7 @@ def check_names(per_task: Mapping[str, Any] | None) -> None:
     """Raises unless hyperparameters with one number per task have the losses' names, as far as these are known."""
     names = _outermost.get()
     for argument, value in (per_task or {}).items():
-        if names in (None, ...) or value is None or are_any_tasks():
+        if names in (None, ...) or value is None or is_asking_for_shapes():
             continue
         found, expected = list(names_of(value).entries), list(names.entries)
         if not found and names.n_leaves > 1 and sum(map(np.size, jax.tree.leaves(value))) > 1:
@@ -128,7 +128,7 @@ def check_task(argument: str, task: int | str, n_tasks: float = math.inf) -> Non
     """
     if not isinstance(task, str) and not is_int(task):
         reject(argument, "the name or the index of a task", type(task).__name__, TypeError)
-    if are_any_tasks():
+    if is_asking_for_shapes():
         return
     if not isinstance(task, str) and not 0 <= task < n_tasks:
         bound = "" if n_tasks == math.inf else f" below the number of tasks {n_tasks}"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mtlbalance.hyperparameters import for_any_tasks, kind_of, reject
+from mtlbalance.hyperparameters import asking_for_shapes, kind_of, reject
 
 _NO_PARAMS, _SOME_PARAMS = jax.tree.structure(()), jax.tree.structure({"some": 0})
 
@@ -117,7 +117,7 @@ def _without_tasks(leaf):
 def _make(init, shape, params, *, of_scalarizer):
     """What a plain ``init`` makes, as shapes."""
     dtype = jnp.result_type(float)
-    with for_any_tasks():
+    with asking_for_shapes():
         if of_scalarizer:
             return jax.eval_shape(lambda: init(shape, dtype))
         m = shape[0] if shape else 1

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mtlbalance.hyperparameters import are_any_tasks, new_key_data
+from mtlbalance.hyperparameters import is_asking_for_shapes, new_key_data
 
 
 class SeenState(NamedTuple):
@@ -54,7 +54,7 @@ def init_seen_after(check: Callable[[chex.Array, chex.ArrayDType], Any]) -> Call
 
     def init(tasks, *others):
         *_, dtype = others  # an aggregator's have the parameters before it
-        if not are_any_tasks():
+        if not is_asking_for_shapes():
             check(jnp.ones(tasks, bool), dtype)
         return init_seen(tasks)
 

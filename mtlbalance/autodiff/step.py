@@ -80,7 +80,7 @@ def value_and_grad(
       ``grad_fn(params, state, *args, mask=None, refresh=None, **kwargs)``. It returns ``(losses, new_state), grads``,
       the first with the weights and the auxiliary output appended where asked for. ``losses`` are as ``losses_fn``
       returned them. ``mask`` says which tasks are present and ``refresh``, one boolean, whether to decide anew; neither
-      is passed to ``losses_fn``.
+      is passed to ``losses_fn``, nor reaches its ``**kwargs``.
 
       ``grad_fn.init(params, *args, **kwargs)`` is the method's first state, for these losses and what the method sees
       of the parameters, placed as these are. Arguments may be :class:`jax.ShapeDtypeStruct`: nothing is computed,

@@ -57,7 +57,8 @@ def read_option(name: str, subset: Subset | None, params: chex.ArrayTree) -> che
     full = None if subset is None else read_subset(name, subset, params)
     leaves = jax.tree.leaves(full)
     if leaves and not any(leaves):
-        reject(name, "at least one parameter to decide on", "False for all")
+        purpose = {"shared": "balance", "decide_on": "decide on"}[name]
+        reject(name, f"at least one parameter to {purpose}", "False for all")
     return full
 
 
