@@ -106,7 +106,7 @@ def scalarizer(
         return scalar.astype(dtype), settle("apply", call, new_state, state)
 
     hooks = public_hooks(check, end_epoch, observe, per_task=per_task)
-    public = compile_with_names(public_apply, per_task, losses_at=1)
+    public = compile_with_names(public_apply, per_task, losses_at=1, check=check)
     return Scalarizer(public_init, public, *hooks, learned, last_weights=checked(check, last_weights))
 
 

@@ -11,7 +11,7 @@ from mtlbalance.complex_parts import entries, is_parts, join, join_like, split, 
 from mtlbalance.contract import Hook, Rowwise
 from mtlbalance.gramian import combine, gramian_of_tasks
 from mtlbalance.hyperparameters import reject
-from mtlbalance.losses import check_task_axis, read_call, read_jacobian, read_row, read_statistics, state_dtype
+from mtlbalance.losses import check_task_axis, read_call, read_jacobian, read_row, state_dtype
 from mtlbalance.names import compile_with_names, names_of
 from mtlbalance.parameters import check_params_like
 from mtlbalance.states import select
@@ -24,10 +24,21 @@ def reader(check, *, required=False):
 
     def read(state, values, mask, *, required=required):
         check(state)
+        check_mask_names(mask, values)
         names = names_of(mask if values is None else values).entries
         return read_call(state, values, mask, required=required, names=names)
 
     return read
+
+
+def check_mask_names(mask, values):
+    """Raises for a mask by names where the losses have none: their order would be the sorted one."""
+    given = names_of(mask)
+    if given.n_leaves > 1 and (values is None or not names_of(values).entries):
+        due = (
+            "values= with the losses' names, or one array" if values is None else "one array: the losses have no names"
+        )
+        reject("mask", due, f"{list(given.entries)}")
 
 
 def checked(check, function):
@@ -119,7 +130,7 @@ def public_rowwise(rowwise, read, settled, jacobian_shaped=(), per_task=None):
         compile_with_names(public_visit, per_task),
         rowwise.weigh and public_weigh("weigh", rowwise.weigh, without_state(read_statistics), read, settled, per_task),
         compile_with_names(public_finish, per_task) if rowwise.finish else None,
-        compile_with_names(public_visits, per_task) if rowwise.visits else None,
+        compile_with_names(public_visits) if rowwise.visits else None,
     )
 
 
@@ -135,7 +146,7 @@ def public_hooks(check, end_epoch, observe, jacobian_shaped=(), per_task=None) -
 
     return (
         compile_with_names(checked(check, public_end_epoch)) if end_epoch else lambda state: state,
-        compile_with_names(public_observe, per_task, losses_at=1)
+        compile_with_names(public_observe, per_task, losses_at=1, check=check)
         if observe
         else lambda state, values, *, mask=None: state,
     )
@@ -187,6 +198,14 @@ def check_rows_of(jacobian, m, params):
     like = split_params(jax.tree.map(leaf, params))
     check_rows_like("jacobian", rows, like)
     check_kinds("jacobian", rows, like)
+
+
+def read_statistics(call, statistics):
+    """Checks that the visits' statistics are stacked, one per task."""
+    for leaf in jax.tree.leaves(statistics):
+        if jnp.shape(leaf)[:1] != call.mask.shape:
+            reject("statistics", f"a leading axis of {call.mask.shape[0]}, one per task", f"shape {jnp.shape(leaf)}")
+    return statistics
 
 
 def zero_if_none(call, gradient):

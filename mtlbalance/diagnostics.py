@@ -280,7 +280,7 @@ def effective_weights(
 
 def _read_gramian(gramian, losses, mask):
     if not hasattr(gramian, "shape"):
-        reject("gramian", "an array", type(gramian).__name__, TypeError)
+        reject("gramian", "an array (of a Jacobian: mtl.gramian.gramian(jacobian))", type(gramian).__name__, TypeError)
     if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1]:
         hint = " (of a Jacobian: mtl.gramian.gramian(jacobian))"
         reject("gramian", f"a square matrix, a row and a column per task{hint}", f"shape {gramian.shape}")

@@ -77,8 +77,10 @@ def check(name: str, value: Any, bound: Bound) -> None:
 def check_int(name: str, value: Any, minimum: int) -> None:
     """Raises unless ``value`` is an int of at least ``minimum``: it shapes the program, so it cannot be traced."""
     if not is_int(value):
-        static = "an int (optax.inject_hyperparams: name it in static_args)"
-        reject(name, static, type(value).__name__, TypeError)
+        is_array = hasattr(value, "dtype")
+        hint = " known while tracing (optax.inject_hyperparams: name it in static_args)" if is_array else ""
+        found = f"{value!r}" if isinstance(value, numbers.Number) else type(value).__name__
+        reject(name, f"an int{hint}", found, TypeError)
     if value < minimum:
         reject(name, f"an int of at least {minimum}", f"{value}")
 
@@ -157,7 +159,7 @@ def preference(value: chex.ArrayTree | None, mask: chex.Array, dtype: chex.Array
 
 def check_key(key: int | chex.Array) -> None:
     """Raises unless a factory's ``key`` is an int, which may be traced, or a key."""
-    if not is_int(key) and not hasattr(key, "dtype"):
+    if not is_int(key) and not isinstance(key, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
         reject("key", "an int or a key", type(key).__name__, TypeError)
     if jnp.ndim(key) > (0 if _is_typed(key) else 1):
         reject("key", "one key (seeds are swept by building the method inside vmap)", f"shape {jnp.shape(key)}")

@@ -40,6 +40,16 @@ class Counted(NamedTuple):
     sum: chex.Array
     count: chex.Array
 
+    __array_ufunc__ = None  # NumPy's numbers leave arithmetic to the functions below
+
+    def _no_arithmetic(self, other):
+        """Of tuples it would make more losses, without an error."""
+        del other
+        due = "arithmetic on its parts, as in mtl.Counted(0.1 * loss.sum, loss.count)"
+        reject("Counted", due, "an operator between a counted loss and something else", TypeError)
+
+    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __truediv__ = _no_arithmetic  # type: ignore
+
 
 class Call(NamedTuple):
     """The losses and the mask of one call, as a method's plain functions get them.
@@ -128,7 +138,7 @@ def read_call(
     An error for another number of tasks shows the ``names`` that were found.
     """
     if required and values is None:
-        reject("values", "the losses", "None", TypeError)
+        reject("values", "the losses, as in values=losses", "None", TypeError)
     shape = shape_of(state)
     present = jnp.ones(shape, bool)
     if mask is not None:
@@ -222,20 +232,12 @@ def check_task_axis(jacobian: chex.ArrayTree, m: int) -> chex.ArrayTree:
 def read_gramian(call: Call, gramian: chex.Array) -> chex.Array:
     """Checks a Gramian's shape and casts it to float32 or wider; an absent task's row and column become zero."""
     if not hasattr(gramian, "shape"):
-        reject("gramian", "an array", type(gramian).__name__, TypeError)
+        reject("gramian", "an array (of a Jacobian: mtl.gramian.gramian(jacobian))", type(gramian).__name__, TypeError)
     _check_floating("gramian", gramian)
     (m,) = call.mask.shape
     if jnp.shape(gramian) != (m, m):
         reject("gramian", f"shape {(m, m)}", f"shape {jnp.shape(gramian)}")
     return jnp.where(call.mask & call.mask[:, None], gramian, 0).astype(jnp.result_type(jnp.float32, gramian))
-
-
-def read_statistics(call: Call, statistics: chex.ArrayTree) -> chex.ArrayTree:
-    """Checks that the visits' statistics are stacked, one per task."""
-    for leaf in jax.tree.leaves(statistics):
-        if jnp.shape(leaf)[:1] != call.mask.shape:
-            reject("statistics", f"a leading axis of {call.mask.shape[0]}, one per task", f"shape {jnp.shape(leaf)}")
-    return statistics
 
 
 def read_row(present: chex.Array, row: chex.ArrayTree) -> chex.ArrayTree:
@@ -288,7 +290,9 @@ def read_mask(
 
 def reject_number(argument: str, shape: tuple[int, ...], found: tuple[int, ...], names: tuple[str, ...]) -> NoReturn:
     """Raises because the state is for another number of tasks; it shows the names of those that were found."""
-    hint = f" of {list(names)} (mtl.carry_over makes a state for other tasks)" if (len(names),) == found else ""
+    shown = list(names) if len(names) <= 8 else [*names[:4], "..."]
+    are_names = (len(names),) == found and len(shape) == 1
+    hint = f" of {shown} (mtl.carry_over makes a state for other tasks)" if are_names else ""
     reject(argument, f"shape {shape}, as given to init", f"shape {found}{hint}")
 
 

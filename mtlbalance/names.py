@@ -44,7 +44,10 @@ def names_of(losses: chex.ArrayTree) -> Names:
 
 
 def compile_with_names(
-    function: Callable[..., Any], per_task: Mapping[str, Any] | None = None, losses_at: int | None = None
+    function: Callable[..., Any],
+    per_task: Mapping[str, Any] | None = None,
+    losses_at: int | None = None,
+    check: Callable[[Any], None] = lambda state: None,
 ) -> Callable[..., Any]:
     """A compiled function of ``(state, *args, values=..., mask=...)`` in which the losses' names are known.
 
@@ -54,6 +57,7 @@ def compile_with_names(
       function: the plain one.
       per_task: hyperparameters by their arguments, each with one number per task.
       losses_at: the position at which it takes ``values``; ``None`` if that is a keyword.
+      check: raises for what is no state of the method, before the losses are looked at: they may be swapped.
     """
 
     def losses_of(args, kwargs):
@@ -61,8 +65,9 @@ def compile_with_names(
 
     def traced(names, *args, **kwargs):
         with with_names(names):
+            check(args[0] if args else kwargs.get("state"))
             check_losses("values", losses_of(args, kwargs))
-            check_names(per_task)
+            check_names(per_task, is_call=True)
             return function(*args, **kwargs)
 
     compiled = jax.jit(traced, static_argnums=0)
@@ -104,13 +109,21 @@ def with_names_for_init(losses: Any) -> contextlib.AbstractContextManager[None]:
     return with_names(names)
 
 
-def check_names(per_task: Mapping[str, Any] | None) -> None:
-    """Raises unless hyperparameters with one number per task have the losses' names, as far as these are known."""
+def check_names(per_task: Mapping[str, Any] | None, *, is_call: bool = False) -> None:
+    """Raises unless hyperparameters with one number per task have the losses' names, as far as these are known.
+
+    In a call they must be, or names are refused: nobody could say which row is whose.
+    """
     names = _outermost.get()
     for argument, value in (per_task or {}).items():
-        if names in (None, ...) or value is None or is_asking_for_shapes():
+        if value is None or is_asking_for_shapes():
             continue
-        found, expected = list(names_of(value).entries), list(names.entries)
+        found = list(names_of(value).entries)
+        if is_call and names is None and len(found) > 1:
+            reject(argument, "values= with the losses' names, or an array", f"{found} and no names")
+        if names in (None, ...):
+            continue
+        expected = list(names.entries)
         if not found and names.n_leaves > 1 and sum(map(np.size, jax.tree.leaves(value))) > 1:
             by_name = "{" + ", ".join(f"{name!r}: ..." for name in expected) + "}"
             order = "numbers without names, whose order would be the sorted one"
@@ -158,7 +171,7 @@ def _slip_of(function, signature, args, kwargs):
     try:
         given = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
-        return function.__name__.removeprefix("public_"), f"the arguments {signature}", f"{error}"
+        return function.__name__.removeprefix("public_"), f"the arguments {signature}", f"{error}".removeprefix("got ")
     for path, leaf in jax.tree.leaves_with_path(given):
         if not is_number(leaf):
             argument, *where = path

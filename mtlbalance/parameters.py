@@ -1,6 +1,7 @@
 """Parameters as a model holds them: what no optimizer could train is refused, and what is not shaped like them."""
 
 import sys
+from collections.abc import Mapping
 
 import chex
 import jax
@@ -20,6 +21,10 @@ def check_trainable(name: str, params: chex.ArrayTree) -> None:
       params: arrays, or what stands for them: their shapes and dtypes, or no leaf at all.
     """
     _check_nnx(name, params)
+    if isinstance(params, Mapping) and {"params", "batch_stats"} <= set(params):
+        expected = "the collection 'params' alone (the others come in as an argument, and out with has_aux=True)"
+        found = f"the collections {sorted(params)}, of which statistics would keep their values"
+        reject(name, expected, found, TypeError)
     for path, leaf in jax.tree.leaves_with_path(params):
         if not is_number(leaf):
             expected = f"floating point numbers (of a module its parameters alone: {OF_MODULE})"

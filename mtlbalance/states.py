@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mtlbalance.hyperparameters import is_asking_for_shapes, new_key_data
+from mtlbalance.hyperparameters import is_asking_for_shapes, new_key_data, reject
 
 
 class SeenState(NamedTuple):
@@ -132,6 +132,15 @@ def random_orders(state, impl, m: int):
     draw_key, state = split_key(state, impl)
     orders = jax.vmap(lambda key: jax.random.permutation(key, m))(jax.random.split(draw_key, m))
     return orders, state
+
+
+def read_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """An optimizer as one that takes extra arguments; anything else is refused."""
+    if not isinstance(optimizer, optax.GradientTransformation):
+        name = getattr(optimizer, "__name__", "")
+        found = f"the function {name}" if name else type(optimizer).__name__
+        reject("optimizer", "an optax optimizer, such as optax.adam(1e-2)", found, TypeError)
+    return optax.with_extra_args_support(optimizer)
 
 
 def optimizer_step(optimizer, value_fn, opt_state, fields, mask: chex.Array):

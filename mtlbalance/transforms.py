@@ -9,6 +9,7 @@ from mtlbalance.boundary import check_rows_of
 from mtlbalance.contract import check_is_method
 from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.parameters import check_params_like, check_trainable
+from mtlbalance.state_checks import check_like
 
 
 @base.memoized
@@ -78,6 +79,8 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
 
     # No keyword stands in the signature: solvers that look there, as jinns does, then demand all of them.
     def update(updates, state, params=None, **extra_args):
+        if not hasattr(state, "_fields"):  # first: the state and the params may be swapped
+            check_like("state", state, jax.eval_shape(lambda: aggregator.init((n_tasks, ()))), by_type_only=True)
         check_trainable("params", params)
         given = {"values": _losses_of(extra_args), "mask": extra_args.get("mask")}
         jacobian = extra_args.get("jacobian")

@@ -28,7 +28,10 @@ def test_named_weights_follow_the_names():
     losses = {"a": jnp.array(1.0), "b": jnp.array(10.0)}
     assert method.apply(method.init(losses), losses)[0] == 7.0
     aggregator = aggregation.constant(names)
-    np.testing.assert_array_equal(aggregator.apply(aggregator.init((2, 1)), jnp.array([[1.0], [10.0]]))[0], [7.0])
+    state, rows = aggregator.init((2, 1)), jnp.array([[1.0], [10.0]])
+    np.testing.assert_array_equal(aggregator.apply(state, rows, values=losses)[0], [7.0])
+    with pytest.raises(ValueError, match=r"weights: expected values= with .* found \['a', 'b'\] and no names"):
+        aggregator.apply(state, rows)  # nobody says which row is whose
 
 
 def test_another_number_of_weights_raises_at_init():

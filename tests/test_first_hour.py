@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import mtlbalance as mtl
-from mtlbalance import aggregation, diagnostics, scalarization
+from mtlbalance import aggregation, diagnostics, scalarization, states
 
 DWA, UW, UPGRAD, EXCESS = scalarization.dwa(), scalarization.uw(), aggregation.upgrad(), aggregation.excess_mtl()
 PARAMS = {"trunk": jnp.ones((5, 16)), "heads": jnp.ones((16, 2))}
@@ -146,7 +146,7 @@ CALLS = {
         r"apply: expected the arguments \(state, values, .* missing a required argument: 'values'",
     ),
     "mask by position": (apply(STATE, LOSSES, True), r"apply: expected the arguments \(.* too many positional"),
-    "misspelt": (apply(STATE, LOSSES, masks=True), "apply: .* got an unexpected keyword argument 'masks'"),
+    "misspelt": (apply(STATE, LOSSES, masks=True), "apply: .* found an unexpected keyword argument 'masks'"),
     "values by position": (
         lambda: UPGRAD.apply(UPGRAD.init((2, {"w": jnp.ones(3)})), JACOBIAN, LOSSES),
         r"apply: expected the arguments \(state, jacobian, \*, values=None, mask=None\), found too many positional",
@@ -173,8 +173,16 @@ CALLS = {
         ),
         rf"values\['reg'\]: expected {ABSENT}, found None",
     ),
+    "the losses for the state": (
+        lambda: scalarization.dwa().apply(jnp.ones(2), STATE),
+        r"state: expected what the method's init returned, dwa's DWAState.* found an array of shape \(2,\)",
+    ),
+    "a named mask of a vector": (
+        apply(STATE, jnp.ones(2), mask={"cls": True, "reg": False}),
+        "mask: expected one array",
+    ),
     "None before names": (
-        lambda: scalarization.constant({"cls": 1.0, "reg": 2.0}).apply(STATE, {"cls": 1.0, "reg": None}),
+        lambda: scalarization.constant({"cls": 1.0, "reg": 2.0}).apply(states.init_seen(2), {"cls": 1.0, "reg": None}),
         rf"values\['reg'\]: expected {ABSENT}, found None",
     ),
     "the method for its state, at an epoch's end": (
@@ -187,7 +195,7 @@ CALLS = {
     ),
     "nothing to observe": (
         lambda: scalarization.famo().observe(scalarization.famo().init(2), None),
-        "values: expected the losses, found None",
+        "values: expected the losses, as in values=losses, found None",
     ),
     "Counted without its count": (
         apply(STATE, {"cls": mtl.Counted(jnp.array(1.0), None), "reg": 1.0}),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -245,3 +246,29 @@ def test_pcds_main_task_and_shares_go_by_name():
     refused(aggregation.pcd(), losses, r"main: expected one of the losses' names \['aux', 'main'\], found the index 0")
     with pytest.raises(ValueError, match="main: expected a name, or an int of at least 0 below the number of tasks 2"):
         aggregation.pcd(main=2).init((2, 3))
+
+
+def test_names_need_someone_to_say_which_row_is_whose():
+    method = aggregation.cr_mogm(aggregation.mgda(), initial_weights=RIGHT)
+    with pytest.raises(ValueError, match=r"initial_weights: expected values= with the losses' names, or an array"):
+        mtl.skip_nonfinite(method).apply(mtl.skip_nonfinite(method).init((2, 2)), JACOBIAN)
+    state, mask = aggregation.mgda().init((2, 2)), {"ce": True, "aux_z": False}
+    for values, due in (
+        (None, "values= with the losses' names, or one array"),
+        (jnp.ones(2), "one array: the losses have"),
+    ):
+        with pytest.raises(ValueError, match=f"mask: expected {due}"):
+            aggregation.mgda().apply(state, JACOBIAN, values=values, mask=mask)
+    losses_fn = lambda params: jnp.sum(params) * jnp.array([1.0, 2.0])
+    with pytest.raises(ValueError, match="mask: expected one array: the losses have no names"):
+        mtl.value_and_grad(losses_fn, aggregation.mgda())(jnp.ones(2), state, mask=mask)
+
+
+def test_counted_losses_are_no_tuples_to_calculate_with():
+    """Which would make more losses of them, without an error."""
+    loss = mtl.Counted(jnp.float32(6.0), jnp.float32(4.0))
+    operations = [lambda: loss + loss, lambda: 2 * loss, lambda: loss * 0.5, lambda: jnp.float32(2.0) * loss]
+    operations += [lambda: loss - loss, lambda: loss / 2, lambda: np.float32(2.0) * loss, lambda: sum([loss, loss])]
+    for operation in operations:
+        with pytest.raises(TypeError, match=r"Counted: expected arithmetic on its parts, as in mtl.Counted\(0.1"):
+            operation()

@@ -304,7 +304,7 @@ def test_another_number_of_tasks_is_named():
                 with pytest.raises(ValueError, match=f"values: {found}"):
                     jax.eval_shape(call, state)
     with pytest.raises(ValueError, match=f"mask: {found}"):
-        EXCESS_MTL.apply(EXCESS_MTL.init((3, PARAMS)), JACOBIAN, mask=mask)
+        EXCESS_MTL.apply(EXCESS_MTL.init((3, PARAMS)), JACOBIAN, values=losses, mask=mask)
     with pytest.raises(ValueError, match=r"values: expected shape \(3,\), as given to init, found shape \(2,\)\n"):
         EXCESS_MTL.apply(EXCESS_MTL.init((3, PARAMS)), JACOBIAN, values=jnp.ones(2))
 

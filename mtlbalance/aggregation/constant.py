@@ -3,7 +3,7 @@
 import chex
 
 from mtlbalance import base
-from mtlbalance.hyperparameters import per_task
+from mtlbalance.hyperparameters import FINITE, per_task
 from mtlbalance.states import count_seen, init_seen_after
 
 
@@ -34,7 +34,7 @@ def constant(weights: chex.ArrayTree) -> base.Aggregator:
     """
 
     def fixed_weights(mask, dtype):
-        return per_task("weights", weights, mask.shape, dtype, scalar=False)
+        return per_task("weights", weights, mask.shape, dtype, scalar=False, bound=FINITE)
 
     def weigh(state, gramian, values, mask):
         del values

@@ -14,7 +14,7 @@ import optax
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import NONNEGATIVE, check, per_task
-from mtlbalance.states import count_seen, optimizer_step, zero_counts
+from mtlbalance.states import count_seen, optimizer_step, read_optimizer, zero_counts
 
 
 class GradNormState(NamedTuple):
@@ -88,7 +88,7 @@ def gradnorm(
       Chen et al., `GradNorm <https://arxiv.org/abs/1711.02257>`_, ICML 2018, eqs. 1 and 2, algorithm 1.
     """
     check("alpha", alpha, NONNEGATIVE)
-    optimizer = optax.with_extra_args_support(optax.adam(0.025) if optimizer is None else optimizer)
+    optimizer = read_optimizer(optax.adam(0.025) if optimizer is None else optimizer)
 
     def init(m, params, dtype):
         del params

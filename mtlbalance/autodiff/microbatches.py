@@ -60,7 +60,8 @@ def of_microbatches(point_of: Callable[..., Point], args: Any, n: int, axis: int
 def _cut(x, n, axis):
     size = jnp.shape(x)[axis] if jnp.ndim(x) > axis else None
     if size is None or size % n:
-        expected = f"a batch on axis {axis} of every positional argument, divisible by {n}"
+        where = f"on axis {axis} of every positional argument (keyword arguments are given whole)"
+        expected = f"a batch {where}, divisible by {n}"
         reject("microbatches", expected, f"shape {jnp.shape(x)}")
     # Every n-th example, so that a batch that is split over devices needs no transfer.
     try:

@@ -116,9 +116,10 @@ def of_features(trunk_and_heads, params, args, kwargs, *, has_aux, totals=None) 
 
     features, pull_features, trunk_aux = jax.vjp(of_trunk, trunk_params, has_aux=True)
     for path, x in jax.tree.leaves_with_path(features):
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            where, expected = f"the trunk's features{jax.tree_util.keystr(path)}", "floating point numbers"
-            reject(where, f"{expected} (heads get the trunk's arguments too)", f"dtype {x.dtype}", TypeError)
+        if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+            where, hint = f"the trunk's features{jax.tree_util.keystr(path)}", "heads get the trunk's arguments too"
+            expected = f"floating point numbers ({hint}; of a pair (features, aux): has_aux=True)"
+            reject(where, expected, f"dtype {jnp.result_type(x)}", TypeError)
 
     def of_head(head, params, total):
         def value_of(params, features):

@@ -23,6 +23,7 @@ from mtlbalance.autodiff.options import (
 from mtlbalance.autodiff.point import Evaluated
 from mtlbalance.autodiff.start import GradFn, Problem, with_init
 from mtlbalance.autodiff.subsets import Subset, join_subsets, with_float0
+from mtlbalance.boundary import check_mask_names
 from mtlbalance.contract import Aggregator, Scalarizer, weights_of
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import flatten, reject
@@ -318,5 +319,6 @@ def _ones(like, present):
 def _read_present(mask, evaluated):
     if mask is None:
         return evaluated.present
+    check_mask_names(mask, evaluated.losses)
     mask = read_mask(mask, evaluated.losses, evaluated.values.shape)
     return mask if evaluated.present is None else mask & evaluated.present

@@ -4,7 +4,7 @@ import chex
 import jax.numpy as jnp
 
 from mtlbalance import base
-from mtlbalance.hyperparameters import per_task
+from mtlbalance.hyperparameters import FINITE, per_task
 from mtlbalance.states import count_seen, init_seen_after
 
 
@@ -37,7 +37,7 @@ def constant(weights: chex.ArrayTree) -> base.Scalarizer:
     """
 
     def fixed_weights(mask, dtype):
-        return per_task("weights", weights, mask.shape, dtype, scalar=False)
+        return per_task("weights", weights, mask.shape, dtype, scalar=False, bound=FINITE)
 
     def apply(state, values, mask):
         fixed = fixed_weights(mask, values.dtype)

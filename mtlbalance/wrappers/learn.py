@@ -9,7 +9,7 @@ import optax
 from mtlbalance import base
 from mtlbalance.contract import check_is_method
 from mtlbalance.hyperparameters import reject
-from mtlbalance.states import optimizer_step
+from mtlbalance.states import optimizer_step, read_optimizer
 from mtlbalance.wrappers.plumbing import hooks_of
 
 
@@ -63,11 +63,7 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
     if not method.learned:
         found = f"{type(method).__name__} with nothing to learn, which needs no mtl.learn"
         reject("method", "a Scalarizer with learned fields", found)
-    if not isinstance(optimizer, optax.GradientTransformation):
-        name = getattr(optimizer, "__name__", "")
-        found = f"the function {name}" if name else type(optimizer).__name__
-        reject("optimizer", "an optax optimizer, such as optax.adam(1e-2)", found, TypeError)
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = read_optimizer(optimizer)
 
     def learned_fields(state):
         return {name: getattr(state, name) for name in method.learned}
