@@ -125,6 +125,27 @@ def scale(x: chex.Array) -> chex.Array:
     return jnp.where(largest == 0, 1, jnp.minimum(largest, jnp.finfo(x.dtype).max / 8))
 
 
+def nonnegative(x: chex.Array) -> chex.Array:
+    """``x``; NaN where it is negative, and its gradient too: nobody descends on what means nothing there."""
+    return x * jnp.where(x < 0, jnp.nan, 1)
+
+
+def held_above(x: chex.Array, lower: chex.Array, returns: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """A learned number as it is, and no lower than a bound.
+
+    Below the bound the second one is constant, but has the gradient that it has there: a descent finds back. Where that
+    does not lead upwards, as ``returns`` says, neither has a gradient, and the descent stays where it is.
+    """
+    below = x < lower
+    x = jnp.where(below & ~returns, jax.lax.stop_gradient(x), x)
+    return x, jnp.where(below, lower + (x - jax.lax.stop_gradient(x)), x)
+
+
+def magnitude(x: chex.Array) -> chex.Array:
+    """``abs(x)``, whose gradient at zero is 1."""
+    return jnp.where(x < 0, -x, x)
+
+
 def reverse_gradient(x: chex.Array) -> chex.Array:
     """``x``, whose gradient comes back with the opposite sign: who descends on it climbs."""
     return 2 * jax.lax.stop_gradient(x) - x

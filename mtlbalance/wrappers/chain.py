@@ -41,7 +41,8 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
     * ``chain(scale_invariant(), mgda())`` the log-space MGDA of the code of FAMO (Liu et al. 2023).
 
     The method reads the losses: give them as ``values=``. The weights that it returns are for the gradients as they
-    are: both methods' weights, multiplied.
+    are: both methods' weights, multiplied. The gradient to the scalarizer's
+    hyperparameters is zero.
 
     Args:
       scalarizer: a method without learned fields (:func:`learn` trains those).
@@ -79,7 +80,9 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         return ChainState(scalarizer.init(jax.ShapeDtypeStruct((m,), dtype)), aggregator.init((m, params)))
 
     def factors(state, values, mask):
-        return weights_of(scalarizer, state.scalarizer, jax.lax.stop_gradient(values), mask)
+        # As an aggregator's, its weights are constants of differentiation, on every path.
+        weights, first = weights_of(scalarizer, state.scalarizer, jax.lax.stop_gradient(values), mask)
+        return jax.lax.stop_gradient(weights), first
 
     def apply(state, jacobian, values, mask):
         weights, first = factors(state, values, mask)

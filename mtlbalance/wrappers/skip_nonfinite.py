@@ -7,13 +7,12 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 from mtlbalance import base
 from mtlbalance.complex_parts import is_complex
 from mtlbalance.contract import Rowwise
 from mtlbalance.gramian import squared_norm
-from mtlbalance.states import among, is_in, select
+from mtlbalance.states import among, increment, is_in, select
 from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, visits_of, within
 
 
@@ -38,7 +37,7 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
     On such a call the state stays as it was, and the output and its gradient are NaN, so that
     ``optax.apply_if_finite`` after it drops the update too. A gradient whose norm is beyond 1e16 counts as not finite,
     so that a million squares add up in float32. A call that would turn a finite number of the state into one that is
-    not is skipped as well.
+    not is skipped as well, and one whose scalar is not finite: that of a negative loss in a logarithm.
 
     Rows of Jacobian-shaped fields are kept one by one: where one task's loss or gradient is not finite, the other
     tasks' rows still take theirs in, as they must when rows are visited one at a time and never seen together. Overflow
@@ -90,7 +89,8 @@ def _skip_scalarizer(method, guard, hooks):
 
     def apply(state, values, mask):
         scalar, inner = method.apply(state.inner, values, mask=mask)
-        state, ok = guard(state, inner, _finite_losses(values, mask))
+        # Finite losses may be outside of what the method is for: a negative one has no logarithm.
+        state, ok = guard(state, inner, _finite_losses(values, mask), jnp.isfinite(scalar))
         # The product makes the gradient NaN too, where the values themselves would not.
         return scalar * jnp.where(ok, 1, jnp.nan), state
 
@@ -156,13 +156,11 @@ def _guarded(inner, shape):
     return SkipNonfiniteState(inner, jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def _advance(state, inner, finite, *, jacobian_shaped, axis_name):
+def _advance(state, inner, finite, finite_output=True, *, jacobian_shaped, axis_name):
     """The state after a call in which the tasks in ``finite`` were so, and whether its inner state has moved."""
-    ok = jnp.all(finite) & _stays_finite(inner, state.inner, jacobian_shaped, axis_name)
+    ok = jnp.all(finite) & finite_output & _stays_finite(inner, state.inner, jacobian_shaped, axis_name)
     inner = select(ok, inner, state.inner, new_anyway=jacobian_shaped)
-    nonfinite = jnp.where(finite, state.nonfinite, optax.safe_increment(state.nonfinite))
-    skipped = jnp.where(ok, state.skipped, optax.safe_increment(state.skipped))
-    return SkipNonfiniteState(inner, nonfinite, skipped), ok
+    return SkipNonfiniteState(inner, increment(state.nonfinite, ~finite), increment(state.skipped, ~ok)), ok
 
 
 def _stays_finite(new_state, state, jacobian_shaped, axis_name):
