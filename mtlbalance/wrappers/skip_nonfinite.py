@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base
-from mtlbalance.complex_parts import is_complex
 from mtlbalance.contract import Rowwise
 from mtlbalance.gramian import squared_norm
 from mtlbalance.states import among, increment, is_in, select
-from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, visits_of, within
+from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, nan_unless, visits_of, within
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -102,9 +101,7 @@ def _skip_aggregator(method, guard, hooks, axis_name):
 
     def nan_unless_finite(state, inner, output, finite):
         state, ok = guard(state, inner, finite)
-        # A gradient of `finish` may be complex: both of its parts are to be NaN.
-        nan_like = lambda x: complex(jnp.nan, jnp.nan) if is_complex(x) else jnp.nan
-        return jax.tree.map(lambda x: jnp.where(ok, x, nan_like(x)), output), state
+        return nan_unless(ok, output), state
 
     def guarded(apply, finite_tasks):
         def guarded_apply(state, statistic, values, mask):
