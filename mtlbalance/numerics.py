@@ -130,15 +130,15 @@ def nonnegative(x: chex.Array) -> chex.Array:
     return x * jnp.where(x < 0, jnp.nan, 1)
 
 
-def held_above(x: chex.Array, lower: chex.Array, returns: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """A learned number as it is, and no lower than a bound.
+def held(x: chex.Array, bounded: chex.Array, returns: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """A learned number ``x`` and the same ``bounded``, so that a descent beyond the bound finds back, or stays.
 
-    Below the bound the second one is constant, but has the gradient that it has there: a descent finds back. Where that
-    does not lead upwards, as ``returns`` says, neither has a gradient, and the descent stays where it is.
+    Beyond the bound the second one is constant, but has the gradient that it has there. Where that does not lead back,
+    as ``returns`` says, neither has a gradient.
     """
-    below = x < lower
-    x = jnp.where(below & ~returns, jax.lax.stop_gradient(x), x)
-    return x, jnp.where(below, lower + (x - jax.lax.stop_gradient(x)), x)
+    beyond = x != bounded
+    x = jnp.where(beyond & ~returns, jax.lax.stop_gradient(x), x)
+    return x, jnp.where(beyond, bounded + (x - jax.lax.stop_gradient(x)), x)
 
 
 def magnitude(x: chex.Array) -> chex.Array:

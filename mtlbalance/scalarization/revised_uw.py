@@ -73,7 +73,8 @@ def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0, max_weight: chex.Num
         least = jnp.sqrt(jnp.asarray(0.5 / max_weight, values.dtype))
         # Where the gradient at the bound, -L / sigma**3 + 2 sigma / (1 + sigma**2), is negative.
         returns = values * (1 + least**2) > 2 * least**4
-        sigma, bounded = numerics.held_above(numerics.magnitude(state.sigma), least, returns)
+        sigma = numerics.magnitude(state.sigma)
+        sigma, bounded = numerics.held(sigma, jnp.maximum(sigma, least), returns)
         return jnp.sum(0.5 / jnp.square(bounded) * values + jnp.log1p(jnp.square(sigma)), where=mask), state
 
     return base.scalarizer(init, apply, learned=("sigma",), per_task={"initial_sigma": initial_sigma})

@@ -96,8 +96,7 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         return weights, nan_unless(ok, output), ChainState(first, second)
 
     def apply(state, jacobian, values, mask):
-        _, gradient, state = call(aggregator.apply, state, lambda weights: _scale_rows(weights, jacobian), values, mask)
-        return gradient, state
+        return call(aggregator.apply, state, lambda weights: _scale_rows(weights, jacobian), values, mask)[1:]
 
     def of_scaled(scale, weigh):
         """The same way to weigh, if there is one, for a statistic scaled first; the weights of unscaled gradients."""
@@ -115,8 +114,7 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         return state._replace(aggregator=inner), statistic
 
     def finish(state, statistics, values, mask):
-        _, gradient, state = call(aggregator.rowwise.finish, state, lambda _: statistics, values, mask)
-        return gradient, state
+        return call(aggregator.rowwise.finish, state, lambda _: statistics, values, mask)[1:]
 
     def by_rows(rowwise):
         return Rowwise(
