@@ -143,8 +143,8 @@ def aggregator(
       reads_losses: whether a call without ``values`` is an error.
       axis_name: mapped axis over which parameters are split, for the Gramian.
       per_task: as in :func:`scalarizer`.
-      given_weights: whether the weights are a hyperparameter as it is, to be differentiated with respect to it; others
-        are constants of differentiation.
+      given_weights: whether the weights are a hyperparameter, or a method's inside, as they are, and may be
+        differentiated with respect to it; others are constants of differentiation.
 
     Complex leaves reach the functions as :class:`~mtlbalance.complex_parts.ComplexParts`: two real leaves each.
 

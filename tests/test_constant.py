@@ -1,5 +1,7 @@
 """Constant weights of both families: arrays, names, and weights that are mapped over."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,8 +55,8 @@ def test_an_aggregators_weights_are_differentiated(rows):
     """Through ``apply``, through its weightings, and through a step, as a scalarizer's are."""
     params, losses_fn = jnp.ones(1), lambda params: 3.0 * jnp.stack([params.sum(), params.sum()])
 
-    def of_step(weights, factory, **given):
-        method = factory.constant(weights)
+    def of_step(weights, factory, wrapper=lambda method: method, **given):
+        method = wrapper(factory.constant(weights))
         grad_fn = mtl.value_and_grad(losses_fn, method, **given)
         return grad_fn(params, grad_fn.init(params))[1].sum()
 
@@ -66,6 +68,8 @@ def test_an_aggregators_weights_are_differentiated(rows):
     np.testing.assert_array_equal(jax.grad(of_step)(given, scalarization), [3.0, 3.0])
     np.testing.assert_array_equal(jax.grad(of_step)(given, aggregation, rows=rows), [3.0, 3.0])
     np.testing.assert_array_equal(jax.grad(of_apply)(given), [3.0, 3.0])
+    for wrapper in mtl.skip_nonfinite, mtl.amortize, partial(mtl.chain, scalarization.sum()):
+        np.testing.assert_array_equal(jax.grad(of_step)(given, aggregation, wrapper, rows=rows), [3.0, 3.0])
 
 
 def test_the_weights_are_differentiated_where_a_task_is_absent():

@@ -143,6 +143,7 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         observe=observe,
         jacobian_shaped=within("aggregator", aggregator.jacobian_shaped),
         reads_losses=True,
+        given_weights=True,
     )
 
 

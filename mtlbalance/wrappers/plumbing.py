@@ -92,7 +92,8 @@ def reweighted(
     hooks = hooks_of(method) | {"last_weights": last_weights, "per_task": per_task}
     if isinstance(method, Scalarizer):
         return _reweighted_scalarizer(method, start, change, hooks, keeps_scalar)
-    return _reweighted_aggregator(method, start, change, hooks)
+    # Weights that are looked at only are what they are inside.
+    return _reweighted_aggregator(method, start, change, hooks | {"given_weights": keeps_scalar})
 
 
 def _reweighted_scalarizer(method, start, change, hooks, keeps_scalar):
