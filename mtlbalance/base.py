@@ -124,6 +124,7 @@ def aggregator(
     reads_losses: bool = False,
     axis_name: Hashable | None = None,
     per_task: Mapping[str, Any] | None = None,
+    given_weights: bool = False,
 ) -> Aggregator:
     """Builds an :class:`Aggregator` from plain functions.
 
@@ -145,6 +146,8 @@ def aggregator(
       reads_losses: whether a call without ``values`` is an error.
       axis_name: mapped axis over which parameters are split, for the Gramian.
       per_task: as in :func:`scalarizer`.
+      given_weights: whether the weights are a hyperparameter, or a method's inside, as they are, and may be
+        differentiated with respect to it; others are constants of differentiation.
 
     Complex leaves reach the functions as :class:`~mtlbalance.complex_parts.ComplexParts`: two real leaves each.
 
@@ -173,7 +176,7 @@ def aggregator(
     if weighting is None and gramian_weighting is not None:
         weighting = of_gramian(gramian_weighting, axis_name)
     if apply is None and weighting is not None:
-        apply = combined(weighting)
+        apply = combined(weighting, given_weights)
     if apply is None:
         reject("aggregator", "one of apply, weighting and gramian_weighting", "none", TypeError)
     read, settled = reader(check, required=reads_losses), partial(settle, jacobian_shaped=jacobian_shaped)
@@ -190,7 +193,8 @@ def aggregator(
 
     def public_weighting(name, weigh, read_statistic):
         init = initializer(needs_params=bool(jacobian_shaped))
-        return Weighting(init, public_weigh(name, weigh, read_statistic, read, settled, per_task)) if weigh else None
+        public = partial(public_weigh, name, weigh, read_statistic, read, settled, per_task, given_weights)
+        return Weighting(init, public()) if weigh else None
 
     return Aggregator(
         initializer(needs_params=True),
@@ -305,7 +309,8 @@ def rowwise_aggregator(
     def apply(state, jacobian, values, mask):
         # As the new state, and what else is made of it, a constant of differentiation.
         state, statistics = visit_all(state, jax.lax.stop_gradient(jacobian), values, mask)
-        return returned.gradient_and_state("finish", finish(state, statistics, values, mask), state)
+        output = jax.lax.stop_gradient(finish(state, statistics, values, mask))
+        return returned.gradient_and_state("finish", output, state)
 
     return aggregator(
         counting_init,

@@ -125,6 +125,27 @@ def scale(x: chex.Array) -> chex.Array:
     return jnp.where(largest == 0, 1, jnp.minimum(largest, jnp.finfo(x.dtype).max / 8))
 
 
+def nonnegative(x: chex.Array) -> chex.Array:
+    """``x``; NaN where it is negative, and its gradient too: nobody descends on what means nothing there."""
+    return x * jnp.where(x < 0, jnp.nan, 1)
+
+
+def held(x: chex.Array, bounded: chex.Array, returns: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """A learned number ``x`` and the same ``bounded``, so that a descent beyond the bound finds back, or stays.
+
+    Beyond the bound the second one is constant, but has the gradient that it has there. Where that does not lead back,
+    as ``returns`` says, neither has a gradient.
+    """
+    beyond = x != bounded
+    x = jnp.where(beyond & ~returns, jax.lax.stop_gradient(x), x)
+    return x, jnp.where(beyond, bounded + (x - jax.lax.stop_gradient(x)), x)
+
+
+def magnitude(x: chex.Array) -> chex.Array:
+    """``abs(x)``, whose gradient at zero is 1."""
+    return jnp.where(x < 0, -x, x)
+
+
 def reverse_gradient(x: chex.Array) -> chex.Array:
     """``x``, whose gradient comes back with the opposite sign: who descends on it climbs."""
     return 2 * jax.lax.stop_gradient(x) - x

@@ -105,7 +105,12 @@ def place(state: chex.ArrayTree, given: Any, jacobian_shaped: tuple[str, ...] = 
 
 def count_seen(state, mask: chex.Array):
     """The state with ``seen`` one higher for every task present; it stops at the largest int32."""
-    return state._replace(seen=jnp.where(mask, optax.safe_increment(state.seen), state.seen))
+    return state._replace(seen=increment(state.seen, mask))
+
+
+def increment(counts: chex.Array, mask: chex.Array) -> chex.Array:
+    """The counts one higher where ``mask``; they stop at the largest int32."""
+    return jnp.where(mask, optax.safe_increment(counts), counts)
 
 
 def running_average(average: chex.Array, new: chex.Array, decay: chex.Numeric, seen: chex.Array) -> chex.Array:

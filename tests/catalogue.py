@@ -30,7 +30,7 @@ class Case(NamedTuple):
       sharded: takes ``axis_name``.
       per_task: ``make`` takes the indices of the ``tasks`` that it is for, an array or named as the losses are.
       nonlinear: the scalar is not linear in the losses at a given state, its constants of differentiation held.
-      needs_positive: a negative loss makes the scalar NaN.
+      needs_positive: a negative loss makes the scalar NaN, and its own weight.
       largest: the largest loss that must not overflow.
       fewest_tasks: the method refuses fewer.
       total: what the weights of the tasks present always add up to, 1 or their number m; ``None`` if free.
@@ -169,11 +169,11 @@ SCALARIZERS = [
         total="1",
     ),
     Case("famo-delayed", lambda: scalarization.famo(delayed=True), nonlinear=True, needs_positive=True, total="1"),
-    Case("uw", scalarization.uw, {"initial_log_var": (-0.5, 0.0, 1.5)}),
-    Case("revised_uw", scalarization.revised_uw, {"initial_sigma": (0.5, 1.0, 2.0)}),
-    Case("uw_o", scalarization.uw_o),
+    Case("uw", scalarization.uw, {"initial_log_var": (-0.5, 0.0, 1.5), "max_weight": (0.1, 1e12)}),
+    Case("revised_uw", scalarization.revised_uw, {"initial_sigma": (0.5, 1.0, 2.0), "max_weight": (0.1, 1e8)}),
+    Case("uw_o", scalarization.uw_o, needs_positive=True),
     Case("uw_so", scalarization.uw_so, {"temperature": (0.1, 1.0, 5.0)}, total="1"),
-    Case("imtl_l", scalarization.imtl_l, {"initial_log_scale": (-0.5, 0.0, 1.5)}),
+    Case("imtl_l", scalarization.imtl_l, {"initial_log_scale": (-0.5, 0.0, 1.5), "max_weight": (0.1, 1e12)}),
     Case(
         "dwa-steps",
         lambda **kw: scalarization.dwa(steps_per_epoch=2, **kw),
@@ -195,7 +195,7 @@ SCALARIZERS = [
     ),
     Case("dtp", scalarization.dtp, {"gamma": (0.0, 0.5, 2.0), "alpha": (0.1, 1.0)}),
     Case("minmax", scalarization.minmax, {"initial_logits": (0.0, 1.0)}, total="m"),
-    Case("self_adaptive", scalarization.self_adaptive, {"initial_multipliers": (0.5, 1.0)}),
+    Case("self_adaptive", scalarization.self_adaptive, {"initial_multipliers": (0.5, 1.0), "max_weight": (0.1, 1e12)}),
     Case(
         "learn-uw",
         lambda **kw: mtl.learn(scalarization.uw(**kw), optax.adam(0.1)),

@@ -1,10 +1,13 @@
 """Constant weights of both families: arrays, names, and weights that are mapped over."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
 WEIGHTS = jnp.array([[0.5, 2.0, 1.0], [1.0, -1.0, 0.0]])
@@ -48,3 +51,35 @@ def test_an_absent_task_has_no_weight():
     for weighting, statistic in (method.weighting, jnp.ones((3, 2))), (method.gramian_weighting, jnp.ones((3, 3))):
         weights, _ = weighting.apply(method.init((3, 2)), statistic, mask=mask)
         np.testing.assert_array_equal(weights, [0.5, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("rows", ["vmap", 1, "two_pass"])
+def test_an_aggregators_weights_are_differentiated(rows):
+    """Through ``apply``, through its weightings, and through a step, as a scalarizer's are."""
+    params, losses_fn = jnp.ones(1), lambda params: 3.0 * jnp.stack([params.sum(), params.sum()])
+
+    def of_step(weights, factory, wrapper=lambda method: method, **given):
+        method = wrapper(factory.constant(weights))
+        grad_fn = mtl.value_and_grad(losses_fn, method, **given)
+        return grad_fn(params, grad_fn.init(params))[1].sum()
+
+    def of_apply(weights):
+        method = aggregation.constant(weights)
+        return method.apply(method.init((2, params)), jnp.full((2, 1), 3.0))[0].sum()
+
+    given = jnp.array([0.5, 2.0])
+    np.testing.assert_array_equal(jax.grad(of_step)(given, scalarization), [3.0, 3.0])
+    np.testing.assert_array_equal(jax.grad(of_step)(given, aggregation, rows=rows), [3.0, 3.0])
+    np.testing.assert_array_equal(jax.grad(of_apply)(given), [3.0, 3.0])
+    for wrapper in mtl.skip_nonfinite, mtl.amortize, partial(mtl.chain, scalarization.sum()):
+        np.testing.assert_array_equal(jax.grad(of_step)(given, aggregation, wrapper, rows=rows), [3.0, 3.0])
+
+
+def test_the_weights_are_differentiated_where_a_task_is_absent():
+    mask = jnp.array([True, False, True])
+
+    def total(weights):
+        method = aggregation.constant(weights)
+        return method.apply(method.init((3, 1)), jnp.array([[1.0], [jnp.nan], [4.0]]), mask=mask)[0].sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(WEIGHTS[0]), [1.0, 0.0, 4.0])

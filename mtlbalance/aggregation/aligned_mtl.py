@@ -29,6 +29,8 @@ def aligned_mtl(
     zero up to rounding, and :math:`\sigma` the smallest, the (lower) median or the mean of the others. The weights
     have no fixed total. Where all gradients are zero they are the preference.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       The smallest eigenvalue is the paper's choice and TorchJD's default; the official code's is the mean,
       ``"rmse"``. LibMTL adds up where the preference averages: its weights are m times as large.

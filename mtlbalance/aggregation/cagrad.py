@@ -26,6 +26,8 @@ def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | Non
     :math:`c = 0`, the mean. From :math:`c = 1` on no task loses. Where :math:`g_w` vanishes, up to rounding, they are
     zero.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       TorchJD has no default for ``c`` and does not rescale; it too returns zero where :math:`g_w` vanishes. Nash-MTL's
       code has c = 0.4 and multiplies LibMTL's result by m.

@@ -24,6 +24,8 @@ def config(pref_vector: chex.ArrayTree | None = None, *, axis_name: Hashable | N
     pseudoinverse: where they depend on each other, the cosines are as near to the preferred ones as can be. The
     weights have no fixed total and may be negative; all are zero where :math:`d` is, up to rounding.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       Here :math:`d` is found from the Gramian :math:`U U^\top`: directions that nearly depend on each other, with a
       singular value below about 1e-3 of the largest (in float32), count as dependent. TorchJD decomposes :math:`U`

@@ -16,7 +16,8 @@ def constant(weights: chex.ArrayTree) -> base.Aggregator:
     The weights are taken as they are: their total is yours.
 
     Args:
-      weights: one real number per task: an array or a tree of names. May be traced, so that ``vmap`` sweeps weightings.
+      weights: one real number per task: an array or a tree of names. May be traced, so that ``vmap`` sweeps weightings,
+        and differentiated.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.
@@ -40,4 +41,6 @@ def constant(weights: chex.ArrayTree) -> base.Aggregator:
         del values
         return fixed_weights(mask, gramian.dtype), count_seen(state, mask)
 
-    return base.aggregator(init_seen_after(fixed_weights), gramian_weighting=weigh, per_task={"weights": weights})
+    return base.aggregator(
+        init_seen_after(fixed_weights), gramian_weighting=weigh, per_task={"weights": weights}, given_weights=True
+    )

@@ -43,6 +43,8 @@ def db_mtl(
     The paper's :math:`g_i` are the gradients of the *logarithms* of positive losses. The whole method is
     ``mtl.chain(scalarization.scale_invariant(), aggregation.db_mtl(beta=0.9))``.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       LibMTL's default is ``beta=0.9``. It adds 1e-8 to the losses and to the norms. Like it, this function does not
       divide the averages by :math:`1 - \beta^k`: the first gradient is :math:`1 - \beta` as long as later ones.

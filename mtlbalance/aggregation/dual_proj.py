@@ -31,6 +31,8 @@ def dual_proj(
     With :math:`\epsilon = 0` the projection is exact: the gradient conflicts with none of the tasks'. The weights are
     at least the preference each and have no fixed total.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       The regularization and the threshold are those of :func:`~mtlbalance.aggregation.upgrad`, whose note says how
       they compare with TorchJD's, and by how much the result moves; the original has neither.

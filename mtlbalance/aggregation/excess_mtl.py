@@ -64,6 +64,8 @@ def excess_mtl(
     up to about :math:`2 \eta \sqrt{t}`: with the default step a run of thousands can end with nearly all weight on one
     or two tasks. The official code's default is 0.01.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       The official code and LibMTL start at weight 1 and keep the total m: their gradient is m times this one's.
       They have no warm-up and no :math:`10^{-7}` in the ratio. TorchJD up to 0.18 moves the weights on the first

@@ -24,6 +24,8 @@ def fairgrad(alpha: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) ->
     The weights have no fixed total; a zero gradient has weight 0. The equations have no solution where a positive
     combination of gradients vanishes: then those gradients have large, finite weights with which they cancel.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       The equations are solved to about 1e-5 relative to the terms of their sums (1e-4 for :math:`\alpha` other than 1),
       TorchJD's and LibMTL's least squares to their tolerance. TorchJD's ``alpha=0``, the mean, is an error here. The

@@ -38,6 +38,8 @@ def grad_norm_weights(momentum: chex.Numeric = 0.9, *, axis_name: Hashable | Non
     saves the gradients of the single tasks in between: those who train physics-informed networks take new ones every
     1000 steps.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       The paper has the sum of the lengths in place of the mean, m times as much; jaxpi, its official code, the mean.
 

@@ -53,6 +53,8 @@ def gradnorm(
     Losses must be of one sign each: one of the other sign counts as zero. The method reads them: give them as
     ``values=``.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       The paper has the norms of the last shared layer only, ``decide_on=`` of :func:`mtlbalance.value_and_grad`. It
       does not say what becomes of negative weights. LibMTL learns the logits of a softmax over the tasks, times m

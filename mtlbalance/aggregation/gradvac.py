@@ -51,6 +51,8 @@ def gradvac(
     The weights are at least 1 each and have no fixed total. The targets start at zero, so that the first call is
     :func:`~mtlbalance.aggregation.pcgrad`.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       As in TorchJD and LibMTL the whole gradient is one group, and ``eps`` is added to the denominators; here after
       scaling by the largest norm, so that the scale of the gradients does not matter.

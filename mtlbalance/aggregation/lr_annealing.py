@@ -49,6 +49,8 @@ def lr_annealing(
     zero or absent. Where the weights need not be new at every step, :func:`mtlbalance.amortize` saves the gradients of
     the single tasks in between: the official code takes new ones every 10 steps.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       The official code leaves biases out, and takes the mean of the layers' means. Other codes have
       :math:`|g_{ik}|` in the denominator, without the weight; at rest their weights are the square of these.

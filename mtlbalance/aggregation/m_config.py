@@ -17,7 +17,7 @@ from mtlbalance.complex_parts import entries, squared_modulus
 from mtlbalance.gramian import combine, gramian_of_tasks
 from mtlbalance.hyperparameters import DECAY, check
 from mtlbalance.losses import state_dtype
-from mtlbalance.states import among, count_seen, select, zero_counts, zeros_jacobian, zeros_params
+from mtlbalance.states import among, count_seen, increment, select, zero_counts, zeros_jacobian, zeros_params
 
 
 class MConFIGState(NamedTuple):
@@ -26,7 +26,8 @@ class MConFIGState(NamedTuple):
     Attributes:
       seen: int32, one per task: the calls in which it was present.
       turns: int32, one per task: those that renewed its average.
-      last_turn: int32, one per task: the number of the last of these, 0 before the first.
+      last_turn: int32, one per task: the number of the last of these, 0 before the first; at the largest int32 they
+        are numbered anew, in their order.
       momentum: running averages of the gradients, leaves ``[m, *param.shape]``.
       count: int32 scalar: the calls that gave a gradient.
       direction: the last gradient before scaling, as if it were an average that has not been corrected for its start;
@@ -42,6 +43,9 @@ class MConFIGState(NamedTuple):
     count: chex.Array
     direction: chex.ArrayTree
     squares: chex.ArrayTree
+
+
+_LAST = jnp.iinfo(jnp.int32).max - 1  # an absent task's number is the one above it
 
 
 @base.memoized
@@ -64,6 +68,8 @@ def m_config(
     The gradient is zero until every task present had a turn. It is scaled as Adam's update is: follow it by
     ``optax.sgd``. Of all gradients a call needs one, and :func:`mtlbalance.value_and_grad` computes no other: a step
     takes one backward pass and the Gramian of the averages.
+
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
     Note:
       In the official code the caller says whose turn it is.
@@ -109,7 +115,7 @@ def m_config(
         )
 
     def visits(state, mask):
-        last_turn = jnp.where(mask, state.last_turn, jnp.iinfo(jnp.int32).max)
+        last_turn = jnp.where(mask, jnp.minimum(state.last_turn, _LAST), jnp.iinfo(jnp.int32).max)
         return jnp.argmin(last_turn)[None]
 
     def visit(momentum, gradient, task):
@@ -121,9 +127,8 @@ def m_config(
         # In the state's dtype, so that they are the same number whether traced or not.
         decay_1, decay_2 = (jnp.asarray(beta, state_dtype(state, ())) for beta in (beta_1, beta_2))
         turn = among(visits(state, mask), mask)
-        number = optax.safe_increment(jnp.max(state.last_turn))
-        turns = jnp.where(turn, optax.safe_increment(state.turns), state.turns)
-        state = state._replace(turns=turns, last_turn=jnp.where(turn, number, state.last_turn))
+        last_turn, turns = _with_room(state.last_turn), increment(state.turns, turn)
+        state = state._replace(turns=turns, last_turn=jnp.where(turn, jnp.max(last_turn) + 1, last_turn))
         ready = jnp.all((turns > 0) | ~mask)
 
         corrections = jnp.where(mask & ready, 1 / numerics.bias_correction(decay_1, jnp.maximum(turns, 1)), 0)
@@ -149,3 +154,9 @@ def m_config(
         return {"count": count, "direction": new_direction, "squares": squares}
 
     return base.rowwise_aggregator(init, visit, finish=finish, visits=visits, memory="momentum")
+
+
+def _with_room(numbers):
+    """The numbers of the last turns; where there is none above them, those of their order."""
+    order = jnp.sum(numbers[None, :] < numbers[:, None], axis=1, dtype=jnp.int32)
+    return jnp.where(jnp.max(numbers) >= _LAST, order, numbers)

@@ -53,6 +53,8 @@ def moco(
     equal. The :math:`y_i` start at zero and are as large as the Jacobian. Without ``normalize`` the weights' step is of
     the order of the squared gradients: choose :math:`\gamma` by it.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       LibMTL, after code of the authors, takes :math:`L_i g_i / \lVert g_i \rVert` in place of :math:`g_i`
       (``normalize=True``) and a softmax in place of the projection (``softmax=True``), which leaves the weights near
@@ -66,7 +68,7 @@ def moco(
       gamma_sigma: :math:`\sigma_\gamma \ge 0`. May be traced.
       rho: :math:`\rho \ge 0`, draws the weights together. May be traced.
       normalize: whether to make each gradient as long as its loss is large. The losses must be positive then, and
-        given as ``values=``.
+        given as ``values=``: where one is negative the gradient is NaN, and what follows that task's stays.
       softmax: whether to make weights by a softmax.
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
 
@@ -102,18 +104,20 @@ def moco(
     def visit(tracked, gradient, task):
         rate = jnp.where(task.present, beta / (task.seen + 1.0) ** beta_sigma, 0)
         if normalize:
+            rate = jnp.where(task.loss < 0, 0, rate)  # its gradient would be followed upwards
             norm = jnp.sqrt(squared_norm(gradient, axis_name))
             gradient = jax.tree.map(lambda g: task.loss * (g / jnp.where(norm == 0, 1, norm)), gradient)
         return jax.tree.map(lambda y, g: y - rate * (y - g), tracked, gradient), ()
 
     def finish(state, statistics, values, mask):
-        del statistics, values
+        del statistics
         weights = numerics.normalize(state.weights, mask)
         gramian = gramian_of_tasks(state.tracked, len(mask), axis_name)
         step = jnp.dot(gramian, weights, precision="highest") + rho * weights
         weights = weights - gamma / (state.seen + 1.0) ** gamma_sigma * step
         weights = numerics.softmax(weights, mask) if softmax else numerics.project_simplex(weights, mask)
-        gradient = combine(jnp.where(mask, weights, 0), state.tracked)
+        shown = jnp.where(jnp.any(mask & (values < 0)), jnp.nan, 1) if normalize else 1
+        gradient = combine(jnp.where(mask, weights, 0) * shown, state.tracked)
         state = state._replace(weights=jnp.where(mask, weights, state.weights))
         return gradient, count_seen(state, mask)
 

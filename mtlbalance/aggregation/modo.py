@@ -34,6 +34,8 @@ def modo(gamma: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hasha
     one Jacobian, :math:`J_1 = J_2`. The weights start equal and sum to 1. The step depends on the scale of the
     gradients.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       LibMTL has :math:`\gamma` = 1e-3.
 

@@ -25,6 +25,8 @@ def nash_mtl(max_norm: chex.Numeric = 1.0, *, axis_name: Hashable | None = None)
     has weight 0. The equations have no solution where a positive combination of gradients vanishes: then those
     gradients have large, finite weights with which they cancel, and do not count for the norm.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       The equations are solved to about 1e-5 relative to the terms of their sums. The official code, TorchJD and LibMTL
       approach them by a sequence of convex problems that may stop elsewhere. Where they reuse weights for several

@@ -50,6 +50,8 @@ def pcd(
     and the main task's is zero only if the whole gradient is. Where the constraints contradict each other they are
     dropped, all of them; where :math:`g_1` or :math:`d` vanishes, up to rounding, so does the gradient.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       TorchJD's :math:`\epsilon` is 1e-8; without it the scale of the gradients does not matter. It solves in float64
       on the host, and counts the calls of all tasks together.

@@ -46,6 +46,8 @@ def sdmgrad(
     one Jacobian, :math:`J_1 = J_2`. :math:`w` starts equal, each call goes on from the last one's, and :math:`v` from
     zero. The weights sum to 1 if the preference does.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       The official code has :math:`\lambda = 0.6` by default, and 0.3 in its scripts, as TorchJD. TorchJD adds 1e-8 to
       the squared mean norm. With the usual step size the steps overshoot where gradients conflict, and what the last of

@@ -32,6 +32,8 @@ def upgrad(
     With :math:`\epsilon = 0` the projections are exact: the gradient conflicts with none of the tasks'. The weights
     are at least the preference each and have no fixed total.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       TorchJD regularizes by 1e-4 of the trace, and so does this function by default; ``reg_eps=0.0`` is the paper's.
       That moves the result by up to 1e-2 of the Jacobian's norm where norms differ by 10, and by a tenth of it or

@@ -13,6 +13,8 @@ from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import FRACTION, check
 from mtlbalance.states import count_seen, select, zero_counts
 
+_LONGEST = 2**20  # calls that a mean is over: float32 would round off what a call adds to one over many more
+
 
 class CoVWeightingState(NamedTuple):
     """State of :func:`cov_weighting`; every field has one entry per task.
@@ -20,7 +22,7 @@ class CoVWeightingState(NamedTuple):
     Attributes:
       mean_loss: running mean of the loss.
       mean_ratio: running mean of the loss over the mean before it.
-      deviation: root of the sum of squared deviations of that ratio.
+      deviation: root of the mean of squared deviations of that ratio.
       seen: int32, the calls in which the task was present.
     """
 
@@ -40,7 +42,10 @@ def cov_weighting(decay: chex.Numeric | None = None) -> base.Scalarizer:
     where :math:`\mu_i` and :math:`\sigma_i` are the mean and the standard deviation of the ratios :math:`\ell_i` of
     the calls before this one, and :math:`\bar L_i` the mean of the losses. A loss that has settled loses weight. The
     weights are constants of differentiation and sum to 1; a task has an equal share on its first two calls. Losses
-    must keep their sign: the weight of one that changes it may be negative. A mean of zero gives ratio 1.
+    should keep their sign: where one changes it, :math:`\mu_i` counts by its size. A mean of zero gives ratio 1. After
+    :math:`2^{20}` calls each plain mean is a running average over about as many.
+
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
     Note:
       The variance is that of the official code: squared deviations over the number of calls, plus 1e-8. Its default
@@ -79,19 +84,31 @@ def cov_weighting(decay: chex.Numeric | None = None) -> base.Scalarizer:
 
     def apply(state, values, mask):
         seen = state.seen
-        n_calls = jnp.maximum(seen, 1).astype(values.dtype)
-        sigma = jnp.hypot(state.deviation / jnp.sqrt(n_calls), 1e-4)
-        weights = numerics.shares(numerics.ratio(sigma, state.mean_ratio), seen >= 2, mask)
+        n_calls = jnp.minimum(seen, _LONGEST).astype(values.dtype)
+        sigma = jnp.hypot(state.deviation, 1e-4)
+        weights = numerics.shares(numerics.ratio(sigma, jnp.abs(state.mean_ratio)), seen >= 2, mask)
 
         loss_ratio = numerics.ratio(values, state.mean_loss)
+        new = 1 / (n_calls + 1)
         kept = jnp.where(seen == 0, 0, n_calls / (n_calls + 1) if decay is None else decay)
         mean_loss = kept * state.mean_loss + (1 - kept) * values
         mean_ratio = kept * state.mean_ratio + (1 - kept) * loss_ratio
-        # Welford adds the product of the differences to the old mean and to the new one, `kept` times the former.
-        # The root of the sum does not overflow where that of the squares would.
+        # Welford takes the product of the differences to the old mean and to the new one, `kept` times the former.
         difference = jnp.sqrt(kept) * jnp.abs(loss_ratio - state.mean_ratio)
-        deviation = numerics.finite(jnp.hypot(state.deviation, difference))
+        deviation = _root_mean(state.deviation, difference, new)
         new_state = select(mask, CoVWeightingState(mean_loss, mean_ratio, deviation, seen), state)
         return numerics.weighted_sum(weights, values, mask), count_seen(new_state, mask)
 
     return base.scalarizer(init, apply)
+
+
+def _root_mean(x, y, part):
+    """The root of ``(1 - part) * x**2 + part * y**2``, without overflow.
+
+    Neither number is divided by itself: the roots of numbers just beside 1 are rounded down more often than up, which
+    adds up over a million calls.
+    """
+    largest = jnp.finfo(x.dtype).max / 8
+    size = jnp.minimum(x / 2 + y / 2, largest)
+    size = jnp.where(size == 0, 1, size)
+    return numerics.finite(size * jnp.sqrt((1 - part) * jnp.square(x / size) + part * jnp.square(y / size)))

@@ -42,6 +42,8 @@ def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer
     Any real losses will do. The weights are constants of differentiation with no fixed total: 1 for a task without an
     indicator so far, 0 for one at 1, and up to 87 (in float32) for one at 0.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       There is no official code; the defaults are this library's. The paper's focal weights of single examples are the
       business of the losses.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import POSITIVE_OR_INFINITE, check, check_int
-from mtlbalance.states import zero_counts
+from mtlbalance.states import increment, zero_counts
 
 
 class DWAState(NamedTuple):
@@ -44,6 +44,8 @@ def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> 
 
     A task whose older average is zero has rate 1. An absent task's averages stay, and each average is over the
     calls in which its task was present.
+
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
     Note:
       In TorchJD a zero older average makes all weights NaN. LibMTL takes the averages from its trainer.
@@ -89,7 +91,7 @@ def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> 
         rate = numerics.ratio(state.newer, state.older)
         weights = jnp.sum(mask) * numerics.softmax(rate / temperature, mask)
 
-        count = state.count + mask
+        count = increment(state.count, mask)
         average = state.average + jnp.where(mask, (values - state.average) / jnp.maximum(count, 1), 0)
         state = state._replace(average=average, count=count)
         if steps_per_epoch is not None:

@@ -6,7 +6,9 @@ Liu et al., "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023, https://
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
+import optax
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import NONNEGATIVE, check, per_task
@@ -57,8 +59,10 @@ def famo(
     step, updates :math:`w` by them first, and ``observe`` does nothing. That costs nothing, but the losses are those
     of another batch.
 
-    Losses must be above their bounds :math:`b`. Where one is below, the scalar is NaN; a task that was below before
-    or after the optimizer's step, or whose loss was not finite, takes no part in the step of :math:`w`.
+    Losses must be above their bounds :math:`b`. Where one is below, the scalar and the weights are NaN; a task that was
+    below before or after the optimizer's step, or whose loss was not finite, takes no part in the step of :math:`w`.
+
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
     Note:
       The weight decay is that of the paper's algorithm 2, TorchJD and LibMTL; the official code has 0.01 in one file
@@ -97,7 +101,7 @@ def famo(
     check("weight_decay", weight_decay, NONNEGATIVE)
 
     def distance(values):
-        return values - per_task("min_losses", min_losses, values.shape, values.dtype) + 1e-8
+        return values - jax.lax.stop_gradient(per_task("min_losses", min_losses, values.shape, values.dtype)) + 1e-8
 
     def init(shape, dtype):
         zeros, none = jnp.zeros(shape, dtype), zero_counts(shape)
@@ -108,7 +112,7 @@ def famo(
         if delayed:
             state = step(state, values, mask)
         weights = numerics.softmax(state.logits, mask)
-        distances = distance(values)
+        distances = numerics.nonnegative(jnp.where(mask, distance(values), 1))
         weights = weights / jnp.sum(weights / distances, where=mask)
         scalar = numerics.weighted_sum(weights, jnp.log(distances), mask)
         state = state._replace(previous=jnp.where(mask, values, state.previous))
@@ -123,7 +127,8 @@ def famo(
 
     def adam(state, gradient):
         # By hand: every task has a step count of its own, and Optax's `1 - 0.999**count` is 1e-5 off in float32.
-        mu, nu, count = 0.9 * state.mu + 0.1 * gradient, 0.999 * state.nu + 0.001 * gradient**2, state.count + 1
+        mu, nu = 0.9 * state.mu + 0.1 * gradient, 0.999 * state.nu + 0.001 * gradient**2
+        count = optax.safe_increment(state.count)
         mean, square = mu / numerics.bias_correction(0.9, count), nu / numerics.bias_correction(0.999, count)
         logits = state.logits - lr * mean / (jnp.sqrt(square) + 1e-8)
         return state._replace(logits=logits, mu=mu, nu=nu, count=count)

@@ -34,6 +34,8 @@ def group_dro(robust_step_size: chex.Numeric = 0.01) -> base.Scalarizer:
     sum to 1. Any real losses will do, and they should be of one scale. The weights are kept as logarithms: large
     losses do not overflow. An absent task keeps its weight, the present ones exchange theirs.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       The code of the ExcessMTL authors, who compare with this method, has weights that sum to m. The official one can
       also adjust for group sizes and divide the losses by their sum: scale yours.

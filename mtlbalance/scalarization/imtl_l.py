@@ -8,8 +8,8 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base
-from mtlbalance.hyperparameters import per_task
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import POSITIVE, check, per_task
 
 
 class IMTLLState(NamedTuple):
@@ -23,14 +23,15 @@ class IMTLLState(NamedTuple):
 
 
 @base.memoized
-def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
+def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0, max_weight: chex.Numeric = 1e12) -> base.Scalarizer:
     r"""Scales each loss towards 1 by a learned factor.
 
     .. math:: \sum_i e^{s_i} L_i - s_i
 
     For a fixed loss the optimum is :math:`s_i = -\log L_i`, where the scaled loss is 1. Losses must be positive: a
-    loss of zero drives :math:`s_i` towards infinity and a negative one has no optimum. The weights sum to m at the
-    start. At :math:`s` it equals twice :func:`~mtlbalance.scalarization.uw` at :math:`-s`.
+    loss of zero, or a negative one, has no optimum, and drives the weight :math:`e^{s_i}` to ``max_weight``, where it
+    stays. The weights sum to m at the start. At :math:`s` it equals twice :func:`~mtlbalance.scalarization.uw` at
+    :math:`-s`.
 
     The log-scales are trained by gradient, in one of two ways: differentiate with respect to the state and give it to
     your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`. A bare ``apply``
@@ -39,12 +40,15 @@ def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     Args:
       initial_log_scale: start of :math:`s`: one real number, or one per task (an array or a tree of the same names).
         May be traced.
+      max_weight: the largest weight that a loss may have, above 0 and finite: a task whose loss is zero does not go
+        beyond it, and returns when it has a loss again. The default is that of a loss of 1e-12. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`IMTLLState` and ``learned=("log_scale",)``.
 
     Raises:
-      ValueError: at ``init``, if ``initial_log_scale`` has another shape than the losses.
+      ValueError: if ``max_weight`` is out of bounds; at ``init``, if ``initial_log_scale`` has another shape than the
+        losses.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -60,10 +64,14 @@ def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
       section 3.2.
     """
 
+    check("max_weight", max_weight, POSITIVE)
+
     def init(shape, dtype):
         return IMTLLState(per_task("initial_log_scale", initial_log_scale, shape, dtype))
 
     def apply(state, values, mask):
-        return jnp.sum(jnp.exp(state.log_scale) * values - state.log_scale, where=mask), state
+        bounded = jnp.minimum(state.log_scale, jnp.log(jnp.asarray(max_weight, values.dtype)))
+        log_scale, bounded = numerics.held(state.log_scale, bounded, returns=max_weight * values > 1)
+        return jnp.sum(jnp.exp(bounded) * values - log_scale, where=mask), state
 
     return base.scalarizer(init, apply, learned=("log_scale",), per_task={"initial_log_scale": initial_log_scale})

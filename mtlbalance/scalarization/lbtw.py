@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import NONNEGATIVE, check, check_int
-from mtlbalance.states import zero_counts
+from mtlbalance.states import increment, zero_counts
 
 
 class LBTWState(NamedTuple):
@@ -33,8 +33,10 @@ def lbtw(alpha: chex.Numeric = 0.5, steps_per_epoch: int | None = None) -> base.
     .. math:: \sum_i w_i L_i, \quad w_i \propto \Big( \frac{L_i}{L_i^{(0)}} \Big)^\alpha
 
     The weights are constants of differentiation and sum to m. A task on the first call of its epoch has ratio 1, and
-    so has one whose first loss is zero. Losses must keep their sign: where one changes it the scalar is NaN, or with
-    an integer :math:`\alpha` its weight may be negative.
+    so has one whose first loss is zero. Losses must keep their sign: where one changes it the scalar and the
+    weights are NaN until its epoch ends.
+
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
     Note:
       Without ``end_epoch`` the first call of all is the reference for the whole training. The normalization to m is
@@ -74,10 +76,10 @@ def lbtw(alpha: chex.Numeric = 0.5, steps_per_epoch: int | None = None) -> base.
 
     def apply(state, values, mask):
         initial = jnp.where(mask & (state.count == 0), values, state.initial)
-        ratio = jnp.where(mask, numerics.ratio(values, initial), 0)
+        ratio = numerics.nonnegative(jnp.where(mask, numerics.ratio(values, initial), 0))
         ratio = ratio / numerics.scale(ratio)  # so that no power overflows
         weights = numerics.normalize(ratio**alpha, mask, jnp.sum(mask))
-        count = state.count + mask
+        count = increment(state.count, mask)
         if steps_per_epoch is not None:
             count = jnp.where(mask & (count >= steps_per_epoch), 0, count)
         return numerics.weighted_sum(weights, values, mask), LBTWState(initial, count)

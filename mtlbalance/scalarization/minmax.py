@@ -7,6 +7,7 @@ Networks 136, 2021, https://arxiv.org/abs/2005.00615
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
@@ -34,6 +35,8 @@ def minmax(initial_logits: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     The gradient with respect to the logits :math:`a` has its sign reversed, so that whatever optimizer descends on it
     climbs: give it an optimizer of its own by ``mtlbalance.learn(minmax(), optax.adam(1e-3))``, or differentiate with
     respect to the state too and let one optimizer train both. A bare ``apply`` returns them as they were.
+
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
     Note:
       ConFIG's version computes the ascent for these weights but then weighs the losses by the logits themselves. It
@@ -64,7 +67,8 @@ def minmax(initial_logits: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
     """
 
     def init(shape, dtype):
-        return MinMaxState(per_task("initial_logits", initial_logits, shape, dtype))
+        start = per_task("initial_logits", initial_logits, shape, dtype)
+        return MinMaxState(jax.lax.stop_gradient(start))  # or it would come back with its sign reversed
 
     def apply(state, values, mask):
         weights = jnp.sum(mask) * numerics.softmax(numerics.reverse_gradient(state.logits), mask)

@@ -56,6 +56,8 @@ def relobralo(
 
     To sweep seeds, build the method inside the function that is mapped.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       The official code takes the losses of its second step for the first ones, and may look back to losses of 1 on
       its first step. By default it never looks back, as here; ConFIG's version has ``temperature=0.1, rho=0.999``.

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base
-from mtlbalance.hyperparameters import NONZERO, per_task
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import NONZERO, POSITIVE, check, per_task
 
 
 class RevisedUWState(NamedTuple):
@@ -23,15 +23,15 @@ class RevisedUWState(NamedTuple):
 
 
 @base.memoized
-def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
+def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0, max_weight: chex.Numeric = 1e8) -> base.Scalarizer:
     r"""Weights each loss by a learned uncertainty, with a regularizer of at least zero.
 
     .. math:: \sum_i \frac{L_i}{2 \sigma_i^2} + \log(1 + \sigma_i^2)
 
     For a fixed loss the optimum is :math:`\sigma^2 = (L + \sqrt{L^2 + 8 L}) / 4`. Losses must be positive: a loss of
-    zero drives :math:`\sigma` to zero, where the weight has no bound, and a negative one does so without a limit. The
-    weights sum to m/2 at the start. Neither weight decay nor a large learning rate should push :math:`\sigma` across
-    zero.
+    zero, or a negative one, has its optimum at :math:`\sigma = 0`, and drives the weight :math:`1 / (2 \sigma^2)` to
+    ``max_weight``, where it stays. The weights sum to m/2 at the start. Neither weight decay nor a large learning rate
+    should push :math:`\sigma` across zero.
 
     The uncertainties are trained by gradient, in one of two ways: differentiate with respect to the state and give it
     to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`. A bare ``apply``
@@ -40,12 +40,15 @@ def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
     Args:
       initial_sigma: start of :math:`\sigma`, not zero: one real number, or one per task (an array or a tree of the
         same names). May be traced.
+      max_weight: the largest weight that a loss may have, above 0 and finite: a task whose loss is zero does not go
+        beyond it, and returns when it has a loss again. The default is that of a loss of 5e-17. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`RevisedUWState` and ``learned=("sigma",)``.
 
     Raises:
-      ValueError: at ``init``, if ``initial_sigma`` is zero or has another shape than the losses.
+      ValueError: if ``max_weight`` is out of bounds; at ``init``, if ``initial_sigma`` is zero or has another shape
+        than the losses.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -61,11 +64,17 @@ def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
       https://github.com/Mikoto10032/AutomaticWeightedLoss (third party).
     """
 
+    check("max_weight", max_weight, POSITIVE)
+
     def init(shape, dtype):
         return RevisedUWState(per_task("initial_sigma", initial_sigma, shape, dtype, bound=NONZERO))
 
     def apply(state, values, mask):
-        variance = jnp.square(state.sigma)
-        return jnp.sum(0.5 / variance * values + jnp.log1p(variance), where=mask), state
+        least = jnp.sqrt(jnp.asarray(0.5 / max_weight, values.dtype))
+        # Where the gradient at the bound, -L / sigma**3 + 2 sigma / (1 + sigma**2), is negative.
+        returns = values * (1 + least**2) > 2 * least**4
+        sigma = numerics.magnitude(state.sigma)
+        sigma, bounded = numerics.held(sigma, jnp.maximum(sigma, least), returns)
+        return jnp.sum(0.5 / jnp.square(bounded) * values + jnp.log1p(jnp.square(sigma)), where=mask), state
 
     return base.scalarizer(init, apply, learned=("sigma",), per_task={"initial_sigma": initial_sigma})

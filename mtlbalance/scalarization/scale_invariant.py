@@ -6,7 +6,7 @@ Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, https://arx
 import chex
 import jax.numpy as jnp
 
-from mtlbalance import base
+from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import per_task
 from mtlbalance.states import count_seen, init_seen_after
 
@@ -19,7 +19,7 @@ def scale_invariant(weights: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
 
     The gradient weighs a loss by :math:`w_i / L_i`, so that a loss's scale does not matter. Losses must be positive.
     One below the smallest normal number counts as that number, with weight zero, so that its logarithm stays finite.
-    Where one is negative the scalar is NaN.
+    Where one is negative the scalar and its weight are NaN.
 
     Note:
       The official code of Nash-MTL has no guard at zero.
@@ -52,7 +52,7 @@ def scale_invariant(weights: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
     def apply(state, values, mask):
         fixed = fixed_weights(mask, values.dtype)
         tiny = jnp.finfo(values.dtype).tiny
-        logs = jnp.log(jnp.where(jnp.abs(values) < tiny, tiny, values))
+        logs = jnp.log(numerics.nonnegative(jnp.where(jnp.abs(values) < tiny, tiny, values)))
         return jnp.sum(fixed * logs, where=mask), count_seen(state, mask)
 
     return base.scalarizer(init_seen_after(fixed_weights), apply, per_task={"weights": weights})

@@ -7,10 +7,11 @@ https://arxiv.org/abs/2009.04544
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
-from mtlbalance.hyperparameters import NONZERO, per_task
+from mtlbalance.hyperparameters import NONZERO, POSITIVE, check, per_task
 
 
 class SelfAdaptiveState(NamedTuple):
@@ -24,18 +25,22 @@ class SelfAdaptiveState(NamedTuple):
 
 
 @base.memoized
-def self_adaptive(initial_multipliers: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
+def self_adaptive(
+    initial_multipliers: chex.ArrayTree | float = 1.0, max_weight: chex.Numeric = 1e12
+) -> base.Scalarizer:
     r"""Weights that a gradient ascent raises for as long as their losses are not zero.
 
     .. math:: \min_\theta \max_\lambda \sum_i \lambda_i^2 L_i(\theta)
 
-    The total of the weights is free, m at the start, and grows without bound. Losses must be at least zero: the
-    weight of a negative one falls.
+    The total of the weights is free, m at the start, and grows until each is ``max_weight``. Losses must be at least
+    zero: the weight of a negative one falls.
 
     The gradient with respect to the multipliers :math:`\lambda` has its sign reversed, so that whatever optimizer
     descends on it climbs: give it an optimizer of its own by ``mtlbalance.learn(self_adaptive(), optax.adam(5e-3))``,
     or differentiate with respect to the state too and let one optimizer train both. A bare ``apply`` returns them as
     they were.
+
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
     Note:
       The paper weighs every collocation point, and its code starts with random multipliers. Here there is one for
@@ -44,12 +49,14 @@ def self_adaptive(initial_multipliers: chex.ArrayTree | float = 1.0) -> base.Sca
     Args:
       initial_multipliers: start of :math:`\lambda`, not zero: one real number, or one per task (an array or a tree of
         the same names). May be traced.
+      max_weight: the largest weight that a loss may have, above 0 and finite. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`SelfAdaptiveState` and ``learned=("multipliers",)``.
 
     Raises:
-      ValueError: at ``init``, if ``initial_multipliers`` is zero or has another shape than the losses.
+      ValueError: if ``max_weight`` is out of bounds; at ``init``, if ``initial_multipliers`` is zero or has another
+        shape than the losses.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -65,11 +72,16 @@ def self_adaptive(initial_multipliers: chex.ArrayTree | float = 1.0) -> base.Sca
       2023, with the mask :math:`m(\lambda) = \lambda^2`; https://github.com/levimcclenny/SA-PINNs.
     """
 
+    check("max_weight", max_weight, POSITIVE)
+
     def init(shape, dtype):
-        return SelfAdaptiveState(per_task("initial_multipliers", initial_multipliers, shape, dtype, bound=NONZERO))
+        start = per_task("initial_multipliers", initial_multipliers, shape, dtype, bound=NONZERO)
+        return SelfAdaptiveState(jax.lax.stop_gradient(start))  # or it would come back with its sign reversed
 
     def apply(state, values, mask):
-        weights = jnp.square(numerics.reverse_gradient(state.multipliers))
-        return jnp.sum(weights * values, where=mask), state
+        multipliers = numerics.magnitude(numerics.reverse_gradient(state.multipliers))
+        bounded = jnp.minimum(multipliers, jnp.sqrt(jnp.asarray(max_weight, values.dtype)))
+        _, bounded = numerics.held(multipliers, bounded, returns=values < 0)
+        return jnp.sum(jnp.square(bounded) * values, where=mask), state
 
     return base.scalarizer(init, apply, learned=("multipliers",), per_task={"initial_multipliers": initial_multipliers})

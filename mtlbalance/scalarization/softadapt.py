@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import FINITE, check, check_int, reject
-from mtlbalance.states import zero_counts
+from mtlbalance.states import increment, zero_counts
 
 _VARIANTS = ("original", "normalized", "loss_weighted")
 _LARGEST_WINDOW = 20  # the coefficients, binomial, grow by a factor of 2 with every loss
@@ -50,7 +50,10 @@ def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "origina
     where :math:`s_i` is the slope of a loss per call and :math:`\bar L_i` its mean, both over a window of calls. When
     the window is full the weights are computed anew, with that call's losses and for that call, and the next window
     starts. They are constants of differentiation and sum to 1: equal until a first window is full, and a task without
-    one keeps an equal share. Any real losses will do; with ``"loss_weighted"`` they must be positive.
+    one keeps an equal share. Any real losses will do; with ``"loss_weighted"`` they should be positive, and a negative
+    mean counts by its size.
+
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
     Note:
       As in the official code the slope is that of the polynomial through the window's losses at its *oldest* one, and
@@ -106,21 +109,21 @@ def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "origina
             slope = jnp.where(total == 0, 0, slope / jnp.where(total == 0, 1, total))
         scores = numerics.softmax(beta * slope, ready)
         if variant == "loss_weighted":
-            scores = scores * state.level
+            scores = scores * jnp.abs(state.level)
         return numerics.weighted_sum(numerics.shares(scores, ready, mask), values, mask), state
 
     def gather(state, values, mask):
         """Puts each loss at its place in the window; what is full is summed up and emptied."""
         place = mask[..., None] & (jnp.arange(window) == state.count[..., None])
         recent = jnp.where(place, values[..., None], state.recent)
-        count = state.count + mask
-        full = count == window
+        count = increment(state.count, mask)
+        full = count >= window
         # Of the differences to the oldest: that of a constant loss is exactly zero.
         slope = jnp.sum((recent[..., 1:] - recent[..., :1]) * jnp.array(stencil, recent.dtype), axis=-1)
         return SoftAdaptState(
             jnp.where(full, slope, state.slope),
             jnp.where(full, jnp.mean(recent, axis=-1), state.level),
-            state.windows + full,
+            increment(state.windows, full),
             jnp.where(full, 0, count),
             recent,
         )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import POSITIVE, check, check_int, per_task, reject
-from mtlbalance.states import count_seen, init_seen_after, zero_counts
+from mtlbalance.states import count_seen, increment, init_seen_after, zero_counts
 
 
 class STCHState(NamedTuple):
@@ -51,8 +51,8 @@ def stch(
     .. math:: m\,\mu \log \sum_i \exp\big( \log(L_i / n_i + 10^{-20}) / \mu \big)
 
     The weights are :math:`1/L_i` in the first epochs, and m times a softmax over :math:`L_i` later. A loss of zero
-    has a weight up to :math:`10^{20} / n_i`; a negative one makes the scalar NaN. A task that joins late has epochs
-    of its own: until it has a nadir it adds its logarithm to the smooth maximum of the others.
+    has a weight up to :math:`10^{20} / n_i`; a negative one makes the scalar and its weight NaN. A task that
+    joins late has epochs of its own: until it has a nadir it adds its logarithm to the smooth maximum of the others.
 
     Note:
       The paper's equation is that of TorchJD, the warm-up that of the official code and LibMTL, which have neither
@@ -123,11 +123,12 @@ def stch(
         ready = mask & (state.epoch > n_warmup_epochs)
         nadir = jnp.where(ready & (state.nadir > 0), state.nadir, 1)
         # The logarithm of the quotient, which itself might overflow.
-        logs = jnp.log(values + jnp.maximum(1e-20 * nadir, jnp.finfo(nadir.dtype).tiny)) - jnp.log(nadir)
+        above = numerics.nonnegative(values + jnp.maximum(1e-20 * nadir, jnp.finfo(nadir.dtype).tiny))
+        logs = jnp.log(above) - jnp.log(nadir)
         warming_up = jnp.sum(logs, where=mask & ~ready)
         scalar = warming_up + jnp.sum(ready) * _smooth_max(logs, mu, ready)
 
-        count = state.count + mask
+        count = increment(state.count, mask)
         gathered = state.nadir + (values - state.nadir) / jnp.maximum(count, 1)
         nadir = jnp.where(mask & (state.epoch == n_warmup_epochs), gathered, state.nadir)
         state = STCHState(nadir, count, state.epoch)
@@ -154,4 +155,4 @@ def _smooth_max(x, mu, mask):
 
 def _close(state, closing):
     """Ends the running epoch of the tasks in ``closing``."""
-    return state._replace(count=jnp.where(closing, 0, state.count), epoch=state.epoch + closing)
+    return state._replace(count=jnp.where(closing, 0, state.count), epoch=increment(state.epoch, closing))

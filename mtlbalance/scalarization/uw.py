@@ -10,8 +10,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base
-from mtlbalance.hyperparameters import per_task, reject
+from mtlbalance import base, numerics
+from mtlbalance.hyperparameters import POSITIVE, check, per_task, reject
 
 
 class UWState(NamedTuple):
@@ -25,15 +25,20 @@ class UWState(NamedTuple):
 
 
 @base.memoized
-def uw(initial_log_var: chex.ArrayTree | float = 0.0, classification: chex.ArrayTree | bool = False) -> base.Scalarizer:
+def uw(
+    initial_log_var: chex.ArrayTree | float = 0.0,
+    classification: chex.ArrayTree | bool = False,
+    max_weight: chex.Numeric = 1e12,
+) -> base.Scalarizer:
     r"""Weights each loss by a learned uncertainty.
 
     .. math:: \sum_i a_i e^{-s_i} L_i + \tfrac{1}{2} s_i
 
     with :math:`a_i` 1/2 for a regression (a squared error) and 1 for a classification (a cross entropy). For a fixed
-    loss the optimum is :math:`s_i = \log 2 a_i L_i`. Losses must be positive: a loss of zero drives :math:`s_i`
-    towards minus infinity and a negative one has no optimum. The weights sum to m/2 at the start, if all are
-    regressions.
+    loss the optimum is :math:`s_i = \log 2 a_i L_i`. Losses must be positive: a loss of zero, or a negative one, has no
+    optimum, and drives the weight :math:`a_i e^{-s_i}` to ``max_weight``, where it stays. The weights sum to m/2 at the
+    start, if all are regressions. For weights of at most :math:`a_i`, that is :math:`s \ge 0`, train by
+    ``optax.chain(optax.adam(1e-2), optax.keep_params_nonnegative())``.
 
     The log-variances are trained by gradient, in one of two ways: differentiate with respect to the state and give it
     to your optimizer together with the parameters, or wrap the method in :func:`mtlbalance.learn`. A bare ``apply``
@@ -46,12 +51,15 @@ def uw(initial_log_var: chex.ArrayTree | float = 0.0, classification: chex.Array
       initial_log_var: start of :math:`s`: one real number, or one per task (an array or a tree of the same names).
         May be traced.
       classification: which tasks are classifications: one boolean for all, or one per task.
+      max_weight: the largest weight that a loss may have, above 0 and finite: a task whose loss is zero does not go
+        beyond it, and returns when it has a loss again. The default is that of a loss of 1e-12. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`UWState` and ``learned=("log_var",)``.
 
     Raises:
-      ValueError: at ``init``, if ``initial_log_var`` or ``classification`` has another shape than the losses.
+      ValueError: if ``max_weight`` is out of bounds; at ``init``, if ``initial_log_var`` or ``classification`` has
+        another shape than the losses.
       TypeError: if ``classification`` is not boolean.
 
     Example:
@@ -71,6 +79,8 @@ def uw(initial_log_var: chex.ArrayTree | float = 0.0, classification: chex.Array
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
             reject("classification", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
 
+    check("max_weight", max_weight, POSITIVE)
+
     def factor(shape, dtype):
         return 0.5 + 0.5 * per_task("classification", classification, shape, dtype)
 
@@ -79,9 +89,10 @@ def uw(initial_log_var: chex.ArrayTree | float = 0.0, classification: chex.Array
         return UWState(per_task("initial_log_var", initial_log_var, shape, dtype))
 
     def apply(state, values, mask):
-        log_var = state.log_var
-        weights = factor(values.shape, values.dtype) * jnp.exp(-log_var)
-        return jnp.sum(weights * values + 0.5 * log_var, where=mask), state
+        factors = factor(values.shape, values.dtype)
+        bounded = jnp.maximum(state.log_var, jnp.log(factors / max_weight))
+        log_var, bounded = numerics.held(state.log_var, bounded, returns=max_weight * values > 0.5)
+        return jnp.sum(factors * jnp.exp(-bounded) * values + 0.5 * log_var, where=mask), state
 
     return base.scalarizer(
         init,

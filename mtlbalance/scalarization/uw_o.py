@@ -18,8 +18,8 @@ def uw_o() -> base.Scalarizer:
 
     The weights are constants of differentiation: the scalar is the number of losses that are not zero, and its
     gradient that of :func:`~mtlbalance.scalarization.scale_invariant`, twice that of
-    :func:`~mtlbalance.scalarization.uw` at its optimum. Losses must be positive: the sign of a weight is the sign of
-    its loss. A loss of zero has weight zero.
+    :func:`~mtlbalance.scalarization.uw` at its optimum. Losses must be positive: a loss of zero has weight zero, and
+    where one is negative the scalar and its weight are NaN.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`.
@@ -39,6 +39,7 @@ def uw_o() -> base.Scalarizer:
 
     def apply(state, values, mask):
         weights = jnp.where(values == 0, 0, numerics.finite(1 / values))
+        weights = numerics.nonnegative(weights)
         return numerics.weighted_sum(weights, values, mask), count_seen(state, mask)
 
     return base.scalarizer(init_seen, apply)

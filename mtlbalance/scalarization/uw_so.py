@@ -22,6 +22,8 @@ def uw_so(temperature: chex.Numeric = 1.0) -> base.Scalarizer:
     positive: a negative one counts as larger than all positive ones. Losses of zero share all the weight. See also
     :func:`~mtlbalance.scalarization.uw_o`, the weights without the softmax.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Note:
       There is no official code. The paper tunes the temperature for each data set.
 

@@ -10,7 +10,8 @@ from mtlbalance import base
 from mtlbalance.contract import Rowwise, check_is_method, weights_of
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import broadcast_to_rows
-from mtlbalance.wrappers.plumbing import within
+from mtlbalance.states import select
+from mtlbalance.wrappers.plumbing import nan_unless, within
 
 
 class ChainState(NamedTuple):
@@ -41,7 +42,9 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
     * ``chain(scale_invariant(), mgda())`` the log-space MGDA of the code of FAMO (Liu et al. 2023).
 
     The method reads the losses: give them as ``values=``. The weights that it returns are for the gradients as they
-    are: both methods' weights, multiplied.
+    are: both methods' weights, multiplied. The gradient to the scalarizer's hyperparameters is zero. Where one of its
+    weights is not finite, as that of a negative loss in a logarithm, the gradient is not either, and of that task the
+    aggregator remembers nothing.
 
     Args:
       scalarizer: a method without learned fields (:func:`learn` trains those).
@@ -79,35 +82,39 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         return ChainState(scalarizer.init(jax.ShapeDtypeStruct((m,), dtype)), aggregator.init((m, params)))
 
     def factors(state, values, mask):
-        return weights_of(scalarizer, state.scalarizer, jax.lax.stop_gradient(values), mask)
+        # As an aggregator's, its weights are constants of differentiation, on every path.
+        weights, first = weights_of(scalarizer, state.scalarizer, jax.lax.stop_gradient(values), mask)
+        return jax.lax.stop_gradient(weights), first
+
+    def call(function, state, scale, values, mask):
+        """The aggregator's function of what is scaled, without the tasks whose weight is not finite."""
+        weights, first = factors(state, values, mask)
+        finite = jnp.isfinite(weights)
+        ok = jnp.all(finite | ~mask)
+        output, second = function(state.aggregator, scale(weights), values=values, mask=mask & finite)
+        second = select(ok, second, state.aggregator, new_anyway=aggregator.jacobian_shaped)
+        return weights, nan_unless(ok, output), ChainState(first, second)
 
     def apply(state, jacobian, values, mask):
-        weights, first = factors(state, values, mask)
-        scaled = _scale_rows(weights, jacobian)
-        gradient, second = aggregator.apply(state.aggregator, scaled, values=values, mask=mask)
-        return gradient, ChainState(first, second)
+        return call(aggregator.apply, state, lambda weights: _scale_rows(weights, jacobian), values, mask)[1:]
 
     def of_scaled(scale, weigh):
         """The same way to weigh, if there is one, for a statistic scaled first; the weights of unscaled gradients."""
 
         def weigh_scaled(state, statistic, values, mask):
-            scales, first = factors(state, values, mask)
-            given = {"values": values, "mask": mask}
-            weights, second = weigh(state.aggregator, scale(scales, statistic), **given)
-            return scales * weights, ChainState(first, second)
+            scales, weights, state = call(weigh, state, lambda scales: scale(scales, statistic), values, mask)
+            return scales * weights, state
 
         return weigh and weigh_scaled
 
     def visit(state, i, row, values, mask):
         weights, _ = factors(state, values, mask)
-        row = _scale_rows(weights[i], row)
+        row, mask = _scale_rows(weights[i], row), mask & jnp.isfinite(weights)
         inner, statistic = aggregator.rowwise.visit(state.aggregator, i, row, values=values, mask=mask)
         return state._replace(aggregator=inner), statistic
 
     def finish(state, statistics, values, mask):
-        _, first = factors(state, values, mask)
-        gradient, second = aggregator.rowwise.finish(state.aggregator, statistics, values=values, mask=mask)
-        return gradient, ChainState(first, second)
+        return call(aggregator.rowwise.finish, state, lambda _: statistics, values, mask)[1:]
 
     def by_rows(rowwise):
         return Rowwise(
@@ -136,6 +143,7 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         observe=observe,
         jacobian_shaped=within("aggregator", aggregator.jacobian_shaped),
         reads_losses=True,
+        given_weights=True,
     )
 
 

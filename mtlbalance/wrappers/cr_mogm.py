@@ -43,6 +43,8 @@ def cr_mogm(
 
     Around :func:`mtlbalance.amortize` the average moves at refreshes only, and its last weights serve in between.
 
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
     Args:
       method: an aggregator that has weights.
       alpha: :math:`\alpha`, from 0 to 1. May be traced; for a schedule, build the method inside the training step.

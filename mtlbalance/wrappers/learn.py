@@ -73,14 +73,14 @@ def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> b
         return LearnState(inner, optimizer.init(learned_fields(inner)))
 
     def apply(state, values, mask):
-        state, fixed_values = jax.lax.stop_gradient((state, values))
-        fields = learned_fields(state.inner)
+        fixed, fixed_values = jax.lax.stop_gradient((state, values))
+        fields = learned_fields(fixed.inner)
 
         def value_fn(fields):
-            return method.apply(state.inner._replace(**fields), fixed_values, mask=mask)[0]
+            return method.apply(fixed.inner._replace(**fields), fixed_values, mask=mask)[0]
 
-        new_fields, opt_state = optimizer_step(optimizer, value_fn, state.opt_state, fields, mask)
-        # Once more, so that the scalar can be differentiated with respect to the values.
+        new_fields, opt_state = optimizer_step(optimizer, value_fn, fixed.opt_state, fields, mask)
+        # Once more, so that the scalar can be differentiated with respect to the values, and to a start in the state.
         scalar, inner = method.apply(state.inner, values, mask=mask)
         return scalar, LearnState(inner._replace(**new_fields), opt_state)
 

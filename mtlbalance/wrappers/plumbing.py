@@ -6,9 +6,12 @@ A wrapper's state is a named tuple in whose field ``inner`` is the state of the 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import chex
 import jax
+import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.complex_parts import is_complex
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, check_is_method, weights_of
 from mtlbalance.hyperparameters import reject
 
@@ -55,6 +58,12 @@ def visits_of(method: Aggregator) -> Callable[..., Any] | None:
     return lambda state, mask: visits(state.inner, mask=mask)
 
 
+def nan_unless(ok: chex.Array, output: chex.ArrayTree) -> chex.ArrayTree:
+    """What a method gives; NaN unless ``ok``, and in both parts of what is complex."""
+    nan_like = lambda x: complex(jnp.nan, jnp.nan) if is_complex(x) else jnp.nan
+    return jax.tree.map(lambda x: jnp.where(ok, x, nan_like(x)), output)
+
+
 def within(field: str, fields: tuple[str, ...]) -> tuple[str, ...]:
     """The fields of a state that is itself a field."""
     return tuple(f"{field}.{name}" for name in fields)
@@ -83,7 +92,8 @@ def reweighted(
     hooks = hooks_of(method) | {"last_weights": last_weights, "per_task": per_task}
     if isinstance(method, Scalarizer):
         return _reweighted_scalarizer(method, start, change, hooks, keeps_scalar)
-    return _reweighted_aggregator(method, start, change, hooks)
+    # Weights that are looked at only are what they are inside.
+    return _reweighted_aggregator(method, start, change, hooks | {"given_weights": keeps_scalar})
 
 
 def _reweighted_scalarizer(method, start, change, hooks, keeps_scalar):

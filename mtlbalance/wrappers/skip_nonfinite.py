@@ -7,14 +7,12 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 from mtlbalance import base
-from mtlbalance.complex_parts import is_complex
 from mtlbalance.contract import Rowwise
 from mtlbalance.gramian import squared_norm
-from mtlbalance.states import among, is_in, select
-from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, visits_of, within
+from mtlbalance.states import among, increment, is_in, select
+from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, nan_unless, visits_of, within
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -38,7 +36,7 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
     On such a call the state stays as it was, and the output and its gradient are NaN, so that
     ``optax.apply_if_finite`` after it drops the update too. A gradient whose norm is beyond 1e16 counts as not finite,
     so that a million squares add up in float32. A call that would turn a finite number of the state into one that is
-    not is skipped as well.
+    not is skipped as well, and one whose scalar is not finite: that of a negative loss in a logarithm.
 
     Rows of Jacobian-shaped fields are kept one by one: where one task's loss or gradient is not finite, the other
     tasks' rows still take theirs in, as they must when rows are visited one at a time and never seen together. Overflow
@@ -90,7 +88,8 @@ def _skip_scalarizer(method, guard, hooks):
 
     def apply(state, values, mask):
         scalar, inner = method.apply(state.inner, values, mask=mask)
-        state, ok = guard(state, inner, _finite_losses(values, mask))
+        # Finite losses may be outside of what the method is for: a negative one has no logarithm.
+        state, ok = guard(state, inner, _finite_losses(values, mask), jnp.isfinite(scalar))
         # The product makes the gradient NaN too, where the values themselves would not.
         return scalar * jnp.where(ok, 1, jnp.nan), state
 
@@ -102,9 +101,7 @@ def _skip_aggregator(method, guard, hooks, axis_name):
 
     def nan_unless_finite(state, inner, output, finite):
         state, ok = guard(state, inner, finite)
-        # A gradient of `finish` may be complex: both of its parts are to be NaN.
-        nan_like = lambda x: complex(jnp.nan, jnp.nan) if is_complex(x) else jnp.nan
-        return jax.tree.map(lambda x: jnp.where(ok, x, nan_like(x)), output), state
+        return nan_unless(ok, output), state
 
     def guarded(apply, finite_tasks):
         def guarded_apply(state, statistic, values, mask):
@@ -148,6 +145,7 @@ def _skip_aggregator(method, guard, hooks, axis_name):
         gramian_weighting=of_gramian and guarded(of_gramian.apply, finite_diagonal),
         rowwise=rowwise and Rowwise(visit, after_visits(rowwise.weigh), after_visits(rowwise.finish), visits),
         jacobian_shaped=within("inner", method.jacobian_shaped),
+        given_weights=True,
         **hooks,
     )
 
@@ -156,13 +154,11 @@ def _guarded(inner, shape):
     return SkipNonfiniteState(inner, jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def _advance(state, inner, finite, *, jacobian_shaped, axis_name):
+def _advance(state, inner, finite, finite_output=True, *, jacobian_shaped, axis_name):
     """The state after a call in which the tasks in ``finite`` were so, and whether its inner state has moved."""
-    ok = jnp.all(finite) & _stays_finite(inner, state.inner, jacobian_shaped, axis_name)
+    ok = jnp.all(finite) & finite_output & _stays_finite(inner, state.inner, jacobian_shaped, axis_name)
     inner = select(ok, inner, state.inner, new_anyway=jacobian_shaped)
-    nonfinite = jnp.where(finite, state.nonfinite, optax.safe_increment(state.nonfinite))
-    skipped = jnp.where(ok, state.skipped, optax.safe_increment(state.skipped))
-    return SkipNonfiniteState(inner, nonfinite, skipped), ok
+    return SkipNonfiniteState(inner, increment(state.nonfinite, ~finite), increment(state.skipped, ~ok)), ok
 
 
 def _stays_finite(new_state, state, jacobian_shaped, axis_name):

@@ -410,3 +410,27 @@ def test_hyperparameters_of_a_wider_dtype_leave_the_memory_its_own(name):
             (_, state), gradient = grad_fn(params, method.init((2, params)))
             chex.assert_trees_all_equal_shapes_and_dtypes(state, method.init((2, params)))
             assert gradient.dtype == jnp.float32
+
+
+def test_moco_does_not_follow_the_gradient_of_a_negative_loss():
+    """Made as long as its loss is large it would point upwards."""
+    method, rows = aggregation.moco(normalize=True), jnp.array([[3.0, 4.0], [1.0, 0.0]])
+    _, state = method.apply(method.init(rows.shape), rows, values=jnp.array([1.0, 2.0]))
+    gradient, after = method.apply(state, rows, values=jnp.array([1.0, -0.36]))
+    assert jnp.all(jnp.isnan(gradient))
+    np.testing.assert_array_equal(after.tracked[1], state.tracked[1])
+    assert jnp.all(jnp.isfinite(method.apply(after, rows, values=jnp.array([1.0, 2.0]))[0]))
+
+
+def test_m_config_takes_turns_beyond_the_largest_int():
+    """The numbers of the last turns begin anew in their order."""
+    method, rows = aggregation.m_config(), jnp.array([[3.0, 4.0], [1.0, 0.0], [0.0, 1.0]])
+    last = jnp.iinfo(jnp.int32).max - jnp.array([1, 3, 2])
+    state, order = method.init(rows.shape)._replace(last_turn=last), []
+    for _ in range(6):
+        _, new = method.apply(state, rows)
+        order.append(int(jnp.argmax(new.turns - state.turns)))
+        state = new
+    assert order == [1, 2, 0, 1, 2, 0]
+    np.testing.assert_array_equal(jnp.argsort(state.last_turn), [1, 2, 0])
+    assert jnp.max(state.last_turn) < 20

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import mtlbalance as mtl
+from mtlbalance import diagnostics
 from mtlbalance.losses import broadcast_to_rows
 from tests.conformance.helpers import Built, scalar_and_gradient
 
@@ -50,10 +51,27 @@ def assert_stays_finite(built, x, state=None, method=None):
 @pytest.mark.parametrize("losses", LOSSES.values(), ids=LOSSES.keys())
 def test_losses_without_sign_or_scale_stay_finite(scalarizer, losses):
     losses = jnp.minimum(losses, scalarizer.case.largest)
-    if scalarizer.case.needs_positive and jnp.any(losses < 0):
-        assert jnp.isnan(scalarizer.method.apply(scalarizer.init(), losses)[0])
-    else:
+    if not (scalarizer.case.needs_positive and jnp.any(losses < 0)):
         assert_stays_finite(scalarizer, losses)
+
+
+@pytest.mark.cases(lambda built: built.case.needs_positive)
+def test_a_negative_loss_has_no_weight_to_climb_on(scalarizer):
+    """In three epochs: its weight is NaN, no other is negative, a guard skips it, and absent it does not count."""
+    guard = Built(scalarizer.case._replace(make=guarded(scalarizer.case.make)), "scalarization")
+    losses, present = jnp.array([1.0, -0.36, 0.5]), jnp.array([True, False, True])
+    state, before = scalarizer.init(), guard.init()
+    for _ in range(3):
+        (scalar, _), weights = scalar_and_gradient(scalarizer.method)(state, losses)
+        assert jnp.isnan(scalar)
+        assert jnp.isnan(weights[1])
+        assert not jnp.any(weights < 0)
+        after = guard.apply(before, losses)[1]
+        chex.assert_trees_all_equal(after.inner, before.inner)
+        assert after.skipped == before.skipped + 1
+        weights = diagnostics.effective_weights(scalarizer.method, state, losses, mask=present)
+        chex.assert_tree_all_finite(weights)
+        state, before = scalarizer.step(state, jnp.ones(3))[1], guard.step(after, jnp.ones(3))[1]
 
 
 JUMPS = {
@@ -94,6 +112,30 @@ def test_degenerate_jacobians_stay_finite(aggregator, combination):
     first, second = jnp.array(combination).T
     x = jax.tree.map(lambda a, b: broadcast_to_rows(first, a) * a + broadcast_to_rows(second, b) * b, one, other)
     assert_stays_finite(aggregator, x)
+
+
+@pytest.mark.parametrize("start", [2**31 - 2, 2**31 - 1])
+@pytest.mark.by_default("*-2147483646")
+def test_counters_stop_at_the_largest_int(built, start):
+    """And what is done then is what is done at half as large a count, whether epochs end or not."""
+    steps = {count: three_steps(built, count) for count in (2**30, start)}
+    for output, state in steps[start]:
+        chex.assert_tree_all_finite((output, state))
+        assert all(jnp.all(leaf >= 0) for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.int32)
+    for (output, _), (expected, _) in zip(steps[start], steps[2**30], strict=True):
+        # Rates that fall with the root of the count are some 1e-5 there.
+        chex.assert_trees_all_close(output, expected, rtol=1e-3, atol=1e-3)
+
+
+def three_steps(built, count):
+    """The outputs and states of three calls, and two more with an epoch's end, after one from which counts start."""
+    count_leaf = lambda x: jnp.full_like(x, count) if x.dtype == jnp.int32 else x
+    state = jax.tree.map(count_leaf, built.step(built.init(), built.sample(0), ends_epoch=False)[1])
+    steps = []
+    for i in range(5):
+        steps.append(built.step(state, built.sample(1 + i), ends_epoch=i > 2))
+        state = steps[-1][1]
+    return steps
 
 
 def assert_tasks_stay_finite(built, n_tasks):

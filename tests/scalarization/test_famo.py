@@ -91,3 +91,14 @@ def test_bounds():
             scalarization.famo(**{name: -1.0})
     with pytest.raises(ValueError, match=r"min_losses: expected a scalar or one number per task, shape \(3,\)"):
         scalarization.famo(min_losses=[0.0, 1.0]).init(3)
+
+
+def test_a_loss_below_its_bound_makes_no_other_weight_negative():
+    """As the weights share a normalizer, none means anything; absent, the task does not matter."""
+    method, losses = scalarization.famo(min_losses=[0.0, 0.5]), jnp.array([1.0, 0.14])
+    state = method.init(2)
+    assert jnp.all(jnp.isnan(mtl.diagnostics.effective_weights(method, state, losses)))
+    present = jnp.array([True, False])
+    for absent in losses, jnp.array([1.0, jnp.nan]):
+        weights = mtl.diagnostics.effective_weights(method, state, absent, mask=present)
+        np.testing.assert_allclose(weights, [1.0, 0.0], rtol=1e-6)

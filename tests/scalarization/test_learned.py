@@ -1,5 +1,6 @@
 """The learned methods: their starts, their optima, their ascents. Their values are in tests/golden."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,3 +92,83 @@ def test_a_joint_training_finds_the_saddle_point():
     (x, state), _ = jax.lax.scan(step, (jnp.array(2.0), method.init(2)), length=20000)
     np.testing.assert_allclose(x, -0.25, atol=1e-2)  # where both are 1.5625
     np.testing.assert_allclose(jax.nn.softmax(state.inner.logits), [0.375, 0.625], atol=1e-2)
+
+
+CORNERS = {
+    # The factory, its learned field, and where a loss of zero drives it; then the scalar there at losses of 1 and 0.
+    "uw": (scalarization.uw, "log_var", (0.0, -90.0), -44.5),
+    "uw, further": (scalarization.uw, "log_var", (0.0, -1e6), 0.5 - 0.5e6),
+    "uw, classification": (lambda: scalarization.uw(classification=True), "log_var", (0.0, -90.0), -44.0),
+    "revised_uw": (scalarization.revised_uw, "sigma", (1.0, 1e-20), 1.1931),
+    "revised_uw at zero": (scalarization.revised_uw, "sigma", (1.0, 0.0), 1.1931),
+    "imtl_l": (scalarization.imtl_l, "log_scale", (0.0, 90.0), -89.0),
+    "self_adaptive": (scalarization.self_adaptive, "multipliers", (1.0, 1e20), 1.0),
+}
+LEARNED = {"uw": "log_var", "revised_uw": "sigma", "imtl_l": "log_scale", "self_adaptive": "multipliers"}
+
+
+@pytest.mark.parametrize(("method", "field", "at", "expected"), CORNERS.values(), ids=CORNERS.keys())
+def test_a_weight_beyond_all_bounds_meets_a_loss_of_zero(method, field, at, expected):
+    """No infinity times zero; and where the loss is there again, the descent finds back."""
+    method = method()
+    state = method.init(2)._replace(**{field: jnp.array(at)})
+    grad_fn = jax.value_and_grad(lambda state, values: method.apply(state, values)[0], argnums=(0, 1))
+    scalar, (to_state, to_values) = grad_fn(state, jnp.array([1.0, 0.0]))
+    np.testing.assert_allclose(scalar, expected, rtol=1e-4)
+    chex.assert_tree_all_finite((to_state, to_values))
+    assert getattr(to_state, field)[1] == 0
+    _, (to_state, to_values) = grad_fn(state, jnp.array([1.0, 1.0]))
+    chex.assert_tree_all_finite((to_state, to_values))
+    returning = getattr(to_state, field)[1]
+    assert jnp.isfinite(returning**2)  # as Adam squares it
+    # Multipliers are driven further by any loss.
+    assert jnp.sign(returning) == {"log_var": -1, "sigma": -1, "log_scale": 1, "multipliers": 0}[field]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_loss_of_zero_for_a_long_run_and_then_a_sane_one(name):
+    """With the guard around it nothing is ever skipped: it has nothing to catch, and so nothing to wait for."""
+    method = mtl.skip_nonfinite(mtl.learn(getattr(scalarization, name)(), optax.adam(1e-2)))
+
+    def run(state, losses, n_calls):
+        step = jax.value_and_grad(method.apply, argnums=1, has_aux=True)
+        call = lambda state, _: (lambda scalar, weights: (scalar[1], (scalar[0], weights)))(*step(state, losses))
+        return jax.lax.scan(call, state, length=n_calls)
+
+    def whole():
+        stuck, first = run(method.init(2), jnp.array([1.0, 0.0]), 20_000)
+        recovered, second = run(stuck, jnp.array([1.0, 1.0]), 2_000)
+        return stuck, recovered, (first, second)
+
+    stuck, recovered, outputs = jax.jit(whole)()
+    chex.assert_tree_all_finite((stuck, recovered, outputs))
+    assert stuck.skipped == recovered.skipped == 0
+    before, after = (jnp.abs(getattr(state.inner.inner, LEARNED[name])[1]) for state in (stuck, recovered))
+    assert after < before if name in ("uw", "imtl_l") else after > before
+
+
+def test_weights_of_at_most_one_half_by_optax():
+    """The recipe of the README: log-variances of at least 0."""
+    optimizer = optax.chain(optax.adam(1e-2), optax.keep_params_nonnegative())
+    method = mtl.learn(scalarization.uw(), optimizer)
+    run = lambda state, _: method.apply(state, jnp.array([3.0, 0.01, 0.0]))[::-1]
+    state, _ = jax.lax.scan(run, method.init(3), length=2000)
+    np.testing.assert_allclose(state.inner.log_var, [np.log(3.0), 0.0, 0.0], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("bad", [0.0, -1.0, jnp.inf])
+def test_the_largest_weight_must_be_positive_and_finite(name, bad):
+    with pytest.raises(ValueError, match="max_weight: expected a finite number above 0, found"):
+        getattr(scalarization, name)(max_weight=bad)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_no_weight_is_beyond_the_largest(name):
+    """Nor, below it, other than without a bound."""
+    losses = jnp.array([0.5, 2.0])
+    weights = lambda **given: mtl.diagnostics.effective_weights(
+        method := getattr(scalarization, name)(**given), method.init(2), losses
+    )
+    np.testing.assert_allclose(weights(max_weight=0.125), 0.125, rtol=1e-6)
+    np.testing.assert_array_equal(weights(), weights(max_weight=1e30))

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from mtlbalance import scalarization
+import mtlbalance as mtl
+from mtlbalance import aggregation, diagnostics, scalarization
 
 
 def value_and_weights(method, losses):
@@ -26,7 +28,9 @@ def test_a_zero_loss():
 @pytest.mark.parametrize("bad", [-1.0, jnp.nan])
 @pytest.mark.parametrize("method", [scalarization.geometric_mean(), scalarization.scale_invariant()])
 def test_a_zero_loss_does_not_hide_a_bad_one(method, bad):
-    assert jnp.isnan(value_and_weights(method, jnp.array([0.0, 1.0, bad]))[0])
+    scalar, weights = value_and_weights(method, jnp.array([0.0, 1.0, bad]))
+    assert jnp.isnan(scalar)
+    assert jnp.isnan(weights[2])
 
 
 def test_uw_o_of_zero_and_of_a_number_whose_inverse_overflows():
@@ -39,3 +43,60 @@ def test_uw_o_of_zero_and_of_a_number_whose_inverse_overflows():
 def test_uw_so_of_zeros():
     _, weights = value_and_weights(scalarization.uw_so(), jnp.array([0.0, -0.0, 2.0]))
     np.testing.assert_array_equal(weights, [0.5, 0.5, 0.0])
+
+
+WARM_UP = scalarization.stch(1.0, n_warmup_epochs=1)
+
+
+@pytest.mark.parametrize(
+    "method", [scalarization.scale_invariant(), WARM_UP, scalarization.uw_o(), scalarization.famo()]
+)
+def test_a_step_shows_a_negative_loss_and_the_guards_drop_it(method):
+    """A Gaussian's negative log-likelihood would be climbed: the gradient is NaN, and is not taken."""
+    guarded = mtl.skip_nonfinite(method)
+    losses_fn = lambda params: jnp.stack([jnp.sum(params**2), params[0] ** 2 - 0.36])
+    grad_fn = mtl.value_and_grad(losses_fn, guarded, return_weights=True)
+    optimizer = optax.apply_if_finite(optax.adam(0.1), max_consecutive_errors=3)
+    for start, taken in [(0.0, False), (1.0, True)]:
+        params = jnp.array([start, 1.0])
+        (_, state, weights), gradient = grad_fn(params, grad_fn.init(params))
+        updates, _ = optimizer.update(gradient, optimizer.init(params))
+        assert jnp.all(jnp.isfinite(gradient)) == jnp.all(jnp.isfinite(weights)) == jnp.any(updates != 0) == taken
+        assert state.skipped == (not taken)
+
+
+def test_a_chain_forgets_a_negative_loss():
+    """DB-MTL's averages of the logarithms' gradients: what is no number does not get in, on any path."""
+    method = mtl.chain(scalarization.scale_invariant(), aggregation.db_mtl(beta=0.5))
+    rows, sane = jnp.array([[1.0, 2.0], [3.0, -1.0]]), jnp.array([0.5, 2.0])
+    state = method.apply(method.init((2, 2)), rows, values=sane)[1]
+    given = {"values": jnp.array([0.5, -0.36])}
+    gradient, after = method.apply(state, rows, **given)
+    visited = state
+    statistics = []
+    for i in range(2):
+        visited, statistic = method.rowwise.visit(visited, i, rows[i], **given)
+        statistics.append(statistic)
+    by_rows = method.rowwise.finish(visited, jnp.stack(statistics), **given)
+    assert jnp.all(jnp.isnan(gradient)) & jnp.all(jnp.isnan(by_rows[0]))
+    for new in after, by_rows[1]:
+        averages = new.aggregator.averages
+        np.testing.assert_array_equal(averages[1], state.aggregator.averages[1])
+        assert jnp.any(averages[0] != state.aggregator.averages[0])
+        np.testing.assert_array_equal(new.aggregator.seen, state.aggregator.seen)
+    assert jnp.all(jnp.isfinite(method.apply(after, rows, values=sane)[0]))
+
+
+def test_where_a_loss_changes_its_sign_its_weight_is_not_negative():
+    """NaN where the method takes a power of the ratio, positive where it takes a coefficient of variation."""
+    before, after = jnp.array([1.0, 2.0]), jnp.array([1.0, -0.36])
+    for alpha in 0.5, 1.0, 2.0:
+        method = scalarization.lbtw(alpha=alpha)
+        _, state = method.apply(method.init(2), before)
+        assert jnp.all(jnp.isnan(diagnostics.effective_weights(method, state, after)))
+    for method in scalarization.cov_weighting(), scalarization.softadapt(window=2, variant="loss_weighted"):
+        state = method.init(2)
+        for losses in before, before * 0.9, after, after, after:
+            weights = diagnostics.effective_weights(method, state, losses)
+            assert jnp.all(weights > 0)
+            _, state = method.apply(state, losses)

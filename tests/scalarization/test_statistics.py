@@ -244,3 +244,21 @@ def test_group_dro_bounds():
     for eta in 0.0, float("inf"):
         with pytest.raises(ValueError, match=f"robust_step_size: expected a finite number above 0, found {eta}"):
             scalarization.group_dro(eta)
+
+
+@pytest.mark.parametrize("seen", [2**20, 2**24, 2**31 - 1])
+def test_a_long_run_of_cov_weighting_goes_on_as_it_was(seen):
+    """A million calls more: the deviation is that of the ratios, whatever the count, and does not drift."""
+    method = scalarization.cov_weighting()
+    losses = 1 + 0.1 * jax.random.normal(jax.random.key(0), (2**14, 2)) * jnp.array([1.0, 3.0])
+    start = scalarization.CoVWeightingState(
+        mean_loss=jnp.ones(2),
+        mean_ratio=jnp.ones(2),
+        deviation=jnp.array([0.1, 0.3]),
+        seen=jnp.full(2, seen, jnp.int32),
+    )
+    epoch = lambda state: jax.lax.scan(lambda state, x: method.apply(state, x)[::-1], state, losses)[0]
+    state = jax.jit(lambda state: jax.lax.fori_loop(0, 2**6, lambda _, state: epoch(state), state))(start)
+    np.testing.assert_allclose(state.deviation, jnp.std(losses, axis=0), rtol=1e-2)
+    np.testing.assert_allclose(state.mean_loss, jnp.mean(losses, axis=0), rtol=1e-3)
+    assert jnp.all(state.seen > 0)
