@@ -22,10 +22,12 @@ from mtlbalance.wrappers import (
     ChainState,
     LearnState,
     SkipNonfiniteState,
+    SkipZeroState,
     amortize,
     chain,
     learn,
     skip_nonfinite,
+    skip_zero,
 )
 
 __version__ = "0.1.0"
@@ -39,6 +41,7 @@ __all__ = [
     "Rowwise",
     "Scalarizer",
     "SkipNonfiniteState",
+    "SkipZeroState",
     "Weighting",
     "aggregate",
     "aggregation",
@@ -54,6 +57,7 @@ __all__ = [
     "numerics",
     "scalarization",
     "skip_nonfinite",
+    "skip_zero",
     "solvers",
     "states",
     "subset",

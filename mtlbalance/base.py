@@ -26,6 +26,7 @@ from mtlbalance.boundary import (
     check_kinds,
     checked,
     combined,
+    nan_if_nonfinite,
     of_gramian,
     public_apply,
     public_hooks,
@@ -119,6 +120,7 @@ def aggregator(
     jacobian_shaped: tuple[str, ...] = (),
     last_weights: Callable[..., Any] | None = None,
     reads_losses: bool = False,
+    hides_nonfinite: bool = True,
     axis_name: Hashable | None = None,
     per_task: Mapping[str, Any] | None = None,
 ) -> Aggregator:
@@ -140,6 +142,8 @@ def aggregator(
       jacobian_shaped: state fields with leaves ``[m, *param.shape]``, whose absent rows the functions keep.
       last_weights: ``(state) -> weights`` of the last call, for a method that keeps them.
       reads_losses: whether a call without ``values`` is an error.
+      hides_nonfinite: whether weights might be finite where the Gramian of the tasks present is not: they are NaN
+        there, so that it shows. Not so where they do not depend on it, or a method inside sees to that.
       axis_name: mapped axis over which parameters are split, for the Gramian.
       per_task: as in :func:`scalarizer`.
 
@@ -167,6 +171,8 @@ def aggregator(
     """
     functions = init, gramian_weighting, weighting, apply, rowwise and (rowwise.weigh or rowwise.finish)
     check = state_check(init, functions, jacobian_shaped)
+    if hides_nonfinite and gramian_weighting is not None:
+        gramian_weighting = nan_if_nonfinite("gramian_weighting", gramian_weighting)
     if weighting is None and gramian_weighting is not None:
         weighting = of_gramian(gramian_weighting, axis_name)
     if apply is None and weighting is not None:
@@ -210,6 +216,7 @@ def rowwise_aggregator(
     visits: Callable[..., Any] | None = None,
     memory: str | None = None,
     of_moduli: bool = False,
+    hides_nonfinite: bool = True,
     **others: Any,
 ) -> Aggregator:
     """Builds an :class:`Aggregator` that needs each row of the Jacobian once.
@@ -227,6 +234,7 @@ def rowwise_aggregator(
       memory: the state field with leaves ``[m, *param.shape]``, made by :func:`mtlbalance.states.zeros_jacobian`; none
         by default.
       of_moduli: whether ``memory`` has one real leaf for a complex parameter, made for its ``entries``, and not two.
+      hides_nonfinite: as in :func:`aggregator`, and of the statistics of the tasks present.
       **others: as in :func:`aggregator`.
 
     Returns:
@@ -260,6 +268,8 @@ def rowwise_aggregator(
     """
     if (weigh is None) == (finish is None):
         reject("rowwise_aggregator", "one of weigh and finish", "none" if weigh is None else "both", TypeError)
+    if hides_nonfinite:
+        weigh, finish = weigh and nan_if_nonfinite("weigh", weigh), finish and nan_if_nonfinite("finish", finish)
 
     def counting_init(m, params, dtype):
         state = init(m, params, dtype)
@@ -310,6 +320,7 @@ def rowwise_aggregator(
         weighting=weighting if weigh else None,
         rowwise=Rowwise(visit_row, weigh, finish, visits),
         jacobian_shaped=() if memory is None else (memory,),
+        hides_nonfinite=hides_nonfinite,
         **others,
     )
 

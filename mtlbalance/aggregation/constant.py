@@ -40,4 +40,6 @@ def constant(weights: chex.ArrayTree) -> base.Aggregator:
         del values
         return fixed_weights(mask, gramian.dtype), count_seen(state, mask)
 
-    return base.aggregator(init_seen_after(fixed_weights), gramian_weighting=weigh, per_task={"weights": weights})
+    return base.aggregator(
+        init_seen_after(fixed_weights), gramian_weighting=weigh, per_task={"weights": weights}, hides_nonfinite=False
+    )

@@ -101,19 +101,22 @@ def moco(
 
     def visit(tracked, gradient, task):
         rate = jnp.where(task.present, beta / (task.seen + 1.0) ** beta_sigma, 0)
+        square = ()
         if normalize:
-            norm = jnp.sqrt(squared_norm(gradient, axis_name))
+            square = squared_norm(gradient, axis_name)
+            norm = jnp.sqrt(square)
             gradient = jax.tree.map(lambda g: task.loss * (g / jnp.where(norm == 0, 1, norm)), gradient)
-        return jax.tree.map(lambda y, g: y - rate * (y - g), tracked, gradient), ()
+        return jax.tree.map(lambda y, g: y - rate * (y - g), tracked, gradient), square
 
     def finish(state, statistics, values, mask):
         del statistics, values
         weights = numerics.normalize(state.weights, mask)
         gramian = gramian_of_tasks(state.tracked, len(mask), axis_name)
         step = jnp.dot(gramian, weights, precision="highest") + rho * weights
-        weights = weights - gamma / (state.seen + 1.0) ** gamma_sigma * step
-        weights = numerics.softmax(weights, mask) if softmax else numerics.project_simplex(weights, mask)
-        gradient = combine(jnp.where(mask, weights, 0), state.tracked)
+        step = gamma / (state.seen + 1.0) ** gamma_sigma * step
+        weights = numerics.softmax(weights - step, mask) if softmax else numerics.simplex_step(weights, step, mask)
+        weights = numerics.nan_unless(jnp.all(jnp.isfinite(gramian)), jnp.where(mask, weights, 0))
+        gradient = combine(weights, state.tracked)
         state = state._replace(weights=jnp.where(mask, weights, state.weights))
         return gradient, count_seen(state, mask)
 

@@ -136,6 +136,7 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         observe=observe,
         jacobian_shaped=within("aggregator", aggregator.jacobian_shaped),
         reads_losses=True,
+        hides_nonfinite=False,
     )
 
 

@@ -148,6 +148,7 @@ def _skip_aggregator(method, guard, hooks, axis_name):
         gramian_weighting=of_gramian and guarded(of_gramian.apply, finite_diagonal),
         rowwise=rowwise and Rowwise(visit, after_visits(rowwise.weigh), after_visits(rowwise.finish), visits),
         jacobian_shaped=within("inner", method.jacobian_shaped),
+        hides_nonfinite=False,
         **hooks,
     )
 
