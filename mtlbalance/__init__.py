@@ -23,10 +23,12 @@ from mtlbalance.wrappers import (
     ChainState,
     LearnState,
     SkipNonfiniteState,
+    SkipZeroState,
     amortize,
     chain,
     learn,
     skip_nonfinite,
+    skip_zero,
 )
 
 __version__ = "0.1.0"
@@ -40,6 +42,7 @@ __all__ = [
     "Rowwise",
     "Scalarizer",
     "SkipNonfiniteState",
+    "SkipZeroState",
     "Weighting",
     "aggregate",
     "aggregation",
@@ -56,6 +59,7 @@ __all__ = [
     "numerics",
     "scalarization",
     "skip_nonfinite",
+    "skip_zero",
     "solvers",
     "states",
     "subset",

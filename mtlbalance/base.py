@@ -21,21 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import returned
-from mtlbalance.boundary import (
-    check_kinds,
-    checked,
-    combined,
-    of_gramian,
-    public_apply,
-    public_hooks,
-    public_rowwise,
-    public_weigh,
-    read_rows,
-    reader,
-    settle,
-    without_state,
-)
+from mtlbalance import boundary, returned
 from mtlbalance.contract import Aggregator, Hook, Rowwise, Scalarizer, Task, Weighting
 from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import reject
@@ -89,7 +75,7 @@ def scalarizer(
     """
 
     check = state_check(init, (apply, init))
-    read = reader(check, required=True)
+    read = boundary.reader(check, required=True)
 
     def public_init(shape=None, *others):
         dims, dtype = read_shape(shape, *others)
@@ -103,11 +89,11 @@ def scalarizer(
         if not call.all_present:
             scalar = jnp.where(jnp.any(call.mask), scalar, 0)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(sums(values)))
-        return scalar.astype(dtype), settle("apply", call, new_state, state)
+        return scalar.astype(dtype), boundary.settle("apply", call, new_state, state)
 
-    hooks = public_hooks(check, end_epoch, observe, per_task=per_task)
+    hooks = boundary.public_hooks(check, end_epoch, observe, per_task=per_task)
     public = compile_with_names(public_apply, per_task, losses_at=1, check=check)
-    return Scalarizer(public_init, public, *hooks, learned, last_weights=checked(check, last_weights))
+    return Scalarizer(public_init, public, *hooks, learned, last_weights=boundary.checked(check, last_weights))
 
 
 def aggregator(
@@ -122,6 +108,7 @@ def aggregator(
     jacobian_shaped: tuple[str, ...] = (),
     last_weights: Callable[..., Any] | None = None,
     reads_losses: bool = False,
+    hides_nonfinite: bool = True,
     axis_name: Hashable | None = None,
     per_task: Mapping[str, Any] | None = None,
     given_weights: bool = False,
@@ -144,6 +131,8 @@ def aggregator(
       jacobian_shaped: state fields with leaves ``[m, *param.shape]``, whose absent rows the functions keep.
       last_weights: ``(state) -> weights`` of the last call, for a method that keeps them.
       reads_losses: whether a call without ``values`` is an error.
+      hides_nonfinite: whether weights might be finite where the Gramian of the tasks present is not: they are NaN
+        there, so that it shows. Not so where they do not depend on it, or a method inside sees to that.
       axis_name: mapped axis over which parameters are split, for the Gramian.
       per_task: as in :func:`scalarizer`.
       given_weights: whether the weights are a hyperparameter, or a method's inside, as they are, and may be
@@ -173,13 +162,16 @@ def aggregator(
     """
     functions = init, gramian_weighting, weighting, apply, rowwise and (rowwise.weigh or rowwise.finish)
     check = state_check(init, functions, jacobian_shaped)
+    if hides_nonfinite and gramian_weighting is not None:
+        gramian_weighting = boundary.nan_if_nonfinite("gramian_weighting", gramian_weighting)
     if weighting is None and gramian_weighting is not None:
-        weighting = of_gramian(gramian_weighting, axis_name)
+        weighting = boundary.of_gramian(gramian_weighting, axis_name)
     if apply is None and weighting is not None:
-        apply = combined(weighting, given_weights)
+        apply = boundary.combined(weighting, given_weights)
     if apply is None:
         reject("aggregator", "one of apply, weighting and gramian_weighting", "none", TypeError)
-    read, settled = reader(check, required=reads_losses), partial(settle, jacobian_shaped=jacobian_shaped)
+    read = boundary.reader(check, required=reads_losses)
+    settled = partial(boundary.settle, jacobian_shaped=jacobian_shaped)
 
     def initializer(needs_params):
         def public_init(shape=None, *others):
@@ -193,18 +185,18 @@ def aggregator(
 
     def public_weighting(name, weigh, read_statistic):
         init = initializer(needs_params=bool(jacobian_shaped))
-        public = partial(public_weigh, name, weigh, read_statistic, read, settled, per_task, given_weights)
+        public = partial(boundary.public_weigh, name, weigh, read_statistic, read, settled, per_task, given_weights)
         return Weighting(init, public()) if weigh else None
 
     return Aggregator(
         initializer(needs_params=True),
-        public_apply(apply, read, settled, jacobian_shaped, per_task),
-        *public_hooks(check, end_epoch, observe, jacobian_shaped, per_task),
-        public_weighting("weighting", weighting, partial(read_rows, jacobian_shaped=jacobian_shaped)),
-        public_weighting("gramian_weighting", gramian_weighting, without_state(read_gramian)),
-        rowwise and public_rowwise(rowwise, read, settled, jacobian_shaped, per_task),
+        boundary.public_apply(apply, read, settled, jacobian_shaped, per_task),
+        *boundary.public_hooks(check, end_epoch, observe, jacobian_shaped, per_task),
+        public_weighting("weighting", weighting, partial(boundary.read_rows, jacobian_shaped=jacobian_shaped)),
+        public_weighting("gramian_weighting", gramian_weighting, boundary.without_state(read_gramian)),
+        rowwise and boundary.public_rowwise(rowwise, read, settled, jacobian_shaped, per_task),
         jacobian_shaped=jacobian_shaped,
-        last_weights=checked(check, last_weights),
+        last_weights=boundary.checked(check, last_weights),
     )
 
 
@@ -217,6 +209,7 @@ def rowwise_aggregator(
     visits: Callable[..., Any] | None = None,
     memory: str | None = None,
     of_moduli: bool = False,
+    hides_nonfinite: bool = True,
     **others: Any,
 ) -> Aggregator:
     """Builds an :class:`Aggregator` that needs each row of the Jacobian once.
@@ -234,6 +227,7 @@ def rowwise_aggregator(
       memory: the state field with leaves ``[m, *param.shape]``, made by :func:`mtlbalance.states.zeros_jacobian`; none
         by default.
       of_moduli: whether ``memory`` has one real leaf for a complex parameter, made for its ``entries``, and not two.
+      hides_nonfinite: as in :func:`aggregator`, and of the statistics of the tasks present.
       **others: as in :func:`aggregator`.
 
     Returns:
@@ -267,6 +261,9 @@ def rowwise_aggregator(
     """
     if (weigh is None) == (finish is None):
         reject("rowwise_aggregator", "one of weigh and finish", "none" if weigh is None else "both", TypeError)
+    if hides_nonfinite:
+        weigh = weigh and boundary.nan_if_nonfinite("weigh", weigh)
+        finish = finish and boundary.nan_if_nonfinite("finish", finish)
 
     def counting_init(m, params, dtype):
         state = init(m, params, dtype)
@@ -279,7 +276,7 @@ def rowwise_aggregator(
             return (), cast(jacobian, state_dtype(state, jacobian))
         remembered = getattr(state, memory)
         if not of_moduli:
-            check_kinds(name, jacobian, remembered)
+            boundary.check_kinds(name, jacobian, remembered)
         return remembered, jax.tree.map(lambda old, rows: cast(rows, old.dtype), remembered, jacobian)
 
     def with_memory(state, remembered):
@@ -318,6 +315,7 @@ def rowwise_aggregator(
         weighting=weighting if weigh else None,
         rowwise=Rowwise(visit_row, weigh, finish, visits),
         jacobian_shaped=() if memory is None else (memory,),
+        hides_nonfinite=hides_nonfinite,
         **others,
     )
 

@@ -1,6 +1,6 @@
 """How a method's plain functions become the public ones: what a call is given is read, and what it returns settled."""
 
-from functools import wraps
+from functools import partial, wraps
 from operator import attrgetter
 
 import jax
@@ -11,8 +11,16 @@ from mtlbalance.complex_parts import entries, is_parts, join, join_like, split, 
 from mtlbalance.contract import Hook, Rowwise
 from mtlbalance.gramian import combine, gramian_of_tasks
 from mtlbalance.hyperparameters import reject
-from mtlbalance.losses import check_task_axis, read_call, read_jacobian, read_row, state_dtype
+from mtlbalance.losses import (
+    broadcast_to_rows,
+    check_task_axis,
+    read_call,
+    read_jacobian,
+    read_row,
+    state_dtype,
+)
 from mtlbalance.names import compile_with_names, names_of
+from mtlbalance.numerics import nan_unless
 from mtlbalance.parameters import check_params_like
 from mtlbalance.states import select
 
@@ -63,6 +71,28 @@ def of_gramian(gramian_weighting, axis_name):
         return returned.weights_and_state("gramian_weighting", output, mask.shape)
 
     return weighting
+
+
+def nan_if_nonfinite(name, function):
+    """The plain function of this name, with NaN for its weights, or its gradient, where what it is given is not finite.
+
+    That is a Gramian, or the visits' statistics. Here, once for all methods: solvers, thresholds and comparisons make
+    zeros and other finite numbers of NaN.
+    """
+
+    @wraps(function)
+    def shows_it(state, given, values, mask):
+        output = function(state, given, values, mask)
+        if name == "finish":
+            output, new_state = returned.gradient_and_state(name, output, state)
+        else:
+            output, new_state = returned.weights_and_state(name, output, mask.shape)
+        for leaf in jax.tree.leaves(given):
+            ok = jnp.all(jnp.isfinite(leaf) | ~broadcast_to_rows(mask, leaf))
+            output = jax.tree.map(partial(nan_unless, ok), output)
+        return output, new_state
+
+    return shows_it
 
 
 def combined(weighting, given_weights=False):

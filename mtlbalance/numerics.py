@@ -54,10 +54,21 @@ def unit(vector: chex.Array) -> chex.Array:
 
 
 def project_simplex(vector: chex.Array, mask: chex.Array) -> chex.Array:
-    """The nearest weights of total 1, at least 0, for the tasks in ``mask``; the others get 0."""
+    """The nearest weights of total 1, at least 0, for the tasks in ``mask``; the others get 0.
+
+    NaN for all of them where one of theirs is not finite.
+    """
     largest = jnp.max(vector, where=mask, initial=-jnp.inf)
-    # Whatever lies more than 1 below the largest is projected to 0.
-    return optax.projections.projection_simplex(jnp.where(mask, vector, largest - 2)).astype(vector.dtype)
+    # Only differences count. Whatever lies more than 1 below the largest is projected to 0: at -2 it does at any scale.
+    below = jnp.where(mask, vector - largest, -2)
+    projected = optax.projections.projection_simplex(below).astype(vector.dtype)
+    return nan_unless(jnp.all(jnp.isfinite(vector) | ~mask), projected)
+
+
+def simplex_step(weights: chex.Array, step: chex.Array, mask: chex.Array) -> chex.Array:
+    """:func:`project_simplex` of ``weights - step``, with the weights' digits however long the step is."""
+    # A part that all tasks have in common moves nothing.
+    return project_simplex(weights - (step - jnp.min(step, where=mask, initial=jnp.inf)), mask)
 
 
 def bias_correction(decay: chex.Numeric, count: chex.Array) -> chex.Array:
@@ -92,7 +103,7 @@ def conflict_free(gramian: chex.Array, preferred: chex.Array) -> chex.Array:
     rounding = 10 * len(v) * jnp.finfo(v.dtype).eps
     square = jnp.where(jnp.max(jnp.abs(projections)) > rounding, jnp.sum(v * projections), 0)
     length = jnp.sum(norms * projections, where=nonzero) / jnp.where(square > 0, square, 1)
-    return jnp.where(nonzero & (square > 0), length * (v / norms), 0)
+    return nan_unless(jnp.all(jnp.isfinite(gramian)), jnp.where(nonzero & (square > 0), length * (v / norms), 0))
 
 
 def squared_length(gramian: chex.Array, weights: chex.Array) -> chex.Array:
@@ -149,6 +160,11 @@ def magnitude(x: chex.Array) -> chex.Array:
 def reverse_gradient(x: chex.Array) -> chex.Array:
     """``x``, whose gradient comes back with the opposite sign: who descends on it climbs."""
     return 2 * jax.lax.stop_gradient(x) - x
+
+
+def nan_unless(ok: chex.Array, x: chex.Array) -> chex.Array:
+    """``x``, or NaN where ``ok`` is false: what was made of numbers that are not finite must not look as if it was."""
+    return jnp.where(ok, x, jnp.nan)
 
 
 def finite(x: chex.Array) -> chex.Array:

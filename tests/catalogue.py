@@ -212,6 +212,7 @@ SCALARIZERS = [
         lambda: mtl.skip_nonfinite(mtl.learn(scalarization.uw(), optax.adam(0.1))),
         largest=ADAM_BEARS,
     ),
+    Case("skip_zero-famo", lambda: mtl.skip_zero(scalarization.famo()), nonlinear=True, needs_positive=True, total="1"),
     Case(
         "amortize-dwa",
         lambda **kw: mtl.amortize(scalarization.dwa(steps_per_epoch=2, **kw)),
@@ -484,6 +485,23 @@ AGGREGATORS = [
     Case(
         "skip-db_mtl",
         lambda axis_name=None: mtl.skip_nonfinite(aggregation.db_mtl(axis_name=axis_name), axis_name=axis_name),
+        sharded=True,
+    ),
+    Case(
+        "skip_zero-mgda",
+        lambda axis_name=None: mtl.skip_zero(aggregation.mgda(axis_name=axis_name), axis_name=axis_name),
+        sharded=True,
+        total="1",
+    ),
+    Case(
+        "skip_zero-excess_mtl",
+        lambda axis_name=None: mtl.skip_zero(aggregation.excess_mtl(axis_name=axis_name), axis_name=axis_name),
+        sharded=True,
+        total="1",
+    ),
+    Case(
+        "skip_zero-db_mtl-averages",
+        lambda axis_name=None: mtl.skip_zero(averaging(axis_name=axis_name), axis_name=axis_name),
         sharded=True,
     ),
     Case("skip-random", lambda **kw: mtl.skip_nonfinite(aggregation.random(key=3), **kw), draws=True, sharded=True),

@@ -6,12 +6,16 @@ Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 
 from collections.abc import Hashable
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import NONNEGATIVE, check, check_int, preference, reject
-from mtlbalance.solvers import cagrad_dual
+from mtlbalance.solvers import cagrad_dual, dual_cone
 from mtlbalance.states import count_seen, init_seen
+
+# Of the shortest gradient. The solver looks for no combinations shorter than half of it.
+_VANISHING = 2e-5
 
 
 @base.memoized
@@ -23,13 +27,15 @@ def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | Non
 
     where :math:`g_0` is the mean gradient and :math:`w` minimizes
     :math:`g_w \cdot g_0 + c \lVert g_0 \rVert \lVert g_w \rVert` on the simplex. The weights have no fixed total: 1 for
-    :math:`c = 0`, the mean. From :math:`c = 1` on no task loses. Where :math:`g_w` vanishes, up to rounding, they are
-    zero.
+    :math:`c = 0`, the mean. From :math:`c = 1` on no task loses. Where :math:`g_w` vanishes, as with a gradient of zero
+    or between opposite ones, the least gain is zero at best; of the directions with which no task loses :math:`g` is
+    the one nearest to :math:`g_0`. Shorter than 2e-5 of the shortest gradient, or than rounding, counts as vanishing.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
     Note:
-      TorchJD has no default for ``c`` and does not rescale; it too returns zero where :math:`g_w` vanishes. Nash-MTL's
+      TorchJD has no default for ``c`` and does not rescale; where :math:`g_w` vanishes it may return zero, though for
+      :math:`c < 1` that is outside of the ball, and the official code the mean, with which a task may lose. Nash-MTL's
       code has c = 0.4 and multiplies LibMTL's result by m.
 
     Args:
@@ -68,7 +74,13 @@ def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | Non
         mean = preference(None, mask, gramian.dtype)
         w = cagrad_dual(gramian, c, mask)
         norm, mean_norm = (jnp.sqrt(numerics.squared_length(gramian, x)) for x in (w, mean))
-        weights = jnp.where(norm > 0, mean + c * mean_norm / jnp.where(norm > 0, norm, 1) * w, 0)
+        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
+        vanishes = norm <= _VANISHING * jnp.min(norms, where=norms > 0, initial=1)
+        weights = mean + c * mean_norm / jnp.where(vanishes, 1, norm) * w
+        # Under vmap both branches are computed: for zeros the solver has nothing to do.
+        project = lambda: dual_cone(gramian, jnp.where(vanishes, mean, 0), mask)
+        nearest = jax.lax.cond(vanishes, project, lambda: jnp.zeros_like(mean))
+        weights = jnp.where(vanishes, nearest, weights)
         weights = jnp.where(c == 0, mean, weights)
         return weights / (1, 1 + c**2, 1 + c)[rescale], count_seen(state, mask)
 

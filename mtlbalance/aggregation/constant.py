@@ -42,5 +42,9 @@ def constant(weights: chex.ArrayTree) -> base.Aggregator:
         return fixed_weights(mask, gramian.dtype), count_seen(state, mask)
 
     return base.aggregator(
-        init_seen_after(fixed_weights), gramian_weighting=weigh, per_task={"weights": weights}, given_weights=True
+        init_seen_after(fixed_weights),
+        gramian_weighting=weigh,
+        per_task={"weights": weights},
+        given_weights=True,
+        hides_nonfinite=False,
     )

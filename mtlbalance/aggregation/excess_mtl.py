@@ -57,8 +57,8 @@ def excess_mtl(
     weight until it has one, so the first call (and the warm-up) leaves the weights uniform, and a task that
     is absent or without gradient at first starts on equal terms later. The weights sum to 1 and start at 1/m.
 
-    The squared gradients are as large as the Jacobian. Gradients beyond 1e19 overflow their float32 squares:
-    wrap the method in :func:`mtlbalance.skip_nonfinite` where that can happen.
+    The squared gradients are as large as the Jacobian. Gradients beyond 1e19 overflow their float32 squares,
+    and then the weights are NaN: wrap the method in :func:`mtlbalance.skip_nonfinite` where that can happen.
 
     A task's ratio falls at best like one over the root of the call, so after t calls two log-weights may differ by
     up to about :math:`2 \eta \sqrt{t}`: with the default step a run of thousands can end with nearly all weight on one
@@ -117,7 +117,9 @@ def excess_mtl(
         squares = jax.tree.map(lambda s, g: s + squared_modulus(g), squared_gradients, gradient)
 
         def excess(s, g):  # of both parts of a complex number
-            return jax.tree.map(lambda part: part * (part * jax.lax.rsqrt(s + 1e-7)), g)
+            # The last factor is 1, or NaN where the squares overflowed and the others would hide it.
+            inverse = jax.lax.rsqrt(s + 1e-7)
+            return jax.tree.map(lambda part: part * (part * inverse) * jnp.where(jnp.isinf(s), jnp.nan, 1), g)
 
         return squares, total(jax.tree.map(excess, squares, gradient), axis_name)
 

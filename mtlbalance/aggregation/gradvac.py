@@ -15,6 +15,9 @@ from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, check, check_key, key_impl, new_key_data
 from mtlbalance.states import count_seen, random_orders, zero_counts
 
+# How long a turned gradient may be, in lengths of what it was. What is not near a duplicate of another stays below.
+_LONGEST = 2.0
+
 
 class GradVacState(NamedTuple):
     """State of :func:`gradvac`.
@@ -48,14 +51,19 @@ def gradvac(
               \quad \text{if } \phi < \hat\phi_{ij}, \qquad
               \hat\phi_{ij} \leftarrow (1 - \beta) \hat\phi_{ij} + \beta \phi
 
-    The weights are at least 1 each and have no fixed total. The targets start at zero, so that the first call is
+    The weights have no fixed total. The targets start at zero, so that the first call is
     :func:`~mtlbalance.aggregation.pcgrad`.
+
+    The turned gradient is :math:`\sin \theta / \sin \hat\theta` times as long, with the angles between the two before
+    and after. That has no bound where a target is near 1, as for near-duplicates, and grows again with every other
+    gradient. So a gradient that has become more than twice as long as it was is shortened to that, its direction kept:
+    the result is at most twice as long as all gradients together. One that vanishes, up to rounding, stays zero.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
     Note:
       As in TorchJD and LibMTL the whole gradient is one group, and ``eps`` is added to the denominators; here after
-      scaling by the largest norm, so that the scale of the gradients does not matter.
+      scaling by the largest norm, so that the scale of the gradients does not matter. They have no bound.
 
     Args:
       key: a seed, or a :func:`jax.random.key`, for the orders. To sweep seeds, build the method inside the function
@@ -97,19 +105,27 @@ def gradvac(
 
         def turn(i, order, targets):
             def meet(n, carry):
-                coefficients, targets = carry
+                coefficients, norm, targets = carry
                 j = order[n]
-                products = jnp.sum(coefficients * gramian, axis=1)
-                norm = jnp.sqrt(jnp.maximum(jnp.sum(coefficients * products), 0))
-                cosine, target = products[j] / (norm * norms[j] + eps), targets[j]
+                product = jnp.dot(coefficients, gramian[j], precision="highest")
+                cosine = jnp.where(norm == 0, 0, jnp.clip(product / (norm * norms[j] + eps), -1, 1))
+                target = targets[j]
                 sine, target_sine = (jnp.sqrt(jnp.maximum(1 - x**2, 0)) for x in (cosine, target))
                 added = norm * (target * sine - cosine * target_sine) / (norms[j] * target_sine + eps)
                 meets = (j != i) & mask[i] & mask[j]
-                coefficients = coefficients.at[j].add(jnp.where(meets & (cosine < target), added, 0))
+                turns = meets & ~(cosine >= target)  # also where a target is NaN, so that it shows
+                coefficients, norm = shortened(coefficients.at[j].add(jnp.where(turns, added, 0)), norms[i])
                 new_target = (1 - beta) * target + beta * cosine
-                return coefficients, targets.at[j].set(jnp.where(meets, new_target, target))
+                return coefficients, norm, targets.at[j].set(jnp.where(meets, new_target, target))
 
-            return jax.lax.fori_loop(0, m, meet, (jax.nn.one_hot(i, m, dtype=gramian.dtype), targets))
+            start = jax.nn.one_hot(i, m, dtype=gramian.dtype), norms[i], targets
+            coefficients, _, targets = jax.lax.fori_loop(0, m, meet, start)
+            return coefficients, targets
+
+        def shortened(coefficients, norm_before):
+            norm, longest = jnp.sqrt(numerics.squared_length(gramian, coefficients)), _LONGEST * norm_before
+            factor = jnp.where(norm > longest, longest / jnp.where(norm > longest, norm, 1), 1)
+            return factor * coefficients, factor * norm
 
         orders, state = random_orders(state, key_impl(key), m)
         coefficients, targets = jax.vmap(turn)(jnp.arange(m), orders, state.targets)

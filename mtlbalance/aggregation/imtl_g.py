@@ -5,7 +5,6 @@ Liu et al., "Towards Impartial Multi-Task Learning", ICLR 2021, https://openrevi
 
 from collections.abc import Hashable
 
-import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
@@ -27,8 +26,9 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
       The paper and LibMTL solve a system of m - 1 equations, which has the same solution for independent gradients,
       and none for most dependent ones: there the pseudoinverse is TorchJD's. But where only one gradient depends on the
       others, as between opposite gradients of different lengths, the system has one, a gradient of zero, and TorchJD
-      goes on. What is rounding error counts as zero (TorchJD: below 1e-12): so dependent gradients whose norms differ
-      by 1e3 or more are what the longest make of them, as in TorchJD's float32.
+      goes on. Which gradients depend on each other is told by their cosines, whatever their norms, where what is
+      rounding error counts as zero. TorchJD decomposes :math:`G`: in float32 its dependent gradients whose norms differ
+      by 1e3 or more are what the longest make of them.
 
     Args:
       axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
@@ -56,13 +56,13 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
         cosines = cosines + jnp.diag(1 - nonzero.astype(gramian.dtype))  # zero gradients depend on none
         decomposition = numerics.eigh_psd(cosines)
         _, vectors, independent = decomposition
-        # Independent gradients by the cosines, which keep their digits where the norms differ much; dependent ones by
-        # G itself, because its pseudoinverse is not that of the cosines, rescaled.
-        v = jax.lax.cond(
-            jnp.all(independent),
-            lambda: numerics.solve_psd(decomposition, nonzero.astype(gramian.dtype)) / norms,
-            lambda: numerics.solve_psd(numerics.eigh_psd(gramian), jnp.where(nonzero, norms, 0)),
-        )
+        # D^-1 C^+ D^-1 inverts G = D C D where that can be, and P with its null space projected out on both sides makes
+        # it the pseudoinverse. The cosines C keep their digits where the norms D differ much. Under vmap two branches,
+        # one for each case, would be two decompositions.
+        null_basis = jnp.where(independent, 0, jnp.linalg.qr(jnp.where(independent, 0, vectors / norms[:, None]))[0])
+        project = lambda x: x - jnp.dot(null_basis, jnp.dot(x, null_basis, precision="highest"), precision="highest")
+        distances = project(jnp.where(nonzero, norms, 0))
+        v = project(numerics.solve_psd(decomposition, distances / norms) / norms)
         total, rounding = jnp.sum(v), 10 * len(v) * jnp.finfo(v.dtype).eps
         # Between opposite gradients v itself is rounding, and so are the projections.
         projections = jnp.dot(gramian, v, precision="highest")

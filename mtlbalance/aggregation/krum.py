@@ -9,7 +9,7 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base
+from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.states import count_seen, init_seen_after
 
@@ -25,6 +25,10 @@ def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = 
     smallest scores :math:`s_i`, of equal ones the first. The weights are 1/k or 0 and sum to 1. With tasks absent
     there are fewer neighbours, but at least one if two tasks are present; only tasks present are selected, all of them
     if they are fewer than k.
+
+    Gradients too long to be squared, beyond 1e19 in float32, are far from all others, and so are those that are not
+    finite. Where such a one is selected the weights are NaN. Where none is, its weight is zero; but zero times NaN is
+    NaN, and so what is not finite shows in the gradient.
 
     Note:
       The distances are TorchJD's. The paper has their squares.
@@ -69,13 +73,18 @@ def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = 
         m, n_present = mask.shape[0], jnp.sum(mask)
         squares = jnp.diagonal(gramian)
         distances = jnp.sqrt(jnp.maximum(squares + squares[:, None] - 2 * gramian, 0))
+        distances = jnp.where(jnp.isnan(distances), jnp.inf, distances)  # of what is not finite, or too long to square
         neighbours = mask & mask[:, None] & ~jnp.eye(m, dtype=bool)
         nearest = -jax.lax.top_k(jnp.where(neighbours, -distances, -jnp.inf), m - n_byzantine - 2)[0]
         n_nearest = jnp.clip(n_present - n_byzantine - 2, 1, n_present - 1)
         scores = jnp.sum(nearest, axis=1, where=jnp.arange(nearest.shape[1]) < n_nearest)
-        _, best = jax.lax.top_k(jnp.where(mask, -scores, -jnp.inf), n_selected)
+        negative_scores, best = jax.lax.top_k(jnp.where(mask, -scores, -jnp.inf), n_selected)
         n_best = jnp.minimum(n_selected, n_present)
-        selected = (jnp.arange(n_selected) < n_best) / n_best.astype(gramian.dtype)
-        return jnp.zeros(m, gramian.dtype).at[best].set(selected), count_seen(state, mask)
+        is_selected = jnp.arange(n_selected) < n_best
+        weights = jnp.zeros(m, gramian.dtype).at[best].set(is_selected / n_best.astype(gramian.dtype))
+        ok = jnp.all(jnp.isfinite(negative_scores) | ~is_selected)
+        return numerics.nan_unless(ok, weights), count_seen(state, mask)
 
-    return base.aggregator(init_seen_after(check_number), gramian_weighting=weigh, axis_name=axis_name)
+    return base.aggregator(
+        init_seen_after(check_number), gramian_weighting=weigh, hides_nonfinite=False, axis_name=axis_name
+    )

@@ -141,8 +141,11 @@ def m_config(
         state = state._replace(**select(ready, new, old))
         correction = numerics.bias_correction(decay_2, jnp.maximum(state.count, 1))
 
+        finite = jnp.all(jnp.isfinite(gramian) | ~(mask & mask[:, None]))
+
         def divide(s, g):  # both parts of a complex number
-            return jax.tree.map(lambda part: jnp.where(ready, part / (jnp.sqrt(s / correction) + 1e-8), 0), g)
+            scaled = lambda part: jnp.where(ready, part / (jnp.sqrt(s / correction) + 1e-8), 0)
+            return jax.tree.map(lambda part: numerics.nan_unless(finite & jnp.isfinite(s), scaled(part)), g)
 
         return jax.tree.map(divide, state.squares, gradient), count_seen(state, mask)
 

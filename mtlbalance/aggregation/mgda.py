@@ -19,7 +19,8 @@ def mgda(*, axis_name: Hashable | None = None) -> base.Aggregator:
     .. math:: g = \sum_i w_i g_i, \quad w = \arg\min_{w \in \Delta} \Big\lVert \sum_i w_i g_i \Big\rVert^2
 
     It conflicts with no gradient, and is zero where the tasks are Pareto-stationary. The weights sum to 1.
-    Most of the weight goes to the short gradients.
+    Most of the weight goes to the short gradients. It stops at a gradient of zero; :func:`mtlbalance.skip_zero` goes
+    on without that task.
 
     Note:
       The problem is solved to rounding. TorchJD's and LibMTL's iterations stop sooner, with about three correct digits.

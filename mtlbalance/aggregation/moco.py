@@ -103,21 +103,24 @@ def moco(
 
     def visit(tracked, gradient, task):
         rate = jnp.where(task.present, beta / (task.seen + 1.0) ** beta_sigma, 0)
+        square = ()
         if normalize:
             rate = jnp.where(task.loss < 0, 0, rate)  # its gradient would be followed upwards
-            norm = jnp.sqrt(squared_norm(gradient, axis_name))
+            square = squared_norm(gradient, axis_name)
+            norm = jnp.sqrt(square)
             gradient = jax.tree.map(lambda g: task.loss * (g / jnp.where(norm == 0, 1, norm)), gradient)
-        return jax.tree.map(lambda y, g: y - rate * (y - g), tracked, gradient), ()
+        return jax.tree.map(lambda y, g: y - rate * (y - g), tracked, gradient), square
 
     def finish(state, statistics, values, mask):
         del statistics
         weights = numerics.normalize(state.weights, mask)
         gramian = gramian_of_tasks(state.tracked, len(mask), axis_name)
         step = jnp.dot(gramian, weights, precision="highest") + rho * weights
-        weights = weights - gamma / (state.seen + 1.0) ** gamma_sigma * step
-        weights = numerics.softmax(weights, mask) if softmax else numerics.project_simplex(weights, mask)
+        step = gamma / (state.seen + 1.0) ** gamma_sigma * step
+        weights = numerics.softmax(weights - step, mask) if softmax else numerics.simplex_step(weights, step, mask)
+        weights = numerics.nan_unless(jnp.all(jnp.isfinite(gramian)), jnp.where(mask, weights, 0))
         shown = jnp.where(jnp.any(mask & (values < 0)), jnp.nan, 1) if normalize else 1
-        gradient = combine(jnp.where(mask, weights, 0) * shown, state.tracked)
+        gradient = combine(weights * shown, state.tracked)
         state = state._replace(weights=jnp.where(mask, weights, state.weights))
         return gradient, count_seen(state, mask)
 

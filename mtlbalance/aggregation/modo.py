@@ -81,7 +81,7 @@ def modo(gamma: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hasha
         del values
         weights = numerics.normalize(state.weights, mask)
         step = jnp.dot(gramian, weights, precision="highest") + rho * weights
-        weights = numerics.project_simplex(weights - gamma * step, mask)
+        weights = numerics.simplex_step(weights, gamma * step, mask)
         return weights, MoDoState(jnp.where(mask, weights, state.weights))
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

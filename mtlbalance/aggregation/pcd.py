@@ -107,7 +107,7 @@ def pcd(
         gramian = gramian.astype(state.squares.dtype)
         state = select(mask, average(state, jnp.diagonal(gramian)), state)
         root = jnp.sqrt(state.squares + eps)
-        scales = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
+        scales = jnp.where(root == 0, 0, 1 / jnp.where(root == 0, 1, root))
         scaled = gramian * scales * scales[:, None]
         order = jnp.array(main_first(len(mask)))
         shares = read_tau(len(mask), scaled.dtype)
@@ -116,7 +116,9 @@ def pcd(
         square, primary = numerics.squared_length(scaled, weights), order[jnp.argmax(mask[order])]
         vanishes = (square == 0) | (scaled[primary, primary] == 0)
         length = jnp.sqrt(gramian[primary, primary] / jnp.where(vanishes, 1, square))
-        return jnp.where(vanishes, 0, weights * (scales * length)), state
+        weights = jnp.where(vanishes, 0, weights * (scales * length))
+        # An average that is not finite would make zeros of its task's gradients, and of the main one's all weights.
+        return numerics.nan_unless(jnp.all(jnp.isfinite(state.squares) | ~mask), weights), state
 
     def average(state, squares):
         seen = optax.safe_increment(state.seen)

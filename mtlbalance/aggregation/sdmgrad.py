@@ -109,7 +109,7 @@ def sdmgrad(
         def step(_, carry):
             weights, velocity = carry
             velocity = momentum * velocity + jnp.dot(scaled, weights + lambda_ * preferred, precision="highest")
-            return numerics.project_simplex(weights - lr * velocity, mask), velocity
+            return numerics.simplex_step(weights, lr * velocity, mask), velocity
 
         start = numerics.normalize(state.weights, mask), jnp.zeros_like(preferred)
         weights, _ = jax.lax.fori_loop(0, n_iter, step, start)

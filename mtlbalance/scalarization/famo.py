@@ -59,6 +59,9 @@ def famo(
     step, updates :math:`w` by them first, and ``observe`` does nothing. That costs nothing, but the losses are those
     of another batch.
 
+    With a loss at its bound all weight goes there, and training stops; :func:`mtlbalance.skip_zero` goes on without a
+    task whose loss is zero.
+
     Losses must be above their bounds :math:`b`. Where one is below, the scalar and the weights are NaN; a task that was
     below before or after the optimizer's step, or whose loss was not finite, takes no part in the step of :math:`w`.
 

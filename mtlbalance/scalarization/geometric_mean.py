@@ -18,8 +18,8 @@ def geometric_mean() -> base.Scalarizer:
 
     The weight of a loss, the gradient, is :math:`(\prod_j L_j)^{1/m} / (m L_i)`: scaling one loss scales the gradient
     of the parameters as a whole and changes nothing else. Losses must be positive: where one is zero (or below the
-    smallest normal number) the scalar is zero, and so are all weights by convention; where one is negative the scalar
-    and the weights are NaN.
+    smallest normal number) the scalar is zero, and so are all weights by convention: training stops there, and
+    :func:`mtlbalance.skip_zero` goes on without that task. Where one is negative the scalar and the weights are NaN.
 
     Note:
       At a zero loss the weights are NaN in TorchJD, and a negative loss is an error, which a compiled program cannot

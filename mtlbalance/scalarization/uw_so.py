@@ -19,7 +19,8 @@ def uw_so(temperature: chex.Numeric = 1.0) -> base.Scalarizer:
     .. math:: \sum_i w_i L_i, \quad w = \mathrm{softmax}\Big( \frac{1}{T L} \Big)
 
     The small losses have the weight. The weights are constants of differentiation and sum to 1. Losses must be
-    positive: a negative one counts as larger than all positive ones. Losses of zero share all the weight. See also
+    positive: a negative one counts as larger than all positive ones. Losses of zero share all the weight, and
+    training stops there: :func:`mtlbalance.skip_zero` goes on without those tasks. See also
     :func:`~mtlbalance.scalarization.uw_o`, the weights without the softmax.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.

@@ -15,9 +15,9 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
     The solution is :math:`d = g_1 + \sum_j \mu_j g_j` with the multipliers :math:`\mu \ge 0` of the constraints,
     which minimise :math:`\mu^\top G \mu / 2 - \sum_j \mu_j (\tau_j G_{jj} - G_{j1})`. Constraints that contradict each
     other by more than rounding are dropped, all of them, as TorchJD does: there the multipliers' combination of unit
-    gradients vanishes, which is tested to the square root of ten rounding errors. Exact to rounding times the
-    multipliers' size, in units of the first norm and of :math:`\tau_j \|g_j\|`. The first gradient is that of the
-    first task present.
+    gradients vanishes, which is tested to the square root of ten rounding errors, or leaves progress lacking. Exact to
+    rounding times the multipliers' size, in units of the first norm and of :math:`\tau_j \|g_j\|`. The first gradient
+    is that of the first task present.
 
     Args:
       gramian: inner products of the tasks' gradients, shape ``[m, m]``, of any scale, the primary task first.
@@ -45,7 +45,11 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
     multipliers = nonnegative_qp(cosines, -lacking / unit, others)
     # Without shares they never do: then no step at all satisfies them.
     demanding = jnp.any(lacking > 0) & jnp.any(tau > 0)
-    contradict = demanding & (numerics.squared_length(cosines, multipliers) == 0)
+    combination_vanishes = numerics.squared_length(cosines, multipliers) == 0
+    # Where rounding has made the matrix indefinite, the solver stops long before the multipliers are so long.
+    missing = jnp.max(lacking / unit - jnp.dot(cosines, multipliers, precision="highest"), where=others, initial=0)
+    rounding = 10 * (4 + len(mask) ** 0.5) * jnp.finfo(gramian.dtype).eps
+    contradict = demanding & (combination_vanishes | (missing > rounding * (1 + jnp.sum(multipliers))))
     multipliers = jnp.where(contradict | jnp.all(lacking <= 0), 0, multipliers)
     weights = jnp.where(others, unit * multipliers / norms, 0).at[primary].set(1)
     return jnp.where(mask, weights, 0)

@@ -5,6 +5,7 @@ from mtlbalance.wrappers.chain import ChainState, chain
 from mtlbalance.wrappers.cr_mogm import CRMOGMState, cr_mogm
 from mtlbalance.wrappers.learn import LearnState, learn
 from mtlbalance.wrappers.skip_nonfinite import SkipNonfiniteState, skip_nonfinite
+from mtlbalance.wrappers.skip_zero import SkipZeroState, skip_zero
 
 __all__ = [
     "AmortizeState",
@@ -12,9 +13,11 @@ __all__ = [
     "ChainState",
     "LearnState",
     "SkipNonfiniteState",
+    "SkipZeroState",
     "amortize",
     "chain",
     "cr_mogm",
     "learn",
     "skip_nonfinite",
+    "skip_zero",
 ]

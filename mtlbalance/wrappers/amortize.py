@@ -7,6 +7,7 @@ import chex
 import jax.numpy as jnp
 
 from mtlbalance import base
+from mtlbalance.states import zero_counts
 from mtlbalance.wrappers.plumbing import Method, check_method, reweighted
 
 
@@ -16,10 +17,12 @@ class AmortizeState(NamedTuple):
     Attributes:
       last_weights: the weights of the last call that decided, one per task; equal ones of total 1 before it.
       inner: the state of the wrapped method.
+      not_taken: int32 scalar: the calls that decided, but whose weights were not taken.
     """
 
     last_weights: chex.Array
     inner: chex.ArrayTree
+    not_taken: chex.Array
 
 
 @base.memoized
@@ -31,6 +34,10 @@ def amortize(method: Method) -> Method:
     traced: ``step % 1000 == 0`` inside ``scan``. Under ``vmap`` keep it unbatched, or both ways are computed: it is an
     argument for that reason, and no counter in the state. The first step should refresh: until then the weights are
     equal and sum to 1.
+
+    Weights are taken only if all of them are finite, and so are the losses: one NaN at a refresh would be in every step
+    up to the next. They are that call's output even so, for ``optax.apply_if_finite`` to see; the last good ones serve
+    on, and ``not_taken`` counts.
 
     An absent task keeps its last weight for the time when it is back; in between it has none. A learned method goes
     inside: ``amortize(learn(uw(), optimizer))``; :func:`skip_nonfinite` goes outside. Others may stand on either side,
@@ -62,7 +69,7 @@ def amortize(method: Method) -> Method:
     check_method(method, "amortize(learn(method, optimizer))", makes_weights=True)
 
     def start(shape, dtype, inner):
-        return AmortizeState(jnp.full(shape, 1 / math.prod(shape), dtype), inner)
+        return AmortizeState(jnp.full(shape, 1 / math.prod(shape), dtype), inner, zero_counts(()))
 
     def remember(state, weights, mask):
         return weights, state._replace(last_weights=jnp.where(mask, weights, state.last_weights))

@@ -144,6 +144,7 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         jacobian_shaped=within("aggregator", aggregator.jacobian_shaped),
         reads_losses=True,
         given_weights=True,
+        hides_nonfinite=False,
     )
 
 

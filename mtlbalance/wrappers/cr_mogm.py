@@ -23,11 +23,13 @@ class CRMOGMState(NamedTuple):
       seen: int32, one per task: the calls in which it was present.
       weights: the smoothed weights, one per task.
       inner: the state of the wrapped method.
+      not_taken: int32 scalar: the calls whose weights, or losses, were not finite, and so not averaged.
     """
 
     seen: chex.Array
     weights: chex.Array
     inner: chex.ArrayTree
+    not_taken: chex.Array
 
 
 @base.memoized
@@ -41,6 +43,7 @@ def cr_mogm(
     where :math:`\hat\lambda` are the method's own weights. The average starts at a task's first weight unless it is
     given. It has the method's total while that and the tasks present stay the same; after a change it moves there.
 
+    Weights that are not finite, or come with losses that are not, are the call's output, but not in the average.
     Around :func:`mtlbalance.amortize` the average moves at refreshes only, and its last weights serve in between.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
@@ -79,7 +82,7 @@ def cr_mogm(
             weights = per_task("initial_weights", initial_weights, shape, dtype, scalar=False)
         else:  # what a step without a refresh takes before there was one; the average starts at the first weights
             weights = method.last_weights(inner) if method.last_weights else jnp.zeros(shape, dtype)
-        return CRMOGMState(zero_counts(shape), weights, inner)
+        return CRMOGMState(zero_counts(shape), weights, inner, zero_counts(()))
 
     def smooth(state, weights, mask):
         seen = state.seen if initial_weights is None else 1  # what is given is an average already

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 from mtlbalance import base, numerics
 from mtlbalance.complex_parts import is_complex
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, check_is_method, weights_of
 from mtlbalance.hyperparameters import reject
+from mtlbalance.states import select
 
 Method = TypeVar("Method", Scalarizer, Aggregator)
 
@@ -82,7 +84,8 @@ def reweighted(
 
     Args:
       method: a method that makes weights.
-      start: ``(shape, dtype, inner) -> state``, with the first leaf of ``shape``.
+      start: ``(shape, dtype, inner) -> state``, with the first leaf of ``shape`` and a field ``not_taken``, an int32
+        scalar: the calls whose weights or losses were not finite. After these no other field but ``inner`` is new.
       change: ``(state, weights, mask) -> (weights, state)``, the state with the new ``inner`` in it already.
       last_weights: ``(state) -> weights`` of the last call, if they are in the state.
       keeps_scalar: whether a scalarizer's scalar stays as it is. Else it is the losses' sum with the changed weights,
@@ -90,10 +93,25 @@ def reweighted(
       per_task: the wrapper's own hyperparameters with one number per task, as the builders take them.
     """
     hooks = hooks_of(method) | {"last_weights": last_weights, "per_task": per_task}
+    change = _if_finite(change)
     if isinstance(method, Scalarizer):
         return _reweighted_scalarizer(method, start, change, hooks, keeps_scalar)
     # Weights that are looked at only are what they are inside.
     return _reweighted_aggregator(method, start, change, hooks | {"given_weights": keeps_scalar})
+
+
+def _if_finite(change):
+    """The change, not remembered where the weights, or the losses that they may be made of, are not finite."""
+
+    def change_if_finite(state, weights, values, mask):
+        given = (weights,) if values is None else (weights, values)
+        ok = jnp.all(jnp.array([jnp.all(jnp.isfinite(x) | ~mask) for x in given]))
+        changed, new = change(state, weights, mask)
+        own = lambda state: {name: getattr(state, name) for name in state._fields if name != "inner"}
+        kept = own(state) | {"not_taken": optax.safe_increment(state.not_taken)}
+        return changed, new._replace(**select(ok, own(new), kept))
+
+    return change_if_finite
 
 
 def _reweighted_scalarizer(method, start, change, hooks, keeps_scalar):
@@ -102,7 +120,7 @@ def _reweighted_scalarizer(method, start, change, hooks, keeps_scalar):
 
     def apply(state, values, mask):
         weights, inner = weights_of(method, state.inner, jax.lax.stop_gradient(values), mask)
-        weights, new_state = change(state._replace(inner=inner), weights, mask)
+        weights, new_state = change(state._replace(inner=inner), weights, values, mask)
         if keeps_scalar:
             return method.apply(state.inner, values, mask=mask)[0], new_state
         return numerics.weighted_sum(weights, values, mask), new_state
@@ -114,7 +132,7 @@ def _reweighted_aggregator(method, start, change, hooks):
     def changed(weigh):
         def weigh_and_change(state, statistic, values, mask):
             weights, inner = weigh(state.inner, statistic, values=values, mask=mask)
-            return change(state._replace(inner=inner), weights, mask)
+            return change(state._replace(inner=inner), weights, values, mask)
 
         return weigh_and_change
 
@@ -124,5 +142,6 @@ def _reweighted_aggregator(method, start, change, hooks):
         gramian_weighting=method.gramian_weighting and changed(method.gramian_weighting.apply),
         rowwise=method.rowwise and rows_of(method, changed(method.rowwise.weigh)),
         jacobian_shaped=within("inner", method.jacobian_shaped),
+        hides_nonfinite=False,
         **hooks,
     )

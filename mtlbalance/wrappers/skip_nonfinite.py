@@ -146,6 +146,7 @@ def _skip_aggregator(method, guard, hooks, axis_name):
         rowwise=rowwise and Rowwise(visit, after_visits(rowwise.weigh), after_visits(rowwise.finish), visits),
         jacobian_shaped=within("inner", method.jacobian_shaped),
         given_weights=True,
+        hides_nonfinite=False,
         **hooks,
     )
 

@@ -11,7 +11,7 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import diagnostics
 from mtlbalance.losses import broadcast_to_rows
-from tests.conformance.helpers import Built, scalar_and_gradient
+from tests.conformance.helpers import Built, by_rows, scalar_and_gradient
 
 LOSSES = {
     "zero": jnp.zeros(3),
@@ -136,6 +136,39 @@ def three_steps(built, count):
         steps.append(built.step(state, built.sample(1 + i), ends_epoch=i > 2))
         state = steps[-1][1]
     return steps
+
+
+def gradients_by_every_path(aggregator, state, x):
+    """The gradient by ``apply``, and what the weights of the other paths make of the rows."""
+    method, given = aggregator.method, {"values": aggregator.losses(x), "mask": None}
+    yield "apply", aggregator.apply(state, x)[0]
+    if method.weighting is not None:
+        yield "weighting", mtl.gramian.combine(method.weighting.apply(state, x, **given)[0], x)
+    if method.gramian_weighting is not None:
+        weights, _ = method.gramian_weighting.apply(state, mtl.gramian.gramian(x), **given)
+        yield "gramian_weighting", mtl.gramian.combine(weights, x)
+    if method.rowwise is not None:
+        found, _ = by_rows(method.rowwise, state, x, given)
+        yield "rowwise", found if method.rowwise.weigh is None else mtl.gramian.combine(found, x)
+
+
+def test_a_row_that_is_not_finite_shows(aggregator):
+    """On every path. A row too long to be squared gives NaN, or what it gives where all rows are shorter by 1e-15."""
+    state, x = aggregator.init(), aggregator.sample(0)
+    visits = aggregator.method.rowwise and aggregator.method.rowwise.visits
+    at = int(visits(state)[0]) if visits else 1
+    with_entry = lambda x, entry: x | {"dense": x["dense"] | {"w": x["dense"]["w"].at[at, 2, 3].set(entry)}}
+    for bad in jnp.nan, jnp.inf, -jnp.inf:
+        for path, gradient in gradients_by_every_path(aggregator, state, with_entry(x, bad)):
+            assert not all(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradient)), (path, bad)
+    small = with_entry(jax.tree.map(lambda leaf: leaf * 1e-15, x), 1e5)
+    if aggregator.case.reads_losses:
+        small |= {"scale": x["scale"]}  # the losses are made of it
+    shorter = dict(gradients_by_every_path(aggregator, state, small))
+    for path, gradient in gradients_by_every_path(aggregator, state, with_entry(x, 1e20)):
+        if not all(jnp.all(jnp.isnan(g)) for g in jax.tree.leaves(gradient)):
+            expected = jax.tree.map(lambda g: g * 1e15, shorter[path])
+            chex.assert_trees_all_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
 def assert_tasks_stay_finite(built, n_tasks):

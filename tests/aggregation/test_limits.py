@@ -1,0 +1,150 @@
+"""Methods where their formulas have no answer: combinations that vanish, contradictions, cosines of 1, long steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtlbalance import aggregation
+from mtlbalance.numerics import project_simplex
+from tests.catalogue import AGGREGATORS
+
+pytestmark = pytest.mark.unoptimized
+
+
+def gradient_of(method, rows):
+    rows = jnp.asarray(rows, float)
+    return np.asarray(method.apply(method.init(rows.shape), rows)[0])
+
+
+@pytest.fixture(params=[False, True], ids=["float32", "float64"])
+def precision(request):
+    with jax.enable_x64(request.param):
+        yield 1e-12 if request.param else 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rows", "c", "expected"),
+    [
+        ([[1, 0.2], [0.3, 1], [0, 0]], 0.4, [1.3 / 3, 0.4]),  # the mean, as a gradient of zero forbids nothing
+        ([[1, 0, 0], [-1, 0, 0], [0.3, 1, 0]], 0.5, [0, 1 / 3, 0]),
+        ([[1, 0], [-2, 0]], 2.0, [0, 0]),
+        ([[2, 1], [-1, 1], [-1, -2]], 1.5, [0, 0]),  # no direction helps: they surround the origin
+    ],
+)
+def test_cagrad_where_its_combination_vanishes(rows, c, expected, precision):
+    np.testing.assert_allclose(gradient_of(aggregation.cagrad(c), rows), expected, atol=precision)
+
+
+def test_cagrad_conflicts_with_none_of_random_gradients_in_a_plane(precision):
+    for seed in range(8):
+        rows = np.random.default_rng(seed).normal(size=(4, 2))
+        for c in 1.5, 2.0:
+            gradient = gradient_of(aggregation.cagrad(c), rows)
+            assert np.min(rows @ gradient) >= -10 * precision, (seed, c)
+
+
+def test_cagrad_arrives_with_a_hinge_that_is_met():
+    """The third loss is 0 and has no gradient; the others' minimum is between theirs."""
+    losses = lambda x: jnp.stack([jnp.sum((x - 1) ** 2), jnp.sum((x - 2) ** 2), jnp.maximum(-1 - x[0], 0)])
+    method = aggregation.cagrad()
+    step = lambda x, _: (x - 0.1 * method.apply(method.init((3, 2)), jax.jacrev(losses)(x))[0], None)
+    x, _ = jax.lax.scan(step, jnp.zeros(2), length=200)
+    assert 0.99 <= np.min(x) <= np.max(x) <= 2.01
+
+
+@pytest.mark.parametrize("tau", [1e-3, 0.02, 0.5])
+def test_pcd_drops_what_contradicts(tau, precision):
+    """Collinear gradients of both signs leave the primary one."""
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        rows = np.outer(rng.normal(size=8), rng.normal(size=1000))
+        error = gradient_of(aggregation.pcd(tau), rows) - rows[0]
+        assert np.linalg.norm(error) <= 10 * precision * np.linalg.norm(rows[0]), seed
+
+
+def test_a_state_that_is_spoilt_shows():
+    rows = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+    for method in aggregation.pcd(), aggregation.gradvac(), aggregation.excess_mtl(), aggregation.modo():
+        for bad in jnp.nan, 1e30:
+            _, state = method.apply(method.init((2, 3)), rows.at[0, 0].set(bad))
+            is_spoilt = not all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+            assert is_spoilt == np.all(np.isnan(method.apply(state, rows)[0])), (method, bad)
+            assert is_spoilt or bad == 1e30
+
+
+def gradvac_inputs():
+    """Kinds whose targets come near to 1 or -1; then ratios to the sum of the lengths were 1e34, 1e9, 1e2, 5e8."""
+    rng = np.random.default_rng(0)
+    rank_one, v = np.outer(rng.normal(size=8), rng.normal(size=50)), rng.normal(size=50)
+    signs = (-1.0) ** np.arange(16)
+    return {
+        "rank one": ((8, 50), lambda: rank_one),
+        "rank one anew": ((8, 50), lambda: np.outer(rng.normal(size=8), rng.normal(size=50))),
+        "near-opposite": ((16, 50), lambda: signs[:, None] * v + 0.01 * rng.normal(size=(16, 50))),
+        "near-duplicates": ((40, 50), lambda: v + 0.1 * rng.normal(size=(40, 50))),
+        "one parameter": ((3, 1), lambda: rng.normal(size=(3, 1))),
+    }
+
+
+@pytest.mark.parametrize("kind", gradvac_inputs())
+def test_gradvac_stays_as_long_as_the_gradients(kind):
+    shape, draw = gradvac_inputs()[kind]
+    stacked = jnp.asarray(np.stack([draw() for _ in range(300 if shape[0] < 40 else 40)]), jnp.float32)
+    method = aggregation.gradvac()
+    step = lambda state, rows: method.apply(state, rows)[::-1]
+    state, gradients = jax.lax.scan(step, method.init(shape), stacked)
+    lengths = jnp.sum(jnp.linalg.norm(stacked, axis=2), axis=1)
+    assert jnp.all(jnp.linalg.norm(gradients, axis=1) <= 2.001 * lengths)
+    assert jnp.all(jnp.isfinite(state.targets))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4, 1e6])
+def test_simplex_steps_keep_their_total_under_a_mask(scale):
+    """Equal gradients exchange no weight, at whatever scale; the absent third has none."""
+    rows, mask = jnp.full((3, 4), scale), jnp.array([True, True, False])
+    modo, moco, sdmgrad = aggregation.modo(), aggregation.moco(beta=1.0), aggregation.sdmgrad()
+    weights, _ = modo.weighting.apply(modo.init(rows.shape), rows, mask=mask)
+    np.testing.assert_allclose(weights, [0.5, 0.5, 0])
+    weights, _ = sdmgrad.weighting.apply(sdmgrad.init(rows.shape), rows, mask=mask)
+    np.testing.assert_allclose(weights[:2], weights[0])
+    gradient, state = moco.apply(moco.init(rows.shape), rows, mask=mask)
+    np.testing.assert_allclose(gradient, rows[0], rtol=1e-6)
+    np.testing.assert_allclose(state.weights[:2], [0.5, 0.5])
+    uneven = modo.init(rows.shape)._replace(weights=jnp.array([0.7, 0.3, 0.0]))  # of total 1, drawn together by rho
+    np.testing.assert_allclose(modo.weighting.apply(uneven, rows)[0][:2], [0.7 - 0.02, 0.3 + 0.02], atol=0.021)
+    assert np.all(project_simplex(scale**2 * jnp.array([3.0, 3.0, jnp.nan]), mask) == jnp.array([0.5, 0.5, 0]))
+
+
+def test_imtl_g_of_dependent_gradients_whatever_their_norms():
+    for seed, decades in enumerate([0, 2, 4, 5]):
+        rng = np.random.default_rng(seed)
+        rows = rng.normal(size=(6, 3)) @ rng.normal(size=(3, 20)) * 10 ** rng.uniform(0, decades, (6, 1))
+        v = np.linalg.pinv(rows @ rows.T, rcond=1e-14, hermitian=True) @ np.linalg.norm(rows, axis=1)
+        expected = v / np.sum(v) @ rows
+        error = gradient_of(aggregation.imtl_g(), rows) - expected
+        assert np.linalg.norm(error) <= 1e-4 * np.linalg.norm(expected), (
+            seed
+        )  # rounding, which the condition multiplies
+
+
+def decompositions(jaxpr):
+    """The eigendecompositions in a program, those of its branches and loops with it."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        found += eqn.primitive.name == "eigh"
+        inner = jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
+        found += sum(decompositions(getattr(x, "jaxpr", x)) for x in inner if hasattr(x, "eqns") or hasattr(x, "jaxpr"))
+    return found
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in AGGREGATORS if case.make().gramian_weighting is not None], ids=lambda case: case.name
+)
+def test_no_method_decomposes_twice_under_vmap(case):
+    """Two that do not wait for each other may wait forever for threads, on a CPU with few cores."""
+    weighting = case.make().gramian_weighting
+    state, gramians = weighting.init((3, 4)), jnp.stack([jnp.eye(3)] * 2)
+    values = jnp.ones(3) if case.reads_losses else None
+    sweep = jax.vmap(lambda gramian: weighting.apply(state, gramian, values=values))
+    assert decompositions(jax.make_jaxpr(sweep)(gramians).jaxpr) <= 1
