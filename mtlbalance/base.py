@@ -261,9 +261,8 @@ def rowwise_aggregator(
     """
     if (weigh is None) == (finish is None):
         reject("rowwise_aggregator", "one of weigh and finish", "none" if weigh is None else "both", TypeError)
-    if hides_nonfinite:
-        weigh = weigh and boundary.nan_if_nonfinite("weigh", weigh)
-        finish = finish and boundary.nan_if_nonfinite("finish", finish)
+    showing = boundary.nan_if_nonfinite if hides_nonfinite else lambda name, function: function
+    weigh, finish = weigh and showing("weigh", weigh), finish and showing("finish", finish)
 
     def counting_init(m, params, dtype):
         state = init(m, params, dtype)
@@ -306,8 +305,9 @@ def rowwise_aggregator(
     def apply(state, jacobian, values, mask):
         # As the new state, and what else is made of it, a constant of differentiation.
         state, statistics = visit_all(state, jax.lax.stop_gradient(jacobian), values, mask)
-        output = jax.lax.stop_gradient(finish(state, statistics, values, mask))
-        return returned.gradient_and_state("finish", output, state)
+        return returned.gradient_and_state(
+            "finish", jax.lax.stop_gradient(finish(state, statistics, values, mask)), state
+        )
 
     return aggregator(
         counting_init,
