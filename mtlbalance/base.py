@@ -303,11 +303,9 @@ def rowwise_aggregator(
         return returned.weights_and_state("weigh", output, mask.shape)
 
     def apply(state, jacobian, values, mask):
-        # As the new state, and what else is made of it, a constant of differentiation.
         state, statistics = visit_all(state, jax.lax.stop_gradient(jacobian), values, mask)
-        return returned.gradient_and_state(
-            "finish", jax.lax.stop_gradient(finish(state, statistics, values, mask)), state
-        )
+        output = jax.lax.stop_gradient(finish(state, statistics, values, mask))  # as the new state is
+        return returned.gradient_and_state("finish", output, state)
 
     return aggregator(
         counting_init,
