@@ -135,8 +135,8 @@ def aggregator(
         there, so that it shows. Not so where they do not depend on it, or a method inside sees to that.
       axis_name: mapped axis over which parameters are split, for the Gramian.
       per_task: as in :func:`scalarizer`.
-      given_weights: whether the weights are a hyperparameter, or a method's inside, as they are, and may be
-        differentiated with respect to it; others are constants of differentiation.
+      given_weights: whether the weights are a hyperparameter, or a method's inside, as they are, finite or not, and may
+        be differentiated with respect to it; others are constants of differentiation.
 
     Complex leaves reach the functions as :class:`~mtlbalance.complex_parts.ComplexParts`: two real leaves each.
 
@@ -162,7 +162,7 @@ def aggregator(
     """
     functions = init, gramian_weighting, weighting, apply, rowwise and (rowwise.weigh or rowwise.finish)
     check = state_check(init, functions, jacobian_shaped)
-    if hides_nonfinite and gramian_weighting is not None:
+    if hides_nonfinite and not given_weights and gramian_weighting is not None:
         gramian_weighting = boundary.nan_if_nonfinite("gramian_weighting", gramian_weighting)
     if weighting is None and gramian_weighting is not None:
         weighting = boundary.of_gramian(gramian_weighting, axis_name)

@@ -46,5 +46,4 @@ def constant(weights: chex.ArrayTree) -> base.Aggregator:
         gramian_weighting=weigh,
         per_task={"weights": weights},
         given_weights=True,
-        hides_nonfinite=False,
     )

@@ -11,7 +11,7 @@ from mtlbalance.contract import Rowwise, check_is_method, weights_of
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import broadcast_to_rows
 from mtlbalance.states import select
-from mtlbalance.wrappers.plumbing import nan_unless, within
+from mtlbalance.wrappers.plumbing import nan_tree_unless, within
 
 
 class ChainState(NamedTuple):
@@ -93,7 +93,7 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         ok = jnp.all(finite | ~mask)
         output, second = function(state.aggregator, scale(weights), values=values, mask=mask & finite)
         second = select(ok, second, state.aggregator, new_anyway=aggregator.jacobian_shaped)
-        return weights, nan_unless(ok, output), ChainState(first, second)
+        return weights, nan_tree_unless(ok, output), ChainState(first, second)
 
     def apply(state, jacobian, values, mask):
         return call(aggregator.apply, state, lambda weights: _scale_rows(weights, jacobian), values, mask)[1:]
@@ -131,20 +131,18 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         hooks = (scalarizer.observe, state.scalarizer), (aggregator.observe, state.aggregator)
         return ChainState(*(hook(inner, values, mask=mask) for hook, inner in hooks))
 
+    of_gramian = aggregator.gramian_weighting
     return base.aggregator(
         init,
         apply=apply,
         weighting=of_scaled(_scale_rows, aggregator.weighting and aggregator.weighting.apply),
-        gramian_weighting=of_scaled(
-            _scale_gramian, aggregator.gramian_weighting and aggregator.gramian_weighting.apply
-        ),
+        gramian_weighting=of_scaled(_scale_gramian, of_gramian and of_gramian.apply),
         rowwise=aggregator.rowwise and by_rows(aggregator.rowwise),
         end_epoch=end_epoch,
         observe=observe,
         jacobian_shaped=within("aggregator", aggregator.jacobian_shaped),
         reads_losses=True,
         given_weights=True,
-        hides_nonfinite=False,
     )
 
 

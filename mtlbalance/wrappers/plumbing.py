@@ -60,7 +60,7 @@ def visits_of(method: Aggregator) -> Callable[..., Any] | None:
     return lambda state, mask: visits(state.inner, mask=mask)
 
 
-def nan_unless(ok: chex.Array, output: chex.ArrayTree) -> chex.ArrayTree:
+def nan_tree_unless(ok: chex.Array, output: chex.ArrayTree) -> chex.ArrayTree:
     """What a method gives; NaN unless ``ok``, and in both parts of what is complex."""
     nan_like = lambda x: complex(jnp.nan, jnp.nan) if is_complex(x) else jnp.nan
     return jax.tree.map(lambda x: jnp.where(ok, x, nan_like(x)), output)

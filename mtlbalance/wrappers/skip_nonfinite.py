@@ -12,7 +12,7 @@ from mtlbalance import base
 from mtlbalance.contract import Rowwise
 from mtlbalance.gramian import squared_norm
 from mtlbalance.states import among, increment, is_in, select
-from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, nan_unless, visits_of, within
+from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, nan_tree_unless, visits_of, within
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -101,7 +101,7 @@ def _skip_aggregator(method, guard, hooks, axis_name):
 
     def nan_unless_finite(state, inner, output, finite):
         state, ok = guard(state, inner, finite)
-        return nan_unless(ok, output), state
+        return nan_tree_unless(ok, output), state
 
     def guarded(apply, finite_tasks):
         def guarded_apply(state, statistic, values, mask):
@@ -146,7 +146,6 @@ def _skip_aggregator(method, guard, hooks, axis_name):
         rowwise=rowwise and Rowwise(visit, after_visits(rowwise.weigh), after_visits(rowwise.finish), visits),
         jacobian_shaped=within("inner", method.jacobian_shaped),
         given_weights=True,
-        hides_nonfinite=False,
         **hooks,
     )
 
