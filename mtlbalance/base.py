@@ -73,7 +73,6 @@ def scalarizer(
       >>> print(scalar)
       5.0
     """
-
     check = state_check(init, (apply, init))
     read = boundary.reader(check, required=True)
 
@@ -131,8 +130,7 @@ def aggregator(
       jacobian_shaped: state fields with leaves ``[m, *param.shape]``, whose absent rows the functions keep.
       last_weights: ``(state) -> weights`` of the last call, for a method that keeps them.
       reads_losses: whether a call without ``values`` is an error.
-      hides_nonfinite: whether weights might be finite where the Gramian of the tasks present is not: they are NaN
-        there, so that it shows. Not so where they do not depend on it, or a method inside sees to that.
+      hides_nonfinite: whether weights might be finite where the Gramian is not: so that it shows, they are NaN there.
       axis_name: mapped axis over which parameters are split, for the Gramian.
       per_task: as in :func:`scalarizer`.
       given_weights: whether the weights are a hyperparameter, or a method's inside, as they are, finite or not, and may
@@ -227,8 +225,8 @@ def rowwise_aggregator(
       memory: the state field with leaves ``[m, *param.shape]``, made by :func:`mtlbalance.states.zeros_jacobian`; none
         by default.
       of_moduli: whether ``memory`` has one real leaf for a complex parameter, made for its ``entries``, and not two.
-      hides_nonfinite: as in :func:`aggregator`, and of the statistics of the tasks present.
-      **others: as in :func:`aggregator`.
+      hides_nonfinite: as in :func:`aggregator`, also of the statistics.
+      **others: as there.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with ``rowwise``, and a weighting if there is ``weigh``.

@@ -76,8 +76,9 @@ def of_gramian(gramian_weighting, axis_name):
 def nan_if_nonfinite(name, function):
     """The plain function of this name, with NaN for its weights, or its gradient, where what it is given is not finite.
 
-    That is a Gramian, or the visits' statistics. Here, once for all methods: solvers, thresholds and comparisons make
-    zeros and other finite numbers of NaN.
+    That is a Gramian, or the visits' statistics, of the tasks present. Here, once for all methods: solvers, thresholds
+    and comparisons make zeros and other finite numbers of NaN. It is not for weights that do not depend on what is
+    given, as the mean's, nor where a method inside sees to it.
     """
 
     @wraps(function)

@@ -81,7 +81,8 @@ def _key(argument: Any) -> Hashable:
         return type(argument), argument, repr(argument)  # 0.0 == -0.0
     if argument is None or isinstance(argument, str):
         return type(argument), argument
-    # Not what may change after it was compared: a module that is a tree of numbers may be callable too.
-    if callable(argument) and jax.tree_util.all_leaves([argument]) and get_opaque_trace_state("any") == _OUTSIDE:
+    # Not what may change after it was compared, as the object of a bound method, or is equal and not the same.
+    is_itself = type(argument).__eq__ is object.__eq__ and jax.tree_util.all_leaves([argument])
+    if callable(argument) and is_itself and get_opaque_trace_state("any") == _OUTSIDE:
         return argument
     raise TypeError(f"{type(argument).__name__} is not compared")

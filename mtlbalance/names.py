@@ -75,10 +75,8 @@ def compile_with_names(
 
     @wraps(function)
     def public(*args, **kwargs):
-        names = _outermost.get()
-        if names is ...:
-            losses = losses_of(args, kwargs)
-            names = None if losses is None else names_of(losses)
+        losses = losses_of(args, kwargs)
+        names = _names_inside(kwargs.get("mask") if losses is None else losses, known=losses is not None)
         try:
             return compiled(names, *args, **kwargs)
         except TypeError:
@@ -102,11 +100,23 @@ def with_names(names: Names | None) -> Iterator[None]:
 
 def with_names_for_init(losses: Any) -> contextlib.AbstractContextManager[None]:
     """As :func:`with_names`, of what ``init`` is given; in a wrapper's they are known already."""
-    names = _outermost.get()
-    if names is ...:
-        names = None if is_int(losses) else names_of(losses)
-        names = names if names and names.entries else None  # a shape says nothing of names
-    return with_names(names)
+    return with_names(_names_inside(losses, known=False))
+
+
+def _names_inside(losses, *, known):
+    """The names of these losses: their own, or else those of the outermost call, if it has as many.
+
+    Without an outermost call losses without names have none if they are ``known``; a shape or a mask says nothing.
+    """
+    outer = _outermost.get()
+    own = Names() if losses is None or is_int(losses) else names_of(losses)
+    if own.entries:
+        return own
+    if outer is ...:
+        return own if known else None
+    size = losses if is_int(losses) else sum(map(np.size, jax.tree.leaves(sums(losses))))
+    is_another = outer is not None and outer.entries and losses is not None and size != len(outer.entries)
+    return None if is_another else outer
 
 
 def check_names(per_task: Mapping[str, Any] | None, *, is_call: bool = False) -> None:

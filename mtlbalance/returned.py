@@ -16,6 +16,8 @@ from mtlbalance.parameters import check_params_like
 
 def new_state(state: Any, shape: tuple[int, ...], fields: tuple[str, ...] = ()) -> Any:
     """What ``init`` returned, if its first leaf has one entry per task and it has these fields."""
+    if not hasattr(state, "_fields"):
+        reject("init", "a state that is a NamedTuple of arrays, such as states.SeenState", kind_of(state), TypeError)
     leaves = jax.tree.leaves(state)
     found = f"shape {jnp.shape(leaves[0])}" if leaves else f"{state!r}, which has none"
     if not leaves or jnp.shape(leaves[0]) != shape:

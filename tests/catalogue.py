@@ -40,6 +40,7 @@ class Case(NamedTuple):
         examples, and another method goes by its name.
       names_task: the public method's argument that says which task is meant, whose default is an index: where losses
         have names, as in the examples, it must be one of these.
+      trims: one gradient may be anything, NaN too, and does not show.
       amplifies_rounding: what two programs round differently grows in it: by steps far too large for long gradients, or
         by a system of equations that is near to none.
       variants: settings of the public method of this name whose properties hold on random Jacobians of up to 8 tasks.
@@ -60,6 +61,7 @@ class Case(NamedTuple):
     local_draws: bool = False
     required: dict[str, Any] = {}  # noqa: RUF012
     names_task: str | None = None
+    trims: bool = False
     amplifies_rounding: bool = False
     variants: dict[str, dict[str, Any]] = {}  # noqa: RUF012
 
@@ -334,7 +336,7 @@ AGGREGATORS = [
         local_draws=True,
         variants={"graddrop": {"leak": 0.3}},
     ),
-    Case("trimmed_mean", partial(aggregation.trimmed_mean, 1), fewest_tasks=3, required={"trim_number": 1}),
+    Case("trimmed_mean", partial(aggregation.trimmed_mean, 1), fewest_tasks=3, trims=True, required={"trim_number": 1}),
     Case(
         "gradnorm",
         aggregation.gradnorm,

@@ -1,5 +1,6 @@
 """The same factory with equal arguments gives the same method, which is then compiled already."""
 
+import dataclasses
 import inspect
 import threading
 
@@ -219,3 +220,22 @@ def test_your_own_factory():
         return scalarization.constant(scale)
 
     assert mine() is mine(1.0) is mine(scale=1.0) is not mine(2.0)
+
+
+def test_what_may_change_or_is_equal_and_not_the_same_is_not_compared():
+    @dataclasses.dataclass(frozen=True)
+    class Schedule:
+        rate: float
+
+        def __call__(self, count):
+            return self.rate * count
+
+    class Model:
+        def value(self):
+            return 1
+
+    factory = base.memoized(lambda given: object())
+    assert factory(Schedule(1)) is not factory(Schedule(1.0))
+    model = Model()
+    assert factory(model.value) is not factory(model.value)
+    assert factory(dataclasses.replace) is factory(dataclasses.replace)

@@ -3,7 +3,7 @@
 import re
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import mtlbalance as mtl
-from mtlbalance import aggregation, diagnostics, scalarization
+from mtlbalance import aggregation, base, diagnostics, scalarization
 
 LOSSES = {"ce": jnp.float32(2.0), "aux_z": jnp.float32(3.0)}
 NAMES, WRONG_NAMES = map(re.escape, ("['aux_z', 'ce']", "['ce', 'z_loss']"))
@@ -272,3 +272,36 @@ def test_counted_losses_are_no_tuples_to_calculate_with():
     for operation in operations:
         with pytest.raises(TypeError, match=r"Counted: expected arithmetic on its parts, as in mtl.Counted\(0.1"):
             operation()
+
+
+def test_losses_of_its_own_that_a_wrapper_gives_a_method_have_their_own_names():
+    """A user's wrapper, which takes other tasks together; with as many losses they are the outer ones."""
+
+    class Inside(NamedTuple):
+        seen: jax.Array
+        inner: Any
+
+    def first_and_rest(inner, names=("first", "rest")):
+        def apply(state, values, mask):
+            parts = values[0], jnp.sum(values[1:])
+            scalar, new = inner.apply(state.inner, dict(zip(names, parts, strict=True)) if names else jnp.stack(parts))
+            return scalar, state._replace(inner=new)
+
+        init = lambda shape, dtype: Inside(jnp.zeros(shape, jnp.int32), inner.init(2))
+        return base.scalarizer(init, apply)
+
+    losses = {"a": jnp.float32(1.0), "b": jnp.float32(2.0), "c": jnp.float32(3.0)}
+    by_name = first_and_rest(scalarization.constant({"first": 10.0, "rest": 1.0}))
+    by_position = first_and_rest(scalarization.constant([10.0, 1.0]), names=None)
+    for method in by_name, by_position, mtl.skip_nonfinite(by_name):
+        for given in losses, jnp.array([1.0, 2.0, 3.0]):
+            assert method.apply(method.init(3), given)[0] == 15
+    wrong = first_and_rest(scalarization.constant({"first": 10.0, "last": 1.0}))
+    with pytest.raises(ValueError, match=r"weights: expected the losses' names \['first', 'rest'\]"):
+        wrong.apply(wrong.init(3), losses)
+
+
+def test_a_masks_names_are_the_losses():
+    method = aggregation.upgrad(pref_vector=WRONG)
+    with pytest.raises(ValueError, match=f"pref_vector: expected the losses' names {NAMES}"):
+        method.apply(method.init((2, 2)), JACOBIAN, mask={"ce": True, "aux_z": True})

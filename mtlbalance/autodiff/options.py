@@ -1,5 +1,6 @@
 """The options of a step: which are allowed together, and what they choose by default."""
 
+import functools
 import inspect
 import math
 import numbers
@@ -45,8 +46,9 @@ def _check_keywords(function):
     except (TypeError, ValueError):  # it has none that can be read
         return
     by_keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    for parameter in parameters:
-        if parameter.name in ("mask", "refresh") and parameter.kind in by_keyword:
+    given = function.keywords if isinstance(function, functools.partial) else {}
+    for parameter in list(parameters)[1:]:  # the first are the parameters of the model
+        if parameter.name in ("mask", "refresh") and parameter.kind in by_keyword and parameter.name not in given:
             expected = "no parameter mask or refresh, which grad_fn(..., mask=, refresh=) takes for the tasks"
             hint = "rename it, or wrap the function in one that calls it otherwise"
             reject("losses_fn", f"{expected} ({hint})", f"a parameter {parameter.name!r}")

@@ -225,7 +225,10 @@ def _decide(method, state, point, present, restrict, rows, requested):
         weights, state = method.weighting.apply(state, jacobian, **given)
         gradient = None if rows == "features" else _combine(weights, jacobian, mask)
         return _Decision(evaluated, state, weights, gradient)
-    gradient, state = method.apply(state, jacobian, **given)
+    # Of one scalar parameter the Jacobian is a vector, which looks like the losses: a tree of it does not.
+    is_vector = not method.jacobian_shaped and jax.tree_util.all_leaves([jacobian]) and jacobian.ndim == 1
+    gradient, state = method.apply(state, (jacobian,) if is_vector else jacobian, **given)
+    gradient = gradient[0] if is_vector else gradient
     if rows == "features":
         ones = _ones(evaluated.values, present)
         gradient = point.pull(lambda pullback: restrict(pullback.features[1](gradient, ones, present)))

@@ -572,3 +572,11 @@ def test_what_a_step_and_its_weights_are_made_of_may_be_differentiated_again():
     weights = lambda losses: mtl.diagnostics.effective_weights(method, state, losses)
     losses = losses_fn(params)
     np.testing.assert_allclose(jax.jacobian(weights)(losses), jnp.diag(-1 / losses**2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", [aggregation.graddrop(), mtl.chain(scalarization.mean(), aggregation.graddrop())])
+def test_a_step_on_one_scalar_may_be_differentiated(method):
+    """Its Jacobian is a vector as the losses are, which ``apply`` refuses to differentiate."""
+    losses_fn = lambda x: jnp.stack([x**2, jnp.sin(x), -x])
+    step = lambda x: mtl.value_and_grad(losses_fn, method)(x, method.init((3, x)))[1]
+    assert jnp.isfinite(jax.grad(step)(jnp.float32(1.5)))

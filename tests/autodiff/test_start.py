@@ -327,9 +327,7 @@ class Callable:
 CLASHES = {
     "mask": of_mask,
     "refresh": of_refresh,
-    "the parameters": lambda mask, batch: named(mask, batch),
     "partial": partial(of_mask, PARAMS),
-    "partial by keyword": partial(of_mask, mask=None),
     "jit": jax.jit(of_refresh),
     "jit of partial": jax.jit(partial(of_refresh)),
     "method": Callable().__call__,
@@ -355,6 +353,12 @@ def test_by_position_there_is_no_clash():
     state, of_losses = grad_fn.init(PARAMS, BATCH, False), jnp.array([True, False, True])
     (losses, state), _ = jax.jit(grad_fn)(PARAMS, state, BATCH, False, mask=of_losses)
     chex.assert_trees_all_equal((losses, state.count), (jnp.zeros(3), of_losses.astype(jnp.int32)))
+
+
+@pytest.mark.parametrize("losses_fn", [partial(of_mask, mask=None), lambda mask, batch: named(mask, batch)])
+def test_what_is_given_already_is_no_clash(losses_fn):
+    grad_fn = mtl.value_and_grad(losses_fn, scalarization.dwa())
+    jax.eval_shape(grad_fn, PARAMS, grad_fn.init(PARAMS, BATCH), BATCH)
 
 
 @pytest.mark.parametrize("losses_fn", [max, lambda *mask: mask, lambda params, **refresh: params, jnp.add])

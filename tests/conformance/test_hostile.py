@@ -138,10 +138,10 @@ def three_steps(built, count):
     return steps
 
 
-def gradients_by_every_path(aggregator, state, x):
+def gradients_by_every_path(method, state, x, values):
     """The gradient by ``apply``, and what the weights of the other paths make of the rows."""
-    method, given = aggregator.method, {"values": aggregator.losses(x), "mask": None}
-    yield "apply", aggregator.apply(state, x)[0]
+    given = {"values": values, "mask": None}
+    yield "apply", method.apply(state, x, **given)[0]
     if method.weighting is not None:
         yield "weighting", mtl.gramian.combine(method.weighting.apply(state, x, **given)[0], x)
     if method.gramian_weighting is not None:
@@ -154,18 +154,16 @@ def gradients_by_every_path(aggregator, state, x):
 
 def test_a_row_that_is_not_finite_shows(aggregator):
     """On every path. A row too long to be squared gives NaN, or what it gives where all rows are shorter by 1e-15."""
-    state, x = aggregator.init(), aggregator.sample(0)
-    visits = aggregator.method.rowwise and aggregator.method.rowwise.visits
-    at = int(visits(state)[0]) if visits else 1
+    method, state, x = aggregator.method, aggregator.init(), aggregator.sample(0)
+    gradients = partial(gradients_by_every_path, method, state, values=aggregator.losses(x))
+    at = int(method.rowwise.visits(state)[0]) if method.rowwise and method.rowwise.visits else 1
     with_entry = lambda x, entry: x | {"dense": x["dense"] | {"w": x["dense"]["w"].at[at, 2, 3].set(entry)}}
     for bad in jnp.nan, jnp.inf, -jnp.inf:
-        for path, gradient in gradients_by_every_path(aggregator, state, with_entry(x, bad)):
-            assert not all(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradient)), (path, bad)
-    small = with_entry(jax.tree.map(lambda leaf: leaf * 1e-15, x), 1e5)
-    if aggregator.case.reads_losses:
-        small |= {"scale": x["scale"]}  # the losses are made of it
-    shorter = dict(gradients_by_every_path(aggregator, state, small))
-    for path, gradient in gradients_by_every_path(aggregator, state, with_entry(x, 1e20)):
+        for path, gradient in gradients(with_entry(x, bad)):
+            is_finite = all(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradient))
+            assert is_finite == aggregator.case.trims, (path, bad)
+    shorter = dict(gradients(with_entry(jax.tree.map(lambda leaf: leaf * 1e-15, x), 1e5)))
+    for path, gradient in gradients(with_entry(x, 1e20)):
         if not all(jnp.all(jnp.isnan(g)) for g in jax.tree.leaves(gradient)):
             expected = jax.tree.map(lambda g: g * 1e15, shorter[path])
             chex.assert_trees_all_close(gradient, expected, rtol=1e-4, atol=1e-4)
