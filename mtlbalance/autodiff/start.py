@@ -113,7 +113,9 @@ def _new_state(method, params, restrict, losses, rows_of_features):
     """The method's state for losses of these shapes and names, and what it sees: the parameters, or the features."""
     with with_names(names_of(losses)):
         if isinstance(method, Scalarizer):
-            return place(method.init(losses), params)
+            is_array = jax.tree_util.all_leaves([losses])
+            flat = lambda x: x if is_array else jax.ShapeDtypeStruct((x.size,), x.dtype)  # they are losses, no network
+            return place(method.init(jax.tree.map(flat, sums(losses))), params)
         seen = restrict(params)
         if rows_of_features is not None:
             seen = jax.tree.map(lambda rows: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype), rows_of_features)

@@ -207,6 +207,14 @@ def test_parameters_are_looked_at_before_the_losses():
             mtl.value_and_grad(lambda params: params["n"] * jnp.arange(2), method).init({"n": jnp.array(3)})
 
 
+def test_pointwise_losses_are_not_taken_for_a_network():
+    losses_fn = lambda params: {"u": jnp.sum(params) * jnp.ones((5, 3)), "v": jnp.sum(params) * jnp.ones(3)}
+    grad_fn = mtl.value_and_grad(losses_fn, scalarization.mean())
+    state = grad_fn.init(jnp.ones(2))
+    assert state.seen.shape == (18,)
+    jax.eval_shape(grad_fn, jnp.ones(2), state)
+
+
 def test_a_sum_of_losses_is_refused():
     for method in METHODS.values():
         with pytest.raises(ValueError, match="a scalar: do not add the losses up"):
