@@ -113,8 +113,8 @@ def _new_state(method, params, restrict, losses, rows_of_features):
     """The method's state for losses of these shapes and names, and what it sees: the parameters, or the features."""
     with with_names(names_of(losses)):
         if isinstance(method, Scalarizer):
-            is_array = jax.tree_util.all_leaves([losses])
-            flat = lambda x: x if is_array else jax.ShapeDtypeStruct((x.size,), x.dtype)  # they are losses, no network
+            is_array = jax.tree_util.all_leaves([losses])  # else of one axis each, lest they look like a network
+            flat = lambda x: x if is_array or x.ndim < 2 else jax.ShapeDtypeStruct((x.size,), x.dtype)
             return place(method.init(jax.tree.map(flat, sums(losses))), params)
         seen = restrict(params)
         if rows_of_features is not None:
