@@ -397,7 +397,7 @@ def test_wrong_gramians_losses_and_masks_raise(function):
     for wrong, error, match in [
         (ROWS, ValueError, r"gramian: expected a square matrix.*Jacobian.*found shape \(3, 2\)"),
         (jnp.ones(3), ValueError, r"gramian: expected a square matrix.*found shape \(3,\)"),
-        ({"w": ROWS}, TypeError, "gramian: expected an array, found dict"),
+        ({"w": ROWS}, TypeError, r"gramian: expected an array \(of a Jacobian.*found dict"),
         (jnp.ones((3, 3), int), TypeError, "gramian: expected floating point numbers"),
     ]:
         with pytest.raises(error, match=match):

@@ -31,9 +31,9 @@ def trimmed_mean(rows, mask=None, trim_number=TRIMMED):
 
 
 @jax.jit
-def graddrop(seed, leak, rows, mask):
+def graddrop(seed, leak, rows, mask, losses=None):
     method = aggregation.graddrop(seed, leak)
-    return method.apply(method.init(rows.shape), rows, mask=mask)[0]
+    return method.apply(method.init(rows.shape), rows, values=losses, mask=mask)[0]
 
 
 def whole(problem):
@@ -251,7 +251,8 @@ def test_devices_of_a_shard_map_draw_differently():
 
 def test_leak_is_one_number_or_one_per_task_also_by_name():
     rows, mask = jnp.array([[2.0, 2.0], [-1.0, -1.0]]), jnp.ones(2, bool)
-    by_name = graddrop(0, {"a": 0.5, "b": 0.5}, rows, mask)
+    losses = {"a": jnp.float32(1.0), "b": jnp.float32(2.0)}
+    by_name = graddrop(0, {"a": 0.5, "b": 0.5}, rows, mask, losses)
     chex.assert_trees_all_equal(by_name, graddrop(0, 0.5, rows, mask))
     aggregation.graddrop(leak={"a": jnp.bfloat16(0.5), "b": 1}).init((2, 2))  # numbers of different dtypes
 

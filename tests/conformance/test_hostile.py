@@ -211,7 +211,7 @@ def test_wrong_losses_raise(scalarizer):
     for wrong in jnp.ones(3, int), jnp.ones(3, bool), jnp.ones(3, complex):
         with pytest.raises(TypeError, match=rf"values: expected floating point numbers, found dtype {wrong.dtype}"):
             apply(state, wrong)
-    with pytest.raises(TypeError, match="values: expected the losses, found None"):
+    with pytest.raises(TypeError, match="values: expected the losses, as in values=losses, found None"):
         apply(state, None)
     with pytest.raises(ValueError, match="values: expected a count of the sum's shape"):
         apply(state, mtl.Counted(jnp.ones(3), jnp.ones(())))

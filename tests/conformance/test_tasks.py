@@ -210,7 +210,7 @@ def test_one_loss_given_as_an_aggregators_values_is_checked(aggregator):
 
 @pytest.mark.cases(lambda built: built.case.reads_losses)
 def test_losses_that_are_read_must_be_given(aggregator):
-    with pytest.raises(TypeError, match="values: expected the losses, found None"):
+    with pytest.raises(TypeError, match="values: expected the losses, as in values=losses, found None"):
         aggregator.method.apply(aggregator.init(), aggregator.sample(0))
 
 

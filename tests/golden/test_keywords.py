@@ -47,8 +47,8 @@ def test_config_minds_only_the_direction_of_the_preference():
 def test_a_preference_may_have_the_tasks_names():
     rows = jnp.array(RECORDED[0]["jacobian"], jnp.float32)
     named = aggregation.upgrad(dict(zip("abcd", PREFERENCE, strict=True)))
-    state = named.init(rows.shape)
-    np.testing.assert_array_equal(named.apply(state, rows)[0], METHODS["upgrad"].apply(state, rows)[0])
+    state, losses = named.init(rows.shape), dict.fromkeys("abcd", jnp.float32(1.0))
+    np.testing.assert_array_equal(named.apply(state, rows, values=losses)[0], METHODS["upgrad"].apply(state, rows)[0])
 
 
 @pytest.mark.slow
