@@ -105,5 +105,5 @@ def test_bounds():
         scalarization.dwa(jnp.ones(3))
     with pytest.raises(ValueError, match="steps_per_epoch: expected an int of at least 1, found 0"):
         scalarization.dwa(steps_per_epoch=0)
-    with pytest.raises(TypeError, match="steps_per_epoch: expected an int, found 2.0"):
+    with pytest.raises(TypeError, match=r"steps_per_epoch: expected an int, found 2\.0"):
         scalarization.dwa(steps_per_epoch=2.0)
