@@ -365,6 +365,7 @@ AGGREGATORS = [
             "rho": (0.0, 0.3),
         },
         sharded=True,
+        amplifies_rounding=True,
         variants={"moco": {}},
     ),
     Case(
