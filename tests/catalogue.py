@@ -365,7 +365,6 @@ AGGREGATORS = [
             "rho": (0.0, 0.3),
         },
         sharded=True,
-        amplifies_rounding=True,
         variants={"moco": {}},
     ),
     Case(
