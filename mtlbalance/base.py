@@ -182,9 +182,10 @@ def aggregator(
         return public_init
 
     def public_weighting(name, weigh, read_statistic):
-        init = initializer(needs_params=bool(jacobian_shaped))
-        public = partial(boundary.public_weigh, name, weigh, read_statistic, read, settled, per_task, given_weights)
-        return Weighting(init, public()) if weigh else None
+        if weigh is None:
+            return None
+        public = boundary.public_weigh(name, weigh, read_statistic, read, settled, per_task, given_weights)
+        return Weighting(initializer(needs_params=bool(jacobian_shaped)), public)
 
     return Aggregator(
         initializer(needs_params=True),

@@ -43,10 +43,8 @@ def check_mask_names(mask, values):
     """Raises for a mask by names where the losses have none: their order would be the sorted one."""
     given = names_of(mask)
     if given.n_leaves > 1 and (values is None or not names_of(values).entries):
-        due = (
-            "values= with the losses' names, or one array" if values is None else "one array: the losses have no names"
-        )
-        reject("mask", due, f"{list(given.entries)}")
+        of_none, of_unnamed = "values= with the losses' names, or one array", "one array: the losses have no names"
+        reject("mask", of_none if values is None else of_unnamed, f"{list(given.entries)}")
 
 
 def checked(check, function):

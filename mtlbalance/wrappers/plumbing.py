@@ -3,19 +3,19 @@
 A wrapper's state is a named tuple in whose field ``inner`` is the state of the wrapped method.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 from mtlbalance import base, numerics
 from mtlbalance.complex_parts import is_complex
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, check_is_method, weights_of
+from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import reject
-from mtlbalance.states import select
+from mtlbalance.states import increment, select
 
 Method = TypeVar("Method", Scalarizer, Aggregator)
 
@@ -66,6 +66,11 @@ def nan_tree_unless(ok: chex.Array, output: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda x: jnp.where(ok, x, nan_like(x)), output)
 
 
+def wide_squared_norm(row: chex.ArrayTree, axis_name: Hashable | None) -> chex.Array:
+    """The squared norm of one task's gradient, in float32 or wider whatever its dtype."""
+    return squared_norm(jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), row), axis_name)
+
+
 def within(field: str, fields: tuple[str, ...]) -> tuple[str, ...]:
     """The fields of a state that is itself a field."""
     return tuple(f"{field}.{name}" for name in fields)
@@ -108,7 +113,7 @@ def _if_finite(change):
         ok = jnp.all(jnp.array([jnp.all(jnp.isfinite(x) | ~mask) for x in given]))
         changed, new = change(state, weights, mask)
         own = lambda state: {name: getattr(state, name) for name in state._fields if name != "inner"}
-        kept = own(state) | {"not_taken": optax.safe_increment(state.not_taken)}
+        kept = own(state) | {"not_taken": increment(state.not_taken, ~ok)}
         return changed, new._replace(**select(ok, own(new), kept))
 
     return change_if_finite

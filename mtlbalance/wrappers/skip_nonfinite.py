@@ -10,9 +10,16 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.contract import Rowwise
-from mtlbalance.gramian import squared_norm
 from mtlbalance.states import among, increment, is_in, select
-from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, nan_tree_unless, visits_of, within
+from mtlbalance.wrappers.plumbing import (
+    Method,
+    check_method,
+    hooks_of,
+    nan_tree_unless,
+    visits_of,
+    wide_squared_norm,
+    within,
+)
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -178,8 +185,7 @@ def _finite_losses(values, mask):
 
 def _leaves_room(row, axis_name):
     """Whether a gradient is finite, and small enough that 2**20 of its squares can be added up."""
-    wide = jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), row)
-    return _adds_up(squared_norm(wide, axis_name))
+    return _adds_up(wide_squared_norm(row, axis_name))
 
 
 def _adds_up(squared_norm):

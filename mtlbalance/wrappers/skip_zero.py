@@ -6,13 +6,12 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
 from mtlbalance import base
 from mtlbalance.contract import Rowwise
-from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import reject
-from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, visits_of, within
+from mtlbalance.states import increment
+from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, visits_of, wide_squared_norm, within
 
 
 class SkipZeroState(NamedTuple):
@@ -150,8 +149,7 @@ def _watched(inner, shape):
 
 def _advance(state, inner, zero, mask):
     """The state after a call in which the tasks in ``zero`` were so; absent ones keep what they had."""
-    zeros = jnp.where(zero, optax.safe_increment(state.zeros), state.zeros)
-    return SkipZeroState(inner, zeros, jnp.where(mask, zero, state.was_zero))
+    return SkipZeroState(inner, increment(state.zeros, zero), jnp.where(mask, zero, state.was_zero))
 
 
 def _zero_losses(values, mask):
@@ -160,5 +158,4 @@ def _zero_losses(values, mask):
 
 
 def _is_zero(row, axis_name):
-    wide = jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), row)
-    return squared_norm(wide, axis_name) == 0
+    return wide_squared_norm(row, axis_name) == 0
