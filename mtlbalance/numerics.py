@@ -59,8 +59,10 @@ def project_simplex(vector: chex.Array, mask: chex.Array) -> chex.Array:
     NaN for all of them where one of theirs is not finite.
     """
     largest = jnp.max(vector, where=mask, initial=-jnp.inf)
-    # Only differences count. Whatever lies more than 1 below the largest is projected to 0: at -2 it does at any scale.
-    below = jnp.where(mask, vector - largest, -2)
+    # Only differences count: large numbers are brought near 0, others keep their digits. Whatever lies more than 1
+    # below the largest is projected to 0.
+    shift = jnp.where(jnp.abs(largest) > 1, largest, 0)
+    below = jnp.where(mask, vector - shift, jnp.where(shift == 0, largest, 0) - 2)
     projected = optax.projections.projection_simplex(below).astype(vector.dtype)
     return nan_unless(jnp.all(jnp.isfinite(vector) | ~mask), projected)
 
