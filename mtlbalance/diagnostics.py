@@ -64,7 +64,7 @@ def cosine_similarities(
     """
     present, gramian = _read_gramian(gramian, losses, mask)
     _, norms, cosines = numerics.cosines(gramian, present)
-    return _by_pair(_clip_cosines(cosines, jnp.isinf(norms[:, None]) | jnp.isinf(norms)), losses)
+    return _by_pair(_clip_cosines(cosines, jnp.isinf(norms[:, None]) | jnp.isinf(norms[None, :])), losses)
 
 
 def conflicts(

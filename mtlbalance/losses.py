@@ -237,7 +237,7 @@ def read_gramian(call: Call, gramian: chex.Array) -> chex.Array:
     (m,) = call.mask.shape
     if jnp.shape(gramian) != (m, m):
         reject("gramian", f"shape {(m, m)}", f"shape {jnp.shape(gramian)}")
-    return jnp.where(call.mask & call.mask[:, None], gramian, 0).astype(jnp.result_type(jnp.float32, gramian))
+    return jnp.where(call.mask[:, None] & call.mask[None, :], gramian, 0).astype(jnp.result_type(jnp.float32, gramian))
 
 
 def read_row(present: chex.Array, row: chex.ArrayTree) -> chex.ArrayTree:

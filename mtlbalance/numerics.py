@@ -93,7 +93,7 @@ def cosines(gramian: chex.Array, mask: chex.Array | None = None) -> tuple[chex.A
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
     nonzero = (norms != 0) if mask is None else (norms != 0) & mask
     norms = jnp.where(nonzero, norms, 1)
-    return nonzero, norms, jnp.where(nonzero[:, None] & nonzero, gramian / norms[:, None] / norms, 0)
+    return nonzero, norms, jnp.where(nonzero[:, None] & nonzero[None, :], gramian / norms[:, None] / norms[None, :], 0)
 
 
 def conflict_free(gramian: chex.Array, preferred: chex.Array) -> chex.Array:

@@ -1,4 +1,4 @@
-"""Eight simulated devices for every test, and compiled programs kept from one run to the next.
+"""Eight simulated devices and no silent broadcasting for every test; compiled programs are kept for the next run.
 
 Scripts that need torch are run by hand, not collected.
 """
@@ -24,6 +24,7 @@ if EMITTERS not in os.environ.get("XLA_FLAGS", "") and jaxlib.version.__version_
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")  # as some users have it: axes are added where they are meant
 
 collect_ignore_glob = ["benchmarks/*", "golden/record*.py"]
 finished = itertools.count(1)

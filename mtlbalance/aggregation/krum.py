@@ -72,9 +72,9 @@ def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = 
         del values
         m, n_present = mask.shape[0], jnp.sum(mask)
         squares = jnp.diagonal(gramian)
-        distances = jnp.sqrt(jnp.maximum(squares + squares[:, None] - 2 * gramian, 0))
+        distances = jnp.sqrt(jnp.maximum(squares[:, None] + squares[None, :] - 2 * gramian, 0))
         distances = jnp.where(jnp.isnan(distances), jnp.inf, distances)  # of what is not finite, or too long to square
-        neighbours = mask & mask[:, None] & ~jnp.eye(m, dtype=bool)
+        neighbours = mask[:, None] & mask[None, :] & ~jnp.eye(m, dtype=bool)
         nearest = -jax.lax.top_k(jnp.where(neighbours, -distances, -jnp.inf), m - n_byzantine - 2)[0]
         n_nearest = jnp.clip(n_present - n_byzantine - 2, 1, n_present - 1)
         scores = jnp.sum(nearest, axis=1, where=jnp.arange(nearest.shape[1]) < n_nearest)

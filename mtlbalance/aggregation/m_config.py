@@ -133,7 +133,9 @@ def m_config(
 
         corrections = jnp.where(mask & ready, 1 / numerics.bias_correction(decay_1, jnp.maximum(turns, 1)), 0)
         gramian = gramian_of_tasks(state.momentum, len(mask), axis_name)
-        weights = numerics.conflict_free(corrections[:, None] * gramian * corrections, jnp.ones_like(corrections))
+        weights = numerics.conflict_free(
+            corrections[:, None] * gramian * corrections[None, :], jnp.ones_like(corrections)
+        )
         gradient = combine(corrections * weights, state.momentum)
 
         old = {"count": state.count, "direction": state.direction, "squares": state.squares}
@@ -141,7 +143,7 @@ def m_config(
         state = state._replace(**select(ready, new, old))
         correction = numerics.bias_correction(decay_2, jnp.maximum(state.count, 1))
 
-        finite = jnp.all(jnp.isfinite(gramian) | ~(mask & mask[:, None]))
+        finite = jnp.all(jnp.isfinite(gramian) | ~(mask[:, None] & mask[None, :]))
 
         def divide(s, g):  # both parts of a complex number
             scaled = lambda part: jnp.where(ready, part / (jnp.sqrt(s / correction) + 1e-8), 0)

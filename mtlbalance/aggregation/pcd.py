@@ -108,7 +108,7 @@ def pcd(
         state = select(mask, average(state, jnp.diagonal(gramian)), state)
         root = jnp.sqrt(state.squares + eps)
         scales = jnp.where(root == 0, 0, 1 / jnp.where(root == 0, 1, root))
-        scaled = gramian * scales * scales[:, None]
+        scaled = scales[:, None] * gramian * scales[None, :]
         order = jnp.array(main_first(len(mask)))
         shares = read_tau(len(mask), scaled.dtype)
         in_order = scaled[order][:, order], shares[order[1:]] if is_named else shares, mask[order]

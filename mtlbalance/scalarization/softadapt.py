@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
@@ -114,7 +115,7 @@ def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "origina
 
     def gather(state, values, mask):
         """Puts each loss at its place in the window; what is full is summed up and emptied."""
-        place = mask[..., None] & (jnp.arange(window) == state.count[..., None])
+        place = mask[..., None] & jax.nn.one_hot(state.count, window, dtype=bool)
         recent = jnp.where(place, values[..., None], state.recent)
         count = increment(state.count, mask)
         full = count >= window

@@ -46,7 +46,7 @@ def cagrad_dual(gramian: chex.Array, c: chex.Numeric, mask: chex.Array | None = 
     norms = jnp.sqrt(jnp.where(present, jnp.diag(gramian), 0))
     largest = jnp.max(norms)
     largest = jnp.where(largest == 0, 1, largest)
-    norms, gramian = norms / largest, jnp.where(present[:, None] & present, gramian / largest / largest, 0)
+    norms, gramian = norms / largest, jnp.where(present[:, None] & present[None, :], gramian / largest / largest, 0)
     sums = jnp.sum(gramian, axis=1)
     length = jnp.sqrt(jnp.maximum(jnp.sum(sums), 0))
     along = jnp.clip(sums / jnp.where(length == 0, 1, length), -norms, norms)  # g_i's part along the mean
@@ -55,7 +55,7 @@ def cagrad_dual(gramian: chex.Array, c: chex.Numeric, mask: chex.Array | None = 
     unit = jnp.maximum(unit, jnp.max(-along - c * norms))
     scales = jnp.maximum(norms, unit)
     row = unit / scales
-    matrix = gramian / scales[:, None] / scales
+    matrix = gramian / scales[:, None] / scales[None, :]
 
     def weigh(log_t):
         curvature = c * jnp.exp2(-log_t)

@@ -36,7 +36,7 @@ def nonnegative_qp(
     eps = float(jnp.finfo(dtype).eps)
     ridge, identity = (4 + m**0.5) * eps, jnp.eye(m, dtype=dtype)
     # An absent entry rests at x = 1 with no gradient and no multiplier, which leaves every sum below to the others.
-    matrix = jnp.where(mask[:, None] & mask, matrix + ridge * identity, identity)
+    matrix = jnp.where(mask[:, None] & mask[None, :], matrix + ridge * identity, identity)
     linear = jnp.where(mask, linear, -1).astype(dtype)
     offset = jnp.zeros(m, dtype) if offset is None else jnp.where(mask, offset, 0).astype(dtype)
     n_present = jnp.maximum(jnp.sum(mask), 1).astype(dtype)

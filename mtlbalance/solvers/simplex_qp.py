@@ -42,6 +42,6 @@ def simplex_qp(matrix: chex.Array, linear: chex.Array | None = None, mask: chex.
     scale = jnp.where(scale == 0, 1, scale)
     norms = jnp.maximum(norms, scale)
     row = scale / norms
-    cosines, linear = matrix / norms[:, None] / norms, linear * row / scale / scale
+    cosines, linear = matrix / norms[:, None] / norms[None, :], linear * row / scale / scale
     weights = jnp.where(present, row, 0) * nonnegative_qp(cosines, linear, present, row)
     return weights / jnp.where(jnp.any(present), jnp.sum(weights), 1)

@@ -152,4 +152,4 @@ def _scale_rows(weights, rows):
 
 
 def _scale_gramian(weights, gramian):
-    return weights[:, None] * gramian * weights
+    return weights[:, None] * gramian * weights[None, :]
