@@ -120,7 +120,7 @@ def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "origina
         count = increment(state.count, mask)
         full = count >= window
         # Of the differences to the oldest: that of a constant loss is exactly zero.
-        slope = jnp.sum((recent[..., 1:] - recent[..., :1]) * jnp.array(stencil, recent.dtype), axis=-1)
+        slope = jnp.matmul(recent[..., 1:] - recent[..., :1], jnp.array(stencil, recent.dtype), precision="highest")
         return SoftAdaptState(
             jnp.where(full, slope, state.slope),
             jnp.where(full, jnp.mean(recent, axis=-1), state.level),
