@@ -1,0 +1,20 @@
+"""What weights from a Gramian keep beside it, as XLA reports it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.catalogue import AGGREGATORS
+
+M = 128  # tasks
+METHODS = {case.name: case.make for case in AGGREGATORS if not case.per_task}
+GRAMIAN_METHODS = {name: make for name, make in METHODS.items() if make().gramian_weighting is not None}
+
+
+@pytest.mark.parametrize("name", GRAMIAN_METHODS)
+@pytest.mark.by_default("upgrad")
+def test_weights_keep_a_few_matrices_of_the_gramians_size(name):
+    method = GRAMIAN_METHODS[name]()
+    arguments = method.init((M, jnp.zeros(2))), jnp.zeros((M, M))
+    compiled = jax.jit(method.gramian_weighting.apply).lower(*arguments, values=jnp.ones(M)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 48 * arguments[1].nbytes  # M at once: 128
