@@ -67,7 +67,7 @@ def test_moduli_do_not_change_when_the_plane_is_turned(name):
     rng = np.random.default_rng(0)
     turn = {name: np.exp(1j * rng.uniform(0, 6, shape)).astype(np.complex64) for name, shape in shapes.items()}
     real = [{name: jnp.asarray(rng.normal(size=(3, *s)), jnp.float32) for name, s in shapes.items()} for _ in range(4)]
-    turned = [jax.tree.map(jnp.multiply, x, turn) for x in real]
+    turned = [jax.tree.map(lambda x, turn: x * turn[None], x, turn) for x in real]
     found = calls(method, method.init((3, turn)), turned)
     expected = calls(method, method.init((3, jax.tree.map(jnp.real, turn))), real)
     for (gradient, state), (of_real, _) in zip(found, expected, strict=True):
@@ -121,7 +121,7 @@ def layer(params, x):
 
 
 def features(params, x):
-    return params["fourier"] * jnp.fft.fft(x)[..., None, :3] * params["scale"]
+    return params["fourier"][None] * jnp.fft.fft(x)[:, None, :3] * params["scale"]
 
 
 def losses_fn(params, x):
@@ -219,7 +219,7 @@ def test_options_of_a_step(way):
 @pytest.mark.parametrize("at", ["parameters", "features"])
 def test_complex_features(at):
     trunk, heads = {name: tree(0)[name] for name in ("fourier", "scale")}, list(tree(1, (3,))["fourier"])
-    head = lambda w, z, x: jnp.mean(jnp.abs(w * z - jnp.mean(x)) ** 2)
+    head = lambda w, z, x: jnp.mean(jnp.abs(w[None] * z - jnp.mean(x)) ** 2)
     method = aggregation.db_mtl()
     state_for = (
         jax.eval_shape(features, trunk, BATCH) if at == "features" else mtl.subset((trunk, heads), (True, False))
@@ -264,7 +264,7 @@ def test_adam_trains_a_fourier_layer():
     params = {"first": jnp.ones(9, jnp.complex64), "second": jnp.ones(9, jnp.complex64)}
 
     def losses_fn(params, x):
-        filtered = jnp.fft.irfft(jnp.fft.rfft(x) * params["first"] * params["second"], 16)
+        filtered = jnp.fft.irfft(jnp.fft.rfft(x) * (params["first"] * params["second"])[None], 16)
         return jax.tree.map(lambda y: jnp.mean((filtered - y) ** 2), target(x))
 
     method, adam = aggregation.excess_mtl(0.01), optax.adam(0.03)

@@ -112,7 +112,7 @@ def test_pairs_have_the_structure_of_a_hessian():
     losses = {"b": jnp.zeros((2, 2)), "a": [jnp.zeros(()), jnp.zeros(3)]}
     added = lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(x))
     hessian = jax.eval_shape(jax.hessian(lambda x: added(x) ** 2), losses)
-    products = jnp.where(jnp.arange(8)[:, None] < jnp.arange(8), -1.0, 1.0)
+    products = jnp.where(jnp.arange(8)[:, None] < jnp.arange(8)[None], -1.0, 1.0)
     answer = diagnostics.conflicts(products, losses)
     chex.assert_trees_all_equal_shapes(answer, hessian)
     assert np.all(answer["a"][0]["b"]) and not np.any(answer["b"]["a"][0])

@@ -22,6 +22,13 @@ pytestmark = pytest.mark.by_default(
 SCALE = jnp.array(2.0**16)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def biases_broadcast():
+    """The example's network is written as most are."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def problem():
     digits, _ = load_images()

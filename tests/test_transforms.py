@@ -177,7 +177,7 @@ def test_an_adaptive_clip_before_the_aggregator_raises_and_is_made_for_each_task
     params, aggregate = jnp.array([3.0, 4.0]), mtl.aggregate(aggregation.sum(), n_tasks=2)
     clip = optax.adaptive_grad_clip(0.1)
     optimizer = optax.chain(clip, aggregate)
-    with pytest.raises(ValueError, match="Shape mismatch"):
+    with pytest.raises(ValueError, match="Shape mismatch|shapes"):
         optimizer.update(LONG_AND_SHORT, optimizer.init(params), params)
     optimizer = optax.chain(for_each_task(clip), aggregate)
     updates, _ = optimizer.update(LONG_AND_SHORT, optimizer.init(params), params)
@@ -232,7 +232,8 @@ def test_an_optimizer_before_the_aggregator_changes_the_shape_of_its_state():
     """Its moments are made for the params, and grow a task axis: nothing here can see that."""
     optimizer = optax.chain(optax.scale_by_adam(), mtl.aggregate(aggregation.sum(), n_tasks=3))
     state = optimizer.init(PARAMS)
-    _, new_state = optimizer.update(jacobian(0), state, PARAMS)
+    with jax.numpy_rank_promotion("allow"):
+        _, new_state = optimizer.update(jacobian(0), state, PARAMS)
     assert optax.tree.get(state, "mu")["head"].shape == (4,)
     assert optax.tree.get(new_state, "mu")["head"].shape == (3, 4)
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unoptimized
 def smooth_losses(params):
     """Three positive losses of one vector, of different curvature and scale."""
     targets = jnp.array([[1.0, -1.0], [0.0, 2.0], [3.0, 0.5]])
-    return jnp.array([0.5, 2.0, 20.0]) * (0.1 + jnp.sum((params - targets) ** 2, axis=1))
+    return jnp.array([0.5, 2.0, 20.0]) * (0.1 + jnp.sum((params[None] - targets) ** 2, axis=1))
 
 
 @pytest.mark.parametrize("factory", [scalarization.uw, scalarization.imtl_l])

@@ -107,7 +107,7 @@ def test_a_few_bad_rows_do_no_harm(bad, m, seed):
 
 
 def test_one_bad_row_too_many_shows():
-    rows = jnp.arange(8.0)[:, None] * jnp.ones(PARAMS)
+    rows = jnp.arange(8.0)[:, None] * jnp.ones((1, PARAMS))
     assert np.all(np.isnan(trimmed_mean(rows.at[:3].set(jnp.nan))))
     assert np.all(trimmed_mean(rows.at[:3].set(jnp.inf)) == np.inf)
     assert np.all(trimmed_mean(rows.at[:3].set(-jnp.inf)) == -np.inf)
@@ -197,7 +197,7 @@ def test_extreme_entries_neither_overflow_nor_vanish():
 
 def test_the_purity_is_the_chance_of_the_positive_entries():
     """And a function of it, where one is given; within four standard errors of 10,000 draws."""
-    rows = jnp.array([[3.0], [-1.0]]) * jnp.ones(10_000)
+    rows = jnp.array([[3.0], [-1.0]]) * jnp.ones((1, 10_000))
     for f, chance in (None, 0.75), (lambda p: p**2, 0.5625):
         method = aggregation.graddrop(7, f=f)
         drawn, _ = method.apply(method.init(rows.shape), rows)
@@ -205,7 +205,7 @@ def test_the_purity_is_the_chance_of_the_positive_entries():
 
 
 def test_calls_leaves_and_seeds_draw_differently():
-    rows = {name: jnp.array([[1.0], [-1.0]]) * jnp.ones(64) for name in "ab"}
+    rows = {name: jnp.array([[1.0], [-1.0]]) * jnp.ones((1, 64)) for name in "ab"}
     method = aggregation.graddrop(0)
     state = method.init((2, {name: jnp.ones(64) for name in "ab"}))
     first, state = method.apply(state, rows)
@@ -232,14 +232,14 @@ def test_an_outer_derivative_takes_the_masks_for_constants():
     gradient, pull = jax.vjp(lambda rows: graddrop(1, leak, rows, jnp.ones(2, bool)), rows)
     (derivative,) = pull(jnp.ones(3))
     assert gradient[0] in (2 - 0.5, -1 + 0.5)
-    kept = (rows > 0) == (jnp.array([gradient[0], -1, 1]) > 0)
+    kept = (rows > 0) == (jnp.array([[gradient[0], -1, 1]]) > 0)
     moved = rows != 0
     np.testing.assert_allclose(derivative[moved], jnp.where(kept, 1, leak[:, None])[moved])
 
 
 def test_devices_of_a_shard_map_draw_differently():
     mesh = jax.make_mesh((8,), ("x",), (AxisType.Auto,))
-    rows = jnp.array([[1.0], [-1.0]]) * jnp.ones(8 * 64)
+    rows = jnp.array([[1.0], [-1.0]]) * jnp.ones((1, 8 * 64))
     method = aggregation.graddrop(0, axis_name="x")
     state = method.init((2, 8 * 64))
     specs = (PartitionSpec(), PartitionSpec(None, "x")), (PartitionSpec("x"), PartitionSpec())

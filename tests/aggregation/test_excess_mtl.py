@@ -25,7 +25,7 @@ def weights_over(method, jacobians):
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_the_first_call_leaves_the_weights_uniform(scale):
-    jacobians = scale * jax.random.normal(jax.random.key(0), (1, 3, 50)) * jnp.array([[1.0], [10.0], [0.1]])
+    jacobians = scale * jax.random.normal(jax.random.key(0), (1, 3, 50)) * jnp.array([[[1.0], [10.0], [0.1]]])
     np.testing.assert_allclose(weights_over(METHOD, jacobians)[0], jnp.full(3, 1 / 3), rtol=1e-6)
 
 
@@ -74,7 +74,7 @@ def test_constant_gradients_keep_equal_weights_and_fall_by_the_root_of_the_call(
 
 def test_the_task_whose_gradient_shrinks_faster_loses_weight():
     decay = jnp.stack([jnp.exp(-0.3 * jnp.arange(10)), jnp.ones(10)], axis=1)
-    jacobians = decay[:, :, None] * jax.random.normal(jax.random.key(0), (2, 30))
+    jacobians = decay[:, :, None] * jax.random.normal(jax.random.key(0), (1, 2, 30))
     assert jnp.all(jnp.diff(weights_over(METHOD, jacobians)[:, 0]) <= 0)
 
 
@@ -91,7 +91,7 @@ def test_weights_follow_a_permutation_ignore_scales_and_lie_on_the_simplex(seed,
     np.testing.assert_allclose(weights.sum(-1), jnp.ones(6), rtol=1e-5)
     permutation = jnp.array(permutation)
     np.testing.assert_allclose(weights_over(METHOD, jacobians[:, permutation]), weights[:, permutation], rtol=1e-4)
-    scales = 10 ** jnp.array(log_scales)[:, None]
+    scales = 10 ** jnp.array(log_scales)[None, :, None]
     np.testing.assert_allclose(weights_over(METHOD, scales * jacobians), weights, rtol=1e-3)
 
 

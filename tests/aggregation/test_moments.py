@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unoptimized
 
 M, N = 4, 6
 LOSSES = jnp.array([2.0, 0.5, 1.0, 4.0])
-JACOBIANS = jax.random.normal(jax.random.key(0), (8, M, N)) * jnp.array([[1.0], [10.0], [0.3], [3.0]])
+JACOBIANS = jax.random.normal(jax.random.key(0), (8, M, N)) * jnp.array([[[1.0], [10.0], [0.3], [3.0]]])
 METHODS = {
     "db_mtl": aggregation.db_mtl(beta=0.9),
     "moco": aggregation.moco(gamma=0.01),
@@ -223,7 +223,7 @@ FLOATS = {
 @pytest.mark.by_default("gradnorm lr")
 def test_a_float_may_be_mapped_over(name):
     make, numbers = FLOATS[name]
-    losses = LOSSES * jnp.linspace(0.8, 1, M) ** jnp.arange(8)[:, None]
+    losses = LOSSES[None] * jnp.linspace(0.8, 1, M)[None] ** jnp.arange(8)[:, None]
 
     def last_gradient(number):
         method = make(number)
@@ -242,7 +242,7 @@ def test_a_float_may_be_mapped_over(name):
 
 def losses_fn(params, scale=1.0):
     """Positive, and of very different sizes."""
-    distances = params["a"] - jnp.arange(12.0).reshape(3, 4) / 5 + jnp.sum(params["b"])
+    distances = params["a"][None] - jnp.arange(12.0).reshape(3, 4) / 5 + jnp.sum(params["b"])
     return scale * jnp.array([0.01, 1.0, 100.0]) * (0.1 + jnp.sum(distances**2, axis=1))
 
 

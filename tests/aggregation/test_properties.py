@@ -176,7 +176,7 @@ def gradients_over_keys(name):
 
     def gradient(seed, rows):
         method = getattr(aggregation, name)(key=seed)
-        _, state = method.apply(method.init(rows.shape), rows * jnp.linspace(2, 0, rows.shape[1]))
+        _, state = method.apply(method.init(rows.shape), rows * jnp.linspace(2, 0, rows.shape[1])[None])
         return method.apply(state, rows)[0]
 
     return jax.jit(jax.vmap(gradient, in_axes=(0, None)))

@@ -17,10 +17,16 @@ def layers(key, sizes):
     ]
 
 
+def affine(x, layer):
+    """A bias for every row is meant here: said, as who has JAX raise on ranks that differ must say it."""
+    product = x @ layer["w"]
+    return product + jnp.broadcast_to(layer["b"], product.shape)
+
+
 def network(params, x, activation=jnp.tanh):
     for layer in params[:-1]:
-        x = activation(x @ layer["w"] + layer["b"])
-    return x @ params[-1]["w"] + params[-1]["b"]
+        x = activation(affine(x, layer))
+    return affine(x, params[-1])
 
 
 def squared_errors(params, batch, activation=jnp.tanh):

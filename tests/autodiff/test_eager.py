@@ -28,7 +28,7 @@ def counted(params, batch):
 
 
 def trunk(params, batch):
-    return jnp.tanh(batch[0] @ params["w"] + params["b"])
+    return jnp.tanh(batch[0] @ params["w"] + params["b"][None])
 
 
 HEADS = [

@@ -36,7 +36,7 @@ def _read_out(params, features):
 
 def _with_activation(activation):
     """A model of one hidden layer with this activation."""
-    return _mlp_params(), lambda params: _read_out(params, activation(X @ params["w"] + params["b"]))
+    return _mlp_params(), lambda params: _read_out(params, activation(X @ params["w"] + params["b"][None]))
 
 
 # The models: each gives its parameters, and the losses as a function of them.
@@ -44,7 +44,7 @@ def _with_activation(activation):
 
 def batch_norm():
     def normalize(h):
-        return jnp.tanh((h - jnp.mean(h, axis=0)) / jnp.sqrt(jnp.var(h, axis=0) + 1e-3))
+        return jnp.tanh((h - jnp.mean(h, axis=0, keepdims=True)) / jnp.sqrt(jnp.var(h, axis=0, keepdims=True) + 1e-3))
 
     return _with_activation(normalize)
 
@@ -66,8 +66,8 @@ def shared_twice():
     """The first layer's transpose is the last layer, as with tied embeddings, and the heads are used twice."""
 
     def losses(params):
-        h = jnp.tanh(X @ params["w"] + params["b"])
-        h = jnp.tanh(h @ params["w"].T @ params["w"] + params["b"])
+        h = jnp.tanh(X @ params["w"] + params["b"][None])
+        h = jnp.tanh(h @ params["w"].T @ params["w"] + params["b"][None])
         return _read_out(params, h) + jnp.mean(jnp.tanh(params["heads"]) ** 2, axis=0)
 
     return _mlp_params(), losses
@@ -77,7 +77,7 @@ def checkpointed():
     params = {**_mlp_params(), "blocks": 0.5 * _normal(6, 3, 5, 5)}
 
     def losses(params):
-        h = jnp.tanh(X @ params["w"] + params["b"])
+        h = jnp.tanh(X @ params["w"] + params["b"][None])
         block = jax.checkpoint(lambda h, w: h + jnp.tanh(h @ w))
         for w in params["blocks"]:
             h = block(h, w)
@@ -158,7 +158,7 @@ def linear_solve():
         matrix = params["a"] @ params["a"].T + jnp.eye(5)
         product = lambda z: matrix @ z
         solve = lambda _, y: jnp.linalg.solve(matrix, y)
-        z = lax.custom_linear_solve(product, (X @ params["w"] + params["b"]).T, solve, symmetric=True)
+        z = lax.custom_linear_solve(product, (X @ params["w"] + params["b"][None]).T, solve, symmetric=True)
         return _read_out(params, jnp.tanh(z.T))
 
     return params, losses
@@ -170,7 +170,7 @@ def forces():
     positions = _normal(6, 8, 3)
 
     def losses(params):
-        energy = lambda x: jnp.sum(jnp.tanh(x @ params["w"] + params["b"]) @ params["v"])
+        energy = lambda x: jnp.sum(jnp.tanh(x @ params["w"] + params["b"][None]) @ params["v"])
         return jnp.mean((-jax.grad(energy)(positions) - TARGETS) ** 2, axis=0)
 
     return params, losses
@@ -496,7 +496,7 @@ def test_computing_in_bfloat16_costs_two_passes_what_it_costs_rows(rows):
 
     def losses(params, dtype=jnp.bfloat16):
         w, b, heads = (params[name].astype(dtype) for name in ("w", "b", "heads"))
-        outputs = jnp.tanh(X.astype(dtype) @ w + b) @ heads
+        outputs = jnp.tanh(X.astype(dtype) @ w + b[None]) @ heads
         return jnp.mean((outputs.astype(jnp.float32) - TARGETS) ** 2, axis=0)
 
     _, found = jax.jit(mtl.value_and_gramian(losses, rows=rows))(params)
@@ -511,7 +511,7 @@ def test_float64(rows):
         x, targets = X.astype(jnp.float64), TARGETS.astype(jnp.float64)
 
         def losses(params):
-            return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) @ params["heads"] - targets) ** 2, axis=0)
+            return jnp.mean((jnp.tanh(x @ params["w"] + params["b"][None]) @ params["heads"] - targets) ** 2, axis=0)
 
         expected = gramian(jax.jacrev(losses)(params))
         assert expected.dtype == jnp.float64

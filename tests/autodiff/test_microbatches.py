@@ -18,7 +18,7 @@ pytestmark = pytest.mark.unoptimized
 
 PARAMS = layers(jax.random.key(0), [5, 16, 3])
 X, Y = normal_batch(1, 64, n_in=5, n_out=3)
-LABELS = jnp.argsort(jax.random.uniform(jax.random.key(2), (64, 3)), axis=0) < jnp.array([64, 4, 13])
+LABELS = jnp.argsort(jax.random.uniform(jax.random.key(2), (64, 3)), axis=0) < jnp.array([[64, 4, 13]])
 
 
 NAMES = "dense", "rare", "sparse"
@@ -56,7 +56,7 @@ METHODS = {
 def test_as_the_whole_batch(method):
     """In each way to compute rows, with four labels in 64 for one task; and with the rarest task absent."""
     state = init(method)
-    batches = (X, Y, LABELS), (X, Y, LABELS & jnp.array([True, False, True]))
+    batches = (X, Y, LABELS), (X, Y, LABELS & jnp.array([[True, False, True]]))
     possible = [None, 1]
     if isinstance(method, mtl.Aggregator):
         possible.append("stream" if method.rowwise else "two_pass")

@@ -120,7 +120,7 @@ def test_what_a_user_has_chosen_goes_through():
 
         def losses_fn(params, definition=definition, others=others):
             model = nnx.merge(definition, params, others)
-            return jnp.mean((model(X) * model.other[...] - Y) ** 2, axis=0)
+            return jnp.mean((model(X) * model.other[...][None] - Y) ** 2, axis=0)
 
         _, jacobian = jax.eval_shape(mtl.value_and_jac(losses_fn), params)
         assert jax.tree.structure(jacobian) == jax.tree.structure(params)

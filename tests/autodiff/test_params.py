@@ -32,7 +32,7 @@ def _arrays():
 
 
 def _mlp(w, b, heads):
-    return _losses(jnp.tanh(X @ w + b) @ heads)
+    return _losses(jnp.tanh(X @ w + b[None]) @ heads)
 
 
 def _init(method, params):
@@ -166,7 +166,7 @@ def _with_integers():
     params = {"w": w, "b": b, "heads": heads, "order": jnp.arange(8)[::-1], "flags": {"on": jnp.array(True)}}
 
     def losses(params):
-        hidden = jnp.tanh(X[params["order"]] @ params["w"] + params["b"]) * params["flags"]["on"]
+        hidden = jnp.tanh(X[params["order"]] @ params["w"] + params["b"][None]) * params["flags"]["on"]
         return _losses(hidden @ params["heads"])
 
     return params, losses

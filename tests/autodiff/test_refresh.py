@@ -58,7 +58,7 @@ def test_two_ways_stay_apart_under_vmap():
 
 
 def trunk_of(params, batch):
-    return jnp.tanh(batch[0] @ params["w"] + params["b"])
+    return jnp.tanh(batch[0] @ params["w"] + params["b"][None])
 
 
 HEADS = [

@@ -60,7 +60,7 @@ def test_the_state_of_every_method(case):
 
 
 def trunk(params, batch):
-    return {"one": jnp.tanh(batch[0] @ params["w"] + params["b"])}
+    return {"one": jnp.tanh(batch[0] @ params["w"] + params["b"][None])}
 
 
 HEADS = {

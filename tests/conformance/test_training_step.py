@@ -44,8 +44,8 @@ def new_batch(seed):
 def squares(params, batch):
     """The squared errors, one row for every example and one column for every task."""
     x, labels = batch
-    hidden = jnp.tanh(x @ params["trunk"]["w"] + params["trunk"]["b"])
-    outputs = [hidden @ params["heads"][name]["w"] + params["heads"][name]["b"] for name in NAMES]
+    hidden = jnp.tanh(x @ params["trunk"]["w"] + params["trunk"]["b"][None])
+    outputs = [hidden @ params["heads"][name]["w"] + params["heads"][name]["b"][None] for name in NAMES]
     return (jnp.stack(outputs, axis=1) - labels) ** 2
 
 

@@ -98,7 +98,7 @@ SIX_DECIMALS = 2e-6
 
 def problem_losses(x):
     centers, curvatures, offsets = (jnp.array(PROBLEM[name]) for name in ("centers", "curvatures", "offsets"))
-    return 0.5 * curvatures * jnp.sum((x - centers) ** 2, axis=1) + offsets
+    return 0.5 * curvatures * jnp.sum((x[None] - centers) ** 2, axis=1) + offsets
 
 
 START = jnp.array(PROBLEM["start"])

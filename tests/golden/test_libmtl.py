@@ -23,7 +23,7 @@ def losses(x):
 
 
 def jacobian(x):
-    return jnp.array(FACTORS[:, None] * (x - CENTRES), jnp.float32)
+    return jnp.array(FACTORS[:, None] * (x[None] - CENTRES), jnp.float32)
 
 
 ROWS = jacobian(START)
@@ -165,7 +165,7 @@ def over_keys(make, n_calls):
         method, x, gradients = make(jax.random.key(seed)), jnp.array(START, jnp.float32), []
         state = method.init(ROWS.shape)
         for _ in range(n_calls):
-            gradient, state = method.apply(state, jnp.array(FACTORS, jnp.float32)[:, None] * (x - CENTRES))
+            gradient, state = method.apply(state, jnp.array(FACTORS, jnp.float32)[:, None] * (x[None] - CENTRES))
             gradients.append(gradient)
             x = x - 0.05 * gradient
         return jnp.stack(gradients)

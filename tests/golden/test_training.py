@@ -43,8 +43,8 @@ STARTS = arrays(RECORDED["starts"])
 def network(layers, x):
     *hidden, last = (layers[name] for name in sorted(layers))
     for layer in hidden:
-        x = jnp.tanh(x @ layer["w"] + layer["b"])
-    return x @ last["w"] + last["b"]
+        x = jnp.tanh(x @ layer["w"] + layer["b"][None])
+    return x @ last["w"] + last["b"][None]
 
 
 def losses_of_network(params, inputs, targets):

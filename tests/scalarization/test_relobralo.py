@@ -45,7 +45,7 @@ def test_lookbacks_are_drawn_anew_with_their_probability():
             return state, state.weights
 
         _, weights = jax.lax.scan(call, method.init(3), losses)
-        looked_back = jnp.all(jnp.isclose(weights[2:], relative(losses[2], losses[0])), axis=1)
+        looked_back = jnp.all(jnp.isclose(weights[2:], relative(losses[2], losses[0])[None]), axis=1)
         return 1 + jnp.argmax(looked_back), jnp.any(looked_back)
 
     n_calls, happened = jax.jit(jax.vmap(calls_until_a_lookback))(jnp.arange(500))

@@ -250,7 +250,7 @@ def test_group_dro_bounds():
 def test_a_long_run_of_cov_weighting_goes_on_as_it_was(seen):
     """A million calls more: the deviation is that of the ratios, whatever the count, and does not drift."""
     method = scalarization.cov_weighting()
-    losses = 1 + 0.1 * jax.random.normal(jax.random.key(0), (2**14, 2)) * jnp.array([1.0, 3.0])
+    losses = 1 + 0.1 * jax.random.normal(jax.random.key(0), (2**14, 2)) * jnp.array([[1.0, 3.0]])
     start = scalarization.CoVWeightingState(
         mean_loss=jnp.ones(2),
         mean_ratio=jnp.ones(2),

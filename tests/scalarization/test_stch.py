@@ -28,7 +28,7 @@ def test_warm_up_then_nadir_then_smooth_maximum():
     np.testing.assert_allclose(scalars[:6], logs[:6], rtol=1e-5)
     nadir = jnp.mean(LOSSES[3:6], axis=0)
     np.testing.assert_allclose(state.nadir, nadir, rtol=1e-6)
-    expected = 3 * 0.5 * jnp.log(jnp.sum(jnp.exp(jnp.log(LOSSES[6:] / nadir) / 0.5), axis=1))
+    expected = 3 * 0.5 * jnp.log(jnp.sum(jnp.exp(jnp.log(LOSSES[6:] / nadir[None]) / 0.5), axis=1))
     np.testing.assert_allclose(scalars[6:], expected, rtol=1e-5, atol=1e-6)
 
 

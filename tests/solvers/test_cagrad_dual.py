@@ -36,7 +36,7 @@ def least_value(gramian, c, mask):
     The least gain ``min_i g_i @ (g_0 + y)`` is a bound for every y no longer than ``c |g_0|``: here for ``g_w`` times
     ``c |g_0| / t``, with weights that minimize ``g_w @ g_0 + c |g_0| |g_w|^2 / 2t``, and t found by halving.
     """
-    gramian, n = jnp.where(mask[:, None] & mask, gramian, 0), jnp.sum(mask)
+    gramian, n = jnp.where(mask[:, None] & mask[None], gramian, 0), jnp.sum(mask)
     mean, norms = jnp.sum(gramian, axis=1) / n, jnp.sqrt(jnp.diag(gramian))
     radius = c * jnp.sqrt(jnp.maximum(jnp.sum(mean) / n, 0))
 
