@@ -177,7 +177,7 @@ def test_an_adaptive_clip_before_the_aggregator_raises_and_is_made_for_each_task
     params, aggregate = jnp.array([3.0, 4.0]), mtl.aggregate(aggregation.sum(), n_tasks=2)
     clip = optax.adaptive_grad_clip(0.1)
     optimizer = optax.chain(clip, aggregate)
-    with pytest.raises(ValueError, match="Shape mismatch|shapes"):
+    with pytest.raises(ValueError, match=r"Shape mismatch|shapes"):
         optimizer.update(LONG_AND_SHORT, optimizer.init(params), params)
     optimizer = optax.chain(for_each_task(clip), aggregate)
     updates, _ = optimizer.update(LONG_AND_SHORT, optimizer.init(params), params)
