@@ -139,20 +139,21 @@ def random_orders(state, impl, m: int):
     return orders, state
 
 
-def read_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def read_optimizer(
+    optimizer: optax.GradientTransformation,
+    argument: str = "optimizer",
+    expected: str = "an optax optimizer, such as optax.adam(1e-2)",
+) -> optax.GradientTransformationExtraArgs:
     """An optimizer as one that takes extra arguments; anything else is refused."""
     if not isinstance(optimizer, optax.GradientTransformation):
         name = getattr(optimizer, "__name__", "")
         found = f"the function {name}" if name else type(optimizer).__name__
-        reject("optimizer", "an optax optimizer, such as optax.adam(1e-2)", found, TypeError)
+        reject(argument, expected, found, TypeError)
     return optax.with_extra_args_support(optimizer)
 
 
 def optimizer_step(optimizer, value_fn, opt_state, fields, mask: chex.Array):
     """The fields after one step of an optimizer down a function, and its state; entries of absent tasks stay in both.
-
-    In the optimizer's state, leaves whose path names a field and that have one entry per task are kept for absent
-    tasks.
 
     Args:
       optimizer: an :class:`optax.GradientTransformationExtraArgs`.
@@ -161,16 +162,32 @@ def optimizer_step(optimizer, value_fn, opt_state, fields, mask: chex.Array):
       fields: a dict of names to arrays with one entry per task.
       mask: which tasks are present.
     """
+    value, grad = jax.value_and_grad(value_fn)(fields)
+    updates, new_state = updated(optimizer, grad, opt_state, fields, mask, value=value, grad=grad, value_fn=value_fn)
+    new_fields = optax.apply_updates(fields, updates)
+    return jax.tree.map(lambda new, old: jnp.where(mask, new, old), new_fields, fields), new_state
+
+
+def updated(transformation, updates, opt_state, fields, mask: chex.Array, **extra_args):
+    """What an optax transformation makes of updates, and its state, with the entries of absent tasks as they were.
+
+    Those are of leaves whose path names an update and that have one entry per task.
+
+    Args:
+      transformation: an :class:`optax.GradientTransformationExtraArgs`.
+      updates: a dict of names to arrays with one entry per task.
+      opt_state: the state of the transformation.
+      fields: what is updated, or ``None``.
+      mask: which tasks are present.
+      **extra_args: for transformations that want them.
+    """
 
     def keep_absent(path, new, old):
-        mirrors = any(getattr(key, "key", None) in fields for key in path) and jnp.shape(new) == mask.shape
+        mirrors = any(getattr(key, "key", None) in updates for key in path) and jnp.shape(new) == mask.shape
         return jnp.where(mask if mirrors else True, new, old)
 
-    value, grad = jax.value_and_grad(value_fn)(fields)
-    updates, new_state = optimizer.update(grad, opt_state, fields, value=value, grad=grad, value_fn=value_fn)
-    new_fields = optax.apply_updates(fields, updates)
-    new_fields = jax.tree.map(lambda new, old: jnp.where(mask, new, old), new_fields, fields)
-    return new_fields, jax.tree_util.tree_map_with_path(keep_absent, new_state, opt_state)
+    updates, new_state = transformation.update(updates, opt_state, fields, **extra_args)
+    return updates, jax.tree_util.tree_map_with_path(keep_absent, new_state, opt_state)
 
 
 def select(
