@@ -139,6 +139,7 @@ def _skip_aggregator(method, hooks, axis_name):
         rowwise=rowwise and Rowwise(visit, after_visits(rowwise.weigh), after_visits(rowwise.finish)),
         jacobian_shaped=within("inner", method.jacobian_shaped),
         hides_nonfinite=False,
+        given_weights=True,
         **hooks,
     )
 
