@@ -73,6 +73,15 @@ def test_a_state_that_is_spoilt_shows():
             assert is_spoilt or bad == 1e30
 
 
+@pytest.mark.parametrize("name", ["pcgrad", "gradvac", "upgrad", "cagrad", "pcd", "imtl_g", "config", "db_mtl"])
+def test_a_gradient_whose_square_underflows_beside_one_whose_product_does_not(name):
+    """It is 1e-21 beside 1e-16, and counts as zero: nothing is divided by its square."""
+    rows = np.array([[1e-16, 2e-16], [-1e-21, 1e-22], [1e-16, -3e-16]])
+    gradient = gradient_of(getattr(aggregation, name)(), rows)
+    assert np.all(np.isfinite(gradient))
+    assert np.linalg.norm(gradient) <= 2.001 * np.sum(np.linalg.norm(rows, axis=1))
+
+
 def gradvac_inputs():
     """Kinds whose targets come near to 1 or -1; then ratios to the sum of the lengths were 1e34, 1e9, 1e2, 5e8."""
     rng = np.random.default_rng(0)
