@@ -30,7 +30,7 @@ class SkipZeroState(NamedTuple):
 
 @base.memoized
 def skip_zero(method: Method, *, axis_name: Hashable | None = None) -> Method:
-    """A task whose loss or gradient is exactly zero is absent in that call.
+    """A task whose loss or gradient is exactly zero, or a gradient whose square underflows, is absent in that call.
 
     A loss may be met for a while, as a hinge or a constraint, and has no gradient then. Some methods stop the whole
     training there, because of their formula: the shortest combination of the gradients is zero
