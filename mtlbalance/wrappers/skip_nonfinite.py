@@ -110,14 +110,18 @@ def _skip_aggregator(method, guard, hooks, axis_name):
         state, ok = guard(state, inner, finite)
         return nan_tree_unless(ok, output), state
 
+    def given(mask, finite):
+        """The tasks that the method inside is given: non-finite ones would stay in remembered rows."""
+        # Where rows have turns, none: without the one whose turn it is another would have it, unseen.
+        return mask & (finite if visits is None else jnp.all(finite))
+
     def guarded(apply, finite_tasks):
         def guarded_apply(state, statistic, values, mask):
             finite = finite_tasks(statistic, mask) | ~mask
             if visits is not None:
                 finite |= ~among(visits(state, mask), mask)
             finite &= _finite_losses(values, mask)
-            # Mask non-finite tasks, or they would stay in remembered rows.
-            output, inner = apply(state.inner, statistic, values=values, mask=mask & finite)
+            output, inner = apply(state.inner, statistic, values=values, mask=given(mask, finite))
             return nan_unless_finite(state, inner, output, finite)
 
         return guarded_apply
@@ -131,7 +135,8 @@ def _skip_aggregator(method, guard, hooks, axis_name):
 
     def visit(state, i, row, values, mask):
         finite = _leaves_room(row, axis_name)
-        mask = mask.at[i].set(mask[i] & finite) & _finite_losses(values, mask)
+        all_finite = _finite_losses(values, mask)
+        mask = given(mask, all_finite.at[i].set(all_finite[i] & finite))
         inner, statistic = method.rowwise.visit(state.inner, i, row, values=values, mask=mask)
         return state._replace(inner=inner), (statistic, ~finite)
 
@@ -139,7 +144,7 @@ def _skip_aggregator(method, guard, hooks, axis_name):
         def guarded_last(state, statistics, values, mask):
             statistics, nonfinite = statistics
             finite = (~nonfinite | ~mask) & _finite_losses(values, mask)
-            output, inner = last(state.inner, statistics, values=values, mask=mask & finite)
+            output, inner = last(state.inner, statistics, values=values, mask=given(mask, finite))
             return nan_unless_finite(state, inner, output, finite)
 
         return last and guarded_last

@@ -30,7 +30,7 @@ class SkipZeroState(NamedTuple):
 
 @base.memoized
 def skip_zero(method: Method, *, axis_name: Hashable | None = None) -> Method:
-    """A task whose loss or gradient is exactly zero is absent in that call.
+    """A task whose loss or gradient is exactly zero, or a gradient whose square underflows, is absent in that call.
 
     A loss may be met for a while, as a hinge or a constraint, and has no gradient then. Some methods stop the whole
     training there, because of their formula: the shortest combination of the gradients is zero
@@ -139,6 +139,7 @@ def _skip_aggregator(method, hooks, axis_name):
         rowwise=rowwise and Rowwise(visit, after_visits(rowwise.weigh), after_visits(rowwise.finish)),
         jacobian_shaped=within("inner", method.jacobian_shaped),
         hides_nonfinite=False,
+        given_weights=True,
         **hooks,
     )
 
