@@ -131,8 +131,12 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         hooks = (scalarizer.observe, state.scalarizer), (aggregator.observe, state.aggregator)
         return ChainState(*(hook(inner, values, mask=mask) for hook, inner in hooks))
 
+    def after_gradient(old, new, finite):
+        parts = zip((scalarizer, aggregator), old, new, strict=True)
+        return ChainState(*(part.after_gradient(*of, finite) if part.after_gradient else of[1] for part, *of in parts))
+
     of_gramian = aggregator.gramian_weighting
-    return base.aggregator(
+    chained = base.aggregator(
         init,
         apply=apply,
         weighting=of_scaled(_scale_rows, aggregator.weighting and aggregator.weighting.apply),
@@ -144,6 +148,8 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         reads_losses=True,
         given_weights=True,
     )
+    is_guarded = scalarizer.after_gradient or aggregator.after_gradient
+    return chained._replace(after_gradient=after_gradient) if is_guarded else chained
 
 
 def _scale_rows(weights, rows):
