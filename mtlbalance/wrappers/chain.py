@@ -131,12 +131,8 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         hooks = (scalarizer.observe, state.scalarizer), (aggregator.observe, state.aggregator)
         return ChainState(*(hook(inner, values, mask=mask) for hook, inner in hooks))
 
-    def after_gradient(old, new, finite):
-        parts = zip((scalarizer, aggregator), old, new, strict=True)
-        return ChainState(*(part.after_gradient(*of, finite) if part.after_gradient else of[1] for part, *of in parts))
-
     of_gramian = aggregator.gramian_weighting
-    chained = base.aggregator(
+    return base.aggregator(
         init,
         apply=apply,
         weighting=of_scaled(_scale_rows, aggregator.weighting and aggregator.weighting.apply),
@@ -147,9 +143,17 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         jacobian_shaped=within("aggregator", aggregator.jacobian_shaped),
         reads_losses=True,
         given_weights=True,
-    )
-    is_guarded = scalarizer.after_gradient or aggregator.after_gradient
-    return chained._replace(after_gradient=after_gradient) if is_guarded else chained
+    )._replace(after_gradient=_after_gradient(scalarizer.after_gradient, aggregator.after_gradient))
+
+
+def _after_gradient(*guards):
+    """What tells each part that wants to know whether a step's gradient was finite; ``None`` if none does."""
+
+    def after_gradient(old, new, finite):
+        parts = zip(guards, old, new, strict=True)
+        return ChainState(*(guard(old, new, finite) if guard else new for guard, old, new in parts))
+
+    return after_gradient if any(guards) else None
 
 
 def _scale_rows(weights, rows):

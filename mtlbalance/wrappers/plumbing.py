@@ -42,7 +42,7 @@ def hooks_of(method: Method) -> dict[str, Any]:
     return {"end_epoch": end_epoch, "observe": observe, "last_weights": last_weights}
 
 
-def with_guard_of(method: Method, wrapper: Method) -> Method:
+def with_guard_of(method: Any, wrapper: Any) -> Any:
     """The wrapper, which hears of a step's gradient if the wrapped method does."""
     if method.after_gradient is None:
         return wrapper

@@ -1,4 +1,4 @@
-"""Decompositions side by side may wait for each other on a CPU: no method has two. See ``mtlbalance.decompositions``."""
+"""Decompositions side by side may wait for each other on a CPU (``mtlbalance.decompositions``): no method has two."""
 
 import itertools
 
