@@ -1,9 +1,13 @@
 """Small formulas that several methods share: shares and norms that stay finite, cosines, semidefinite matrices."""
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
 import optax
+
+from mtlbalance.decompositions import eigh
 
 
 def weighted_sum(weights: chex.Array, values: chex.Array, mask: chex.Array) -> chex.Array:
@@ -62,7 +66,8 @@ def project_simplex(vector: chex.Array, mask: chex.Array) -> chex.Array:
     # Only differences count: large numbers are brought near 0, others keep their digits. Whatever lies more than 1
     # below the largest is projected to 0.
     shift = jnp.where(jnp.abs(largest) > 1, largest, 0)
-    below = jnp.where(mask, vector - shift, jnp.where(shift == 0, largest, 0) - 2)
+    least = jnp.where(shift == 0, largest, 0) - 2
+    below = jnp.where(mask, jnp.maximum(vector - shift, least), least)  # no longer, or adding them up might overflow
     projected = optax.projections.projection_simplex(below).astype(vector.dtype)
     return nan_unless(jnp.all(jnp.isfinite(vector) | ~mask), projected)
 
@@ -117,7 +122,7 @@ def squared_length(gramian: chex.Array, weights: chex.Array) -> chex.Array:
 
 def eigh_psd(matrix: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:
     """Eigenvalues, ascending, and eigenvectors of a positive semidefinite matrix; and which are more than rounding."""
-    eigenvalues, vectors = jnp.linalg.eigh(matrix)
+    eigenvalues, vectors = eigh(matrix)
     return eigenvalues, vectors, eigenvalues > len(matrix) * jnp.finfo(matrix.dtype).eps * eigenvalues[-1]
 
 
@@ -143,12 +148,16 @@ def nonnegative(x: chex.Array) -> chex.Array:
     return x * jnp.where(x < 0, jnp.nan, 1)
 
 
-def held(x: chex.Array, bounded: chex.Array, returns: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """A learned number ``x`` and the same ``bounded``, so that a descent beyond the bound finds back, or stays.
+def held(
+    x: chex.Array, bound: Callable[[chex.Array], chex.Array], returns: chex.Array
+) -> tuple[chex.Array, chex.Array]:
+    """A learned number ``x`` and the same within its ``bound``, so that a descent beyond it finds back, or stays.
 
     Beyond the bound the second one is constant, but has the gradient that it has there. Where that does not lead back,
     as ``returns`` says, neither has a gradient.
     """
+    # Of a constant: the gradient of a minimum is a product with 0, NaN where that to the bounded number overflows.
+    bounded = bound(jax.lax.stop_gradient(x))
     beyond = x != bounded
     x = jnp.where(beyond & ~returns, jax.lax.stop_gradient(x), x)
     return x, jnp.where(beyond, bounded + (x - jax.lax.stop_gradient(x)), x)

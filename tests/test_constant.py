@@ -71,7 +71,7 @@ def test_an_aggregators_weights_are_differentiated(rows):
     np.testing.assert_array_equal(jax.grad(of_step)(given, scalarization), [3.0, 3.0])
     np.testing.assert_array_equal(jax.grad(of_step)(given, aggregation, rows=rows), [3.0, 3.0])
     np.testing.assert_array_equal(jax.grad(of_apply)(given), [3.0, 3.0])
-    for wrapper in mtl.skip_nonfinite, mtl.amortize, partial(mtl.chain, scalarization.sum()):
+    for wrapper in mtl.skip_nonfinite, mtl.skip_zero, mtl.amortize, partial(mtl.chain, scalarization.sum()):
         np.testing.assert_array_equal(jax.grad(of_step)(given, aggregation, wrapper, rows=rows), [3.0, 3.0])
 
 

@@ -128,6 +128,19 @@ def test_projection_on_the_simplex_of_the_tasks_present():
     np.testing.assert_allclose(projected, [0.7, 0.3, 0, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("vector", "expected"),
+    [
+        ([0.0, -3e38, -3e38, -3e38], [1, 0, 0, 0]),
+        ([1e38, 2e38, 3e38, 3e38], [0, 0, 0.5, 0.5]),
+        ([0.25, -9, -9, 0.25], [0.5, 0, 0, 0.5]),
+    ],
+)
+def test_projection_on_the_simplex_of_huge_numbers(vector, expected):
+    """What is far below the largest does not overflow in their sum."""
+    np.testing.assert_array_equal(numerics.project_simplex(jnp.array(vector), jnp.ones(4, bool)), expected)
+
+
 def test_scale_can_be_divided_by():
     np.testing.assert_array_equal(numerics.scale(jnp.array([-3.0, 2.0])), 3.0)
     np.testing.assert_array_equal(numerics.scale(jnp.zeros(2)), 1.0)

@@ -248,3 +248,22 @@ def test_a_guarded_scalarizer_reduces_over_no_axis():
     scalar, state = method.apply(method.init(2), jnp.array([1.0, 2.0]))
     assert scalar == 3.0
     assert method.observe(state, jnp.ones(2)).skipped == 0
+
+
+@pytest.mark.parametrize("rows", ["vmap", 1])
+def test_a_call_that_is_skipped_moves_nothing_of_a_method_with_turns(rows):
+    """A NaN in one loss makes all rows NaN, as in a shared trunk, also the one that would have its turn then."""
+    losses_fn = lambda params, factors: factors * smooth_losses(params)
+    run = mtl.value_and_grad(losses_fn, mtl.skip_nonfinite(aggregation.m_config()), rows=rows)
+    params, ones = jnp.array([0.3, -0.2]), jnp.ones(3)
+    state = straight = run.init(params, ones)
+    spoilt = ones.at[1].set(jnp.nan), ones.at[0].set(jnp.inf)
+    for i, bad in enumerate([None, spoilt[0], None, spoilt[1], None, spoilt[0], None, None]):
+        (_, state), gradient = run(params + i, state, ones if bad is None else bad)
+        if bad is None:
+            (_, straight), expected = run(params + i, straight, ones)
+            np.testing.assert_array_equal(gradient, expected)
+        else:
+            assert jnp.all(jnp.isnan(gradient))
+        chex.assert_trees_all_equal(state.inner, straight.inner)
+    assert state.skipped == 3

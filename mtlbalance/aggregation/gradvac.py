@@ -15,7 +15,7 @@ from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, check, check_key, key_impl, new_key_data
 from mtlbalance.states import count_seen, random_orders, zero_counts
 
-# How long a turned gradient may be, in lengths of what it was. What is not near a duplicate of another stays below.
+# How long a turned gradient may be, in lengths of what it was.
 _LONGEST = 2.0
 
 
@@ -63,7 +63,11 @@ def gradvac(
 
     Note:
       As in TorchJD and LibMTL the whole gradient is one group, and ``eps`` is added to the denominators; here after
-      scaling by the largest norm, so that the scale of the gradients does not matter. They have no bound.
+      scaling by the largest norm, so that the scale of the gradients does not matter. They have no bound. It is not met
+      where gradients have a thousand independent directions, up to 20 tasks with mean cosines of 0 to 0.99. With ten
+      directions cosines change much from call to call: then up to 3 tasks do not meet it, but for one turn in 200, and
+      10 tasks with mean cosines of 0.6 in most calls, where the others' result is up to 3 times as long as all
+      gradients together.
 
     Args:
       key: a seed, or a :func:`jax.random.key`, for the orders. To sweep seeds, build the method inside the function
@@ -108,12 +112,16 @@ def gradvac(
                 coefficients, norm, targets = carry
                 j = order[n]
                 product = jnp.dot(coefficients, gramian[j], precision="highest")
-                cosine = jnp.where(norm == 0, 0, jnp.clip(product / (norm * norms[j] + eps), -1, 1))
+                zero = norms[j] == 0  # towards it nothing turns, or its own weight would be boundless
+                length = jnp.where(zero, 1, norms[j])
+                cosine = jnp.where(zero | (norm == 0), 0, jnp.clip(product / (norm * length + eps), -1, 1))
                 target = targets[j]
                 sine, target_sine = (jnp.sqrt(jnp.maximum(1 - x**2, 0)) for x in (cosine, target))
-                added = norm * (target * sine - cosine * target_sine) / (norms[j] * target_sine + eps)
+                # Below its rounding the target's sine is 0, by which nothing can be divided.
+                divisor = length * jnp.maximum(target_sine, jnp.finfo(target.dtype).eps) + eps
+                added = norm * (target * sine - cosine * target_sine) / divisor
                 meets = (j != i) & mask[i] & mask[j]
-                turns = meets & ~(cosine >= target)  # also where a target is NaN, so that it shows
+                turns = meets & ~zero & ~(cosine >= target)  # also where a target is NaN, so that it shows
                 coefficients, norm = shortened(coefficients.at[j].add(jnp.where(turns, added, 0)), norms[i])
                 new_target = (1 - beta) * target + beta * cosine
                 return coefficients, norm, targets.at[j].set(jnp.where(meets, new_target, target))

@@ -62,8 +62,8 @@ def pcgrad(key: int | chex.PRNGKey = 0, *, axis_name: Hashable | None = None) ->
             def meet(n, coefficients):
                 j = order[n]
                 product = jnp.sum(coefficients * gramian[j])
-                # An absent task's products are zero: it conflicts with none.
-                conflict = (product < 0) & (j != i)
+                # An absent task's products are zero: it conflicts with none. Nor does one whose square underflows.
+                conflict = (product < 0) & (squares[j] > 0) & (j != i)
                 return coefficients.at[j].add(jnp.where(conflict, -product / squares[j], 0))
 
             return jax.lax.fori_loop(0, m, meet, jax.nn.one_hot(i, m, dtype=gramian.dtype))

@@ -70,8 +70,8 @@ def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0, max_weight: chex.Num
         return IMTLLState(per_task("initial_log_scale", initial_log_scale, shape, dtype))
 
     def apply(state, values, mask):
-        bounded = jnp.minimum(state.log_scale, jnp.log(jnp.asarray(max_weight, values.dtype)))
-        log_scale, bounded = numerics.held(state.log_scale, bounded, returns=max_weight * values > 1)
+        bound = lambda log_scale: jnp.minimum(log_scale, jnp.log(jnp.asarray(max_weight, values.dtype)))
+        log_scale, bounded = numerics.held(state.log_scale, bound, returns=max_weight * values > 1)
         return jnp.sum(jnp.exp(bounded) * values - log_scale, where=mask), state
 
     return base.scalarizer(init, apply, learned=("log_scale",), per_task={"initial_log_scale": initial_log_scale})

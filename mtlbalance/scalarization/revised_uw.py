@@ -6,6 +6,7 @@ Liebel and Körner, "Auxiliary Tasks in Multi-task Learning", 2018, https://arxi
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
@@ -74,7 +75,13 @@ def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0, max_weight: chex.Num
         # Where the gradient at the bound, -L / sigma**3 + 2 sigma / (1 + sigma**2), is negative.
         returns = values * (1 + least**2) > 2 * least**4
         sigma = numerics.magnitude(state.sigma)
-        sigma, bounded = numerics.held(sigma, jnp.maximum(sigma, least), returns)
-        return jnp.sum(0.5 / jnp.square(bounded) * values + jnp.log1p(jnp.square(sigma)), where=mask), state
+        sigma, bounded = numerics.held(sigma, lambda sigma: jnp.maximum(sigma, least), returns)
+        return jnp.sum(0.5 / jnp.square(bounded) * values + _log1p_square(sigma), where=mask), state
 
     return base.scalarizer(init, apply, learned=("sigma",), per_task={"initial_sigma": initial_sigma})
+
+
+def _log1p_square(x):
+    """The logarithm of ``1 + x**2`` where the square may overflow: after a loss of 1e30 x may be anywhere."""
+    size = jax.lax.stop_gradient(jnp.maximum(jnp.abs(x), 1))
+    return 2 * jnp.log(size) + jnp.log1p(jnp.square(x / size) + (jnp.square(1 / size) - 1))

@@ -80,8 +80,8 @@ def self_adaptive(
 
     def apply(state, values, mask):
         multipliers = numerics.magnitude(numerics.reverse_gradient(state.multipliers))
-        bounded = jnp.minimum(multipliers, jnp.sqrt(jnp.asarray(max_weight, values.dtype)))
-        _, bounded = numerics.held(multipliers, bounded, returns=values < 0)
+        bound = lambda multipliers: jnp.minimum(multipliers, jnp.sqrt(jnp.asarray(max_weight, values.dtype)))
+        _, bounded = numerics.held(multipliers, bound, returns=values < 0)
         return jnp.sum(jnp.square(bounded) * values, where=mask), state
 
     return base.scalarizer(init, apply, learned=("multipliers",), per_task={"initial_multipliers": initial_multipliers})

@@ -90,8 +90,8 @@ def uw(
 
     def apply(state, values, mask):
         factors = factor(values.shape, values.dtype)
-        bounded = jnp.maximum(state.log_var, jnp.log(factors / max_weight))
-        log_var, bounded = numerics.held(state.log_var, bounded, returns=max_weight * values > 0.5)
+        bound = lambda log_var: jnp.maximum(log_var, jnp.log(factors / max_weight))
+        log_var, bounded = numerics.held(state.log_var, bound, returns=max_weight * values > 0.5)
         return jnp.sum(factors * jnp.exp(-bounded) * values + 0.5 * log_var, where=mask), state
 
     return base.scalarizer(

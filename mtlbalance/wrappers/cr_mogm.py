@@ -46,7 +46,8 @@ def cr_mogm(
     Weights that are not finite, or come with losses that are not, are the call's output, but not in the average.
     Around :func:`mtlbalance.amortize` the average moves at refreshes only, and its last weights serve in between.
 
-    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+    The gradient to its hyperparameters is zero: they act through constants of differentiation. So it is to those of the
+    method inside, the weights of :func:`~mtlbalance.aggregation.constant` too.
 
     Args:
       method: an aggregator that has weights.

@@ -11,7 +11,15 @@ from mtlbalance import base
 from mtlbalance.contract import Rowwise
 from mtlbalance.hyperparameters import reject
 from mtlbalance.states import increment
-from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, visits_of, wide_squared_norm, within
+from mtlbalance.wrappers.plumbing import (
+    Method,
+    check_method,
+    hooks_of,
+    visits_of,
+    wide_squared_norm,
+    with_guard_of,
+    within,
+)
 
 
 class SkipZeroState(NamedTuple):
@@ -30,7 +38,7 @@ class SkipZeroState(NamedTuple):
 
 @base.memoized
 def skip_zero(method: Method, *, axis_name: Hashable | None = None) -> Method:
-    """A task whose loss or gradient is exactly zero is absent in that call.
+    """A task whose loss or gradient is exactly zero, or a gradient whose square underflows, is absent in that call.
 
     A loss may be met for a while, as a hinge or a constraint, and has no gradient then. Some methods stop the whole
     training there, because of their formula: the shortest combination of the gradients is zero
@@ -79,8 +87,8 @@ def skip_zero(method: Method, *, axis_name: Hashable | None = None) -> Method:
 
     hooks = hooks_of(method) | {"observe": observe}
     if isinstance(method, base.Scalarizer):
-        return _skip_scalarizer(method, hooks)
-    return _skip_aggregator(method, hooks, axis_name)
+        return with_guard_of(method, _skip_scalarizer(method, hooks))
+    return with_guard_of(method, _skip_aggregator(method, hooks, axis_name))
 
 
 def _skip_scalarizer(method, hooks):
@@ -139,6 +147,7 @@ def _skip_aggregator(method, hooks, axis_name):
         rowwise=rowwise and Rowwise(visit, after_visits(rowwise.weigh), after_visits(rowwise.finish)),
         jacobian_shaped=within("inner", method.jacobian_shaped),
         hides_nonfinite=False,
+        given_weights=True,
         **hooks,
     )
 

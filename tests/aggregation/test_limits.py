@@ -73,6 +73,15 @@ def test_a_state_that_is_spoilt_shows():
             assert is_spoilt or bad == 1e30
 
 
+@pytest.mark.parametrize("name", ["pcgrad", "gradvac", "upgrad", "cagrad", "pcd", "imtl_g", "config", "db_mtl"])
+def test_a_gradient_whose_square_underflows_beside_one_whose_product_does_not(name):
+    """It is 1e-21 beside 1e-16, and counts as zero: nothing is divided by its square."""
+    rows = np.array([[1e-16, 2e-16], [-1e-21, 1e-22], [1e-16, -3e-16]])
+    gradient = gradient_of(getattr(aggregation, name)(), rows)
+    assert np.all(np.isfinite(gradient))
+    assert np.linalg.norm(gradient) <= 2.001 * np.sum(np.linalg.norm(rows, axis=1))
+
+
 def gradvac_inputs():
     """Kinds whose targets come near to 1 or -1; then ratios to the sum of the lengths were 1e34, 1e9, 1e2, 5e8."""
     rng = np.random.default_rng(0)
@@ -97,6 +106,32 @@ def test_gradvac_stays_as_long_as_the_gradients(kind):
     lengths = jnp.sum(jnp.linalg.norm(stacked, axis=2), axis=1)
     assert jnp.all(jnp.linalg.norm(gradients, axis=1) <= 2.001 * lengths)
     assert jnp.all(jnp.isfinite(state.targets))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_gradvac_gives_a_gradient_of_zero_no_weight_but_its_own(eps):
+    """However much its angles have been: a weight of 1e8, or NaN, would serve on for a gradient that is back."""
+    method, rows = aggregation.gradvac(eps=eps), jnp.array([[1.0, 0.2], [1.0, 0.4], [0.9, 0.1]])
+    state = method.init(rows.shape)
+    for _ in range(6):
+        _, state = method.apply(state, rows)
+    weights, state = method.weighting.apply(state, rows.at[1].set(0))
+    assert weights[1] == 1
+    assert jnp.all(jnp.isfinite(state.targets))
+    np.testing.assert_array_equal(method.weighting.apply(state, jnp.zeros_like(rows))[0], 1)
+
+
+def test_gradvac_without_eps_is_its_limit():
+    """A target of exactly 1 turns a gradient wholly towards the other one."""
+    rows, other = jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([[1.0, 0.0], [3.0, 4.0]])
+    given = []
+    for eps in 0.0, 1e-8:
+        method = aggregation.gradvac(beta=1.0, eps=eps)
+        _, state = method.apply(method.init((2, 2)), rows)
+        assert jnp.all(state.targets[jnp.array([0, 1]), jnp.array([1, 0])] == 1)
+        given.append(method.apply(state, other)[0])
+    np.testing.assert_allclose(given[0], 2 * other[0] * 5 + 2 * other[1] / 5, rtol=1e-5)
+    np.testing.assert_allclose(given[1], given[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4, 1e6])

@@ -72,3 +72,64 @@ def test_every_method_with_a_float_argument_is_differentiated_or_says_so():
             annotations = [str(argument.annotation) for argument in inspect.signature(factory).parameters.values()]
             takes_floats = any("numpy.ndarray" in x and "Callable" not in x for x in annotations)
             assert (ZERO in factory.__doc__) == (takes_floats and name not in differentiated[family]), name
+
+
+THREE = np.array([0.5, 2.0, 1.25])
+OF_EACH_TASK = {
+    "scalarization": {
+        "constant": scalarization.constant,
+        "scale_invariant": scalarization.scale_invariant,
+        "stch": lambda each: scalarization.stch(0.5, each, each / 10),
+        "cosmos": lambda each: scalarization.cosmos(2.0, each),
+        "pbi": lambda each: scalarization.pbi(2.0, each, each / 10),
+        "uw": scalarization.uw,
+        "revised_uw": scalarization.revised_uw,
+        "imtl_l": scalarization.imtl_l,
+        "famo": lambda each: scalarization.famo(each / 10),
+        "minmax": scalarization.minmax,
+        "self_adaptive": scalarization.self_adaptive,
+    },
+    "aggregation": {
+        "constant": aggregation.constant,
+        "graddrop": lambda each: aggregation.graddrop(leak=each / 4),
+        "upgrad": aggregation.upgrad,
+        "dual_proj": aggregation.dual_proj,
+        "config": aggregation.config,
+        "aligned_mtl": aggregation.aligned_mtl,
+        "pcd": lambda each: aggregation.pcd(each[1:] / 4),
+        "sdmgrad": lambda each: aggregation.sdmgrad(0.1, pref_vector=each),
+        "gradnorm": lambda each: aggregation.gradnorm(initial_losses=each),
+        "cr_mogm": lambda each: aggregation.cr_mogm(aggregation.mgda(), initial_weights=each),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in OF_EACH_TASK for name in OF_EACH_TASK[family]]
+)
+@pytest.mark.by_default("scalarization-pbi", "scalarization-famo", "aggregation-constant", "aggregation-upgrad")
+def test_numbers_for_each_task_have_the_derivative_or_none_by_docstring(family, name):
+    """On every path that makes weights, too."""
+    make = OF_EACH_TASK[family][name]
+    fixed = np.random.default_rng(0)
+    losses, rows, direction = np.array([1.3, 0.4, 2.2]), fixed.normal(size=(3, 4)), fixed.normal(size=4)
+
+    def outputs(each):
+        method = make(each)
+        if family == "scalarization":
+            return method.apply(method.init(3), losses)[0][None]
+        state, given = method.init((3, 4)), {"values": losses}
+        found = [method.apply(state, rows, **given)[0] @ direction]
+        paths = (method.weighting, rows), (method.gramian_weighting, rows @ rows.T)
+        found += [path.apply(state, x, **given)[0] @ direction[:3] for path, x in paths if path]
+        return jnp.stack(found)
+
+    with jax.enable_x64(True):
+        steps = 1e-6 * jnp.eye(3)
+        differences = jax.vmap(lambda step: (outputs(THREE + step) - outputs(THREE - step)) / 2e-6, out_axes=1)
+        gradient, slope = jax.device_get(
+            jax.jit(lambda: (jax.jacrev(outputs)(jnp.asarray(THREE)), differences(steps)))()
+        )
+    is_zero = ZERO in getattr(FACTORIES[family], name).__doc__
+    np.testing.assert_allclose(gradient, 0 if is_zero else slope, rtol=1e-5, atol=1e-7)
+    assert is_zero or np.any(gradient)

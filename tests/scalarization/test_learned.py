@@ -125,6 +125,40 @@ def test_a_weight_beyond_all_bounds_meets_a_loss_of_zero(method, field, at, expe
     assert jnp.sign(returning) == {"log_var": -1, "sigma": -1, "log_scale": 1, "multipliers": 0}[field]
 
 
+@pytest.mark.parametrize(
+    ("method", "learned", "expected"),
+    [
+        (scalarization.uw, {"log_var": 1e30}, 5e29),
+        (scalarization.revised_uw, {"sigma": 1e20}, 2 * np.log(1e20)),
+        (scalarization.revised_uw, {"sigma": -1e38}, 2 * np.log(1e38)),
+        (scalarization.imtl_l, {"log_scale": -1e30}, 1e30),
+        (scalarization.minmax, {"logits": -1e38}, 0.0),
+    ],
+)
+def test_a_weight_near_zero_after_a_huge_loss(method, learned, expected):
+    """One step of plain descent on a loss of 1e30 is as long: what comes after is finite, for the guard's sake too."""
+    method, other = method(), 1.0 if method is not scalarization.minmax else 2.0
+    start = method.init(2)
+    state = jax.tree.map(lambda leaf: leaf.at[1].set(next(iter(learned.values()))), start)
+    scalar, gradients = jax.value_and_grad(lambda s, v: method.apply(s, v)[0], argnums=(0, 1))(state, jnp.ones(2))
+    alone = method.apply(start, jnp.array([1.0, 0.0]), mask=jnp.array([True, False]))[0] * other
+    np.testing.assert_allclose(scalar, alone + expected, rtol=1e-5)
+    chex.assert_tree_all_finite(gradients)
+
+
+@pytest.mark.parametrize("name", [*LEARNED, "minmax"])
+@pytest.mark.parametrize("loss", [1e30, -1e30])
+def test_a_huge_loss_that_overflows_at_the_bound_leaves_the_state_finite(name, loss):
+    """1e12 times 1e30 is infinite, and so may the scalar be, but in no later call."""
+    method = mtl.learn(getattr(scalarization, name)(), optax.sgd(0.1))
+    state = method.init(2)
+    grad_fn = jax.jit(jax.value_and_grad(method.apply, argnums=1, has_aux=True))
+    for values in [[1.0, loss]] * 4 + [[1.0, 1.0]] * 2:
+        (scalar, state), weights = grad_fn(state, jnp.array(values))
+        chex.assert_tree_all_finite((state, weights))
+    assert jnp.isfinite(scalar)
+
+
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_loss_of_zero_for_a_long_run_and_then_a_sane_one(name):
     """With the guard around it nothing is ever skipped: it has nothing to catch, and so nothing to wait for."""
