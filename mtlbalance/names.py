@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mtlbalance.hyperparameters import is_asking_for_shapes, is_int, is_number, kind_of, reject
@@ -174,6 +175,30 @@ def index_of(argument: str, task: int | str) -> int:
         found = repr(task) if isinstance(task, str) else f"the index {task}, which is a sorted position"
         reject(argument, f"one of the losses' names {entries}" if entries else "an index", found)
     return task
+
+
+def positions_of(argument: str, task: int | str) -> list[int]:
+    """The positions of a task, as :func:`index_of`, or of all tasks of a group, by the group's name."""
+    names = _outermost.get()
+    group = [] if names in (None, ...) else [i for i, name in enumerate(names.entries) if _is_in(name, task)]
+    return group or [index_of(argument, task)]
+
+
+def by_group(argument: str, value: chex.ArrayTree) -> chex.ArrayTree:
+    """What is given for each task, or by a tree of names for each group of tasks: then as one array, in their order."""
+    names, found = _outermost.get(), names_of(value).entries
+    if not found or names in (None, ...):
+        check_names({argument: value}, is_call=True)
+        return value
+    given = dict(zip(found, jax.tree.leaves(value), strict=False))
+    matches = [[name for name in found if _is_in(entry, name)] for entry in names.entries]
+    if any(len(match) != 1 for match in matches) or set(found) - {name for match in matches for name in match}:
+        reject(argument, f"the losses' names {list(names.entries)}, or groups of them", f"{list(found)}")
+    return jnp.stack([jnp.asarray(given[name]) for (name,) in matches])
+
+
+def _is_in(name, group):
+    return name == group or name.startswith(f"{group}.")
 
 
 def _slip_of(function, signature, args, kwargs):

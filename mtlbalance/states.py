@@ -168,7 +168,7 @@ def optimizer_step(optimizer, value_fn, opt_state, fields, mask: chex.Array):
     return jax.tree.map(lambda new, old: jnp.where(mask, new, old), new_fields, fields), new_state
 
 
-def updated(transformation, updates, opt_state, fields, mask: chex.Array, **extra_args):
+def updated(transformation, updates, opt_state, fields, present: chex.Array, **extra_args):
     """What an optax transformation makes of updates, and its state, with the entries of absent tasks as they were.
 
     Those are of leaves whose path names an update and that have one entry per task.
@@ -178,13 +178,13 @@ def updated(transformation, updates, opt_state, fields, mask: chex.Array, **extr
       updates: a dict of names to arrays with one entry per task.
       opt_state: the state of the transformation.
       fields: what is updated, or ``None``.
-      mask: which tasks are present.
+      present: which tasks are.
       **extra_args: for transformations that want them.
     """
 
     def keep_absent(path, new, old):
-        mirrors = any(getattr(key, "key", None) in updates for key in path) and jnp.shape(new) == mask.shape
-        return jnp.where(mask if mirrors else True, new, old)
+        mirrors = any(getattr(key, "key", None) in updates for key in path) and jnp.shape(new) == present.shape
+        return jnp.where(present if mirrors else True, new, old)
 
     updates, new_state = transformation.update(updates, opt_state, fields, **extra_args)
     return updates, jax.tree_util.tree_map_with_path(keep_absent, new_state, opt_state)

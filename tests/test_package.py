@@ -20,7 +20,7 @@ FLOORS = [
     ["boundary"],
     ["base", "changed_tasks"],
     ["scalarization", "aggregation"],
-    ["wrappers"],
+    ["wrappers", "weights"],
     ["autodiff", "transforms", "diagnostics"],
     ["__init__"],
 ]

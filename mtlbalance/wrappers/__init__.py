@@ -4,20 +4,29 @@ from mtlbalance.wrappers.amortize import AmortizeState, amortize
 from mtlbalance.wrappers.chain import ChainState, chain
 from mtlbalance.wrappers.cr_mogm import CRMOGMState, cr_mogm
 from mtlbalance.wrappers.learn import LearnState, learn
+from mtlbalance.wrappers.prioritize import PrioritizeState, prioritize
+from mtlbalance.wrappers.regularize import RegularizeState, regularize
 from mtlbalance.wrappers.skip_nonfinite import SkipNonfiniteState, skip_nonfinite
 from mtlbalance.wrappers.skip_zero import SkipZeroState, skip_zero
+from mtlbalance.wrappers.transform_weights import TransformWeightsState, transform_weights
 
 __all__ = [
     "AmortizeState",
     "CRMOGMState",
     "ChainState",
     "LearnState",
+    "PrioritizeState",
+    "RegularizeState",
     "SkipNonfiniteState",
     "SkipZeroState",
+    "TransformWeightsState",
     "amortize",
     "chain",
     "cr_mogm",
     "learn",
+    "prioritize",
+    "regularize",
     "skip_nonfinite",
     "skip_zero",
+    "transform_weights",
 ]

@@ -29,14 +29,20 @@ def check_method(method: Any, usage: str, *, makes_weights: bool = False) -> Non
         reject("method", "an aggregator that makes weights", "one without a weighting")
 
 
-def hooks_of(method: Method) -> dict[str, Any]:
-    """The hooks of the wrapped method, on the inner state, as a builder takes them."""
+def all_of(state: Any, mask: chex.Array) -> chex.Array:
+    """The tasks that the wrapped method sees, in most wrappers: those present."""
+    del state
+    return mask
+
+
+def hooks_of(method: Method, seen: Callable[..., Any] = all_of) -> dict[str, Any]:
+    """The hooks of the wrapped method, on the inner state, as a builder takes them; for the tasks that it sees."""
 
     def end_epoch(state):
         return state._replace(inner=method.end_epoch(state.inner))
 
     def observe(state, values, mask):
-        return state._replace(inner=method.observe(state.inner, values, mask=mask))
+        return state._replace(inner=method.observe(state.inner, values, mask=seen(state, mask)))
 
     last_weights = method.last_weights and (lambda state: method.last_weights(state.inner))
     return {"end_epoch": end_epoch, "observe": observe, "last_weights": last_weights}
@@ -53,22 +59,22 @@ def with_guard_of(method: Any, wrapper: Any) -> Any:
     return wrapper._replace(after_gradient=after_gradient)
 
 
-def rows_of(method, weigh: Callable[..., Any]) -> Rowwise:
+def rows_of(method, weigh: Callable[..., Any], seen: Callable[..., Any] = all_of) -> Rowwise:
     """The wrapped method row by row, with another ``weigh``."""
 
     def visit(state, i, row, values, mask):
-        inner, statistic = method.rowwise.visit(state.inner, i, row, values=values, mask=mask)
+        inner, statistic = method.rowwise.visit(state.inner, i, row, values=values, mask=seen(state, mask))
         return state._replace(inner=inner), statistic
 
-    return Rowwise(visit, weigh, visits=visits_of(method))
+    return Rowwise(visit, weigh, visits=visits_of(method, seen))
 
 
-def visits_of(method: Aggregator) -> Callable[..., Any] | None:
+def visits_of(method: Aggregator, seen: Callable[..., Any] = all_of) -> Callable[..., Any] | None:
     """Which rows the wrapped method takes in; ``None`` for all."""
     if method.rowwise is None or method.rowwise.visits is None:
         return None
     visits = method.rowwise.visits
-    return lambda state, mask: visits(state.inner, mask=mask)
+    return lambda state, mask: visits(state.inner, mask=seen(state, mask))
 
 
 def nan_tree_unless(ok: chex.Array, output: chex.ArrayTree) -> chex.ArrayTree:
@@ -95,32 +101,37 @@ def reweighted(
     last_weights: Callable[..., Any] | None = None,
     keeps_scalar: bool = False,
     per_task: dict[str, Any] | None = None,
+    seen: Callable[..., Any] = all_of,
 ) -> Method:
     """The method with its weights looked at, or changed, on every path.
 
     Args:
       method: a method that makes weights.
-      start: ``(shape, dtype, inner) -> state``, with the first leaf of ``shape`` and a field ``not_taken``, an int32
-        scalar: the calls whose weights or losses were not finite. After these no other field but ``inner`` is new.
+      start: ``(shape, dtype, inner) -> state``, with the first leaf of ``shape``. If it remembers weights it has a
+        field ``not_taken``, an int32 scalar: the calls whose weights or losses were not finite. After these no other
+        field but ``inner`` is new.
       change: ``(state, weights, mask) -> (weights, state)``, the state with the new ``inner`` in it already.
       last_weights: ``(state) -> weights`` of the last call, if they are in the state.
       keeps_scalar: whether a scalarizer's scalar stays as it is. Else it is the losses' sum with the changed weights,
         which are constants of differentiation.
       per_task: the wrapper's own hyperparameters with one number per task, as the builders take them.
+      seen: ``(state, mask) -> mask`` of the tasks that the method sees; of the others present it gives no weights.
     """
-    hooks = hooks_of(method) | {"last_weights": last_weights, "per_task": per_task}
+    hooks = hooks_of(method, seen) | {"last_weights": last_weights, "per_task": per_task}
     change = _if_finite(change)
     if isinstance(method, Scalarizer):
-        return with_guard_of(method, _reweighted_scalarizer(method, start, change, hooks, keeps_scalar))
+        return with_guard_of(method, _reweighted_scalarizer(method, start, change, hooks, keeps_scalar, seen))
     # Weights that are looked at only are what they are inside.
     hooks |= {"given_weights": keeps_scalar}
-    return with_guard_of(method, _reweighted_aggregator(method, start, change, hooks))
+    return with_guard_of(method, _reweighted_aggregator(method, start, change, hooks, seen))
 
 
 def _if_finite(change):
     """The change, not remembered where the weights, or the losses that they may be made of, are not finite."""
 
     def change_if_finite(state, weights, values, mask):
+        if "not_taken" not in state._fields:
+            return change(state, weights, mask)
         given = (weights,) if values is None else (weights, values)
         ok = jnp.all(jnp.array([jnp.all(jnp.isfinite(x) | ~mask) for x in given]))
         changed, new = change(state, weights, mask)
@@ -131,12 +142,12 @@ def _if_finite(change):
     return change_if_finite
 
 
-def _reweighted_scalarizer(method, start, change, hooks, keeps_scalar):
+def _reweighted_scalarizer(method, start, change, hooks, keeps_scalar, seen):
     def init(shape, dtype):
         return start(shape, dtype, method.init(jax.ShapeDtypeStruct(shape, dtype)))
 
     def apply(state, values, mask):
-        weights, inner = weights_of(method, state.inner, jax.lax.stop_gradient(values), mask)
+        weights, inner = weights_of(method, state.inner, jax.lax.stop_gradient(values), seen(state, mask))
         weights, new_state = change(state._replace(inner=inner), weights, values, mask)
         if keeps_scalar:
             return method.apply(state.inner, values, mask=mask)[0], new_state
@@ -145,10 +156,10 @@ def _reweighted_scalarizer(method, start, change, hooks, keeps_scalar):
     return base.scalarizer(init, apply, **hooks)
 
 
-def _reweighted_aggregator(method, start, change, hooks):
+def _reweighted_aggregator(method, start, change, hooks, seen):
     def changed(weigh):
         def weigh_and_change(state, statistic, values, mask):
-            weights, inner = weigh(state.inner, statistic, values=values, mask=mask)
+            weights, inner = weigh(state.inner, statistic, values=values, mask=seen(state, mask))
             return change(state._replace(inner=inner), weights, values, mask)
 
         return weigh_and_change
@@ -157,7 +168,7 @@ def _reweighted_aggregator(method, start, change, hooks):
         lambda m, params, dtype: start((m,), dtype, method.init((m, params))),
         weighting=changed(method.weighting.apply),
         gramian_weighting=method.gramian_weighting and changed(method.gramian_weighting.apply),
-        rowwise=method.rowwise and rows_of(method, changed(method.rowwise.weigh)),
+        rowwise=method.rowwise and rows_of(method, changed(method.rowwise.weigh), seen),
         jacobian_shaped=within("inner", method.jacobian_shaped),
         hides_nonfinite=False,
         **hooks,

@@ -1,0 +1,88 @@
+"""Prioritize: a user's prior on the weights of a method."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtlbalance import base
+from mtlbalance.hyperparameters import NONNEGATIVE, per_task
+from mtlbalance.names import by_group
+from mtlbalance.wrappers.plumbing import Method, check_method, reweighted
+
+
+class PrioritizeState(NamedTuple):
+    """State of :func:`prioritize`.
+
+    Attributes:
+      inner: the state of the wrapped method.
+      count: int32 scalar, the calls so far, for a schedule; ``None`` without one.
+    """
+
+    inner: chex.ArrayTree
+    count: chex.Array | None
+
+
+@base.memoized
+def prioritize(method: Method, prior: chex.ArrayTree | Callable[[chex.Array], chex.ArrayTree]) -> Method:
+    r"""Multiplies the weights of a method by what the user knows of the tasks' importance.
+
+    .. math:: w_i = p_i \, \hat w_i
+
+    where :math:`\hat w` are the method's own weights. A task with a prior of 0 is absent for the method: it takes no
+    part in its decision, whatever its loss and gradient are, and its entries in the state stay as they were. A
+    scalarizer becomes the sum of the losses with these weights, which are constants of differentiation.
+
+    The gradient to its hyperparameters is zero: they act through constants of differentiation.
+
+    Args:
+      method: a scalarizer without learned fields, or an aggregator that makes weights.
+      prior: :math:`p_i \ge 0`: one number for all tasks; an array for losses without names; or a tree of the losses'
+        names, or of the names of groups of them. May be traced. Or a function of the number of calls so far, such as an
+        optax schedule, that returns one of these.
+
+    Returns:
+      A method of the same family with the same paths and state :class:`PrioritizeState`.
+
+    Raises:
+      TypeError: if ``method`` is of neither family.
+      ValueError: if it has learned fields, or makes no weights; if ``prior`` is negative; in a call, if its names are
+        not the losses'.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import scalarization
+      >>> method = mtl.prioritize(scalarization.sum(), {"seg": 1.0, "pose": 0.1})
+      >>> losses = {"seg": 2.0, "pose": {"angle": 3.0, "place": 5.0}}
+      >>> scalar, state = method.apply(method.init(losses), losses)
+      >>> print(f"{scalar:.1f}")
+      2.8
+    """
+    check_method(method, "prioritize(learn(method, optimizer), prior)", makes_weights=True)
+    is_schedule = callable(prior)
+    read = lambda prior, shape, dtype: per_task("prior", by_group("prior", prior), shape, dtype, bound=NONNEGATIVE)
+
+    def start(shape, dtype, inner):
+        if not is_schedule and not jax.tree.structure(prior).num_nodes > 1:  # names come with the losses
+            read(prior, shape, dtype)
+        return PrioritizeState(inner, jnp.zeros((), jnp.int32) if is_schedule else None)
+
+    def priors(state, mask, dtype):
+        return jnp.where(mask, read(prior(state.count) if is_schedule else prior, mask.shape, dtype), 0)
+
+    def seen(state, mask):
+        return mask & (priors(state, mask, jnp.float32) != 0)
+
+    def weigh(state, weights, mask):
+        count = optax.safe_increment(state.count) if is_schedule else None
+        return priors(state, mask, weights.dtype) * weights, state._replace(count=count)
+
+    def last_weights(state):
+        weights = method.last_weights(state.inner)
+        return priors(state, jnp.ones(weights.shape, bool), weights.dtype) * weights
+
+    return reweighted(method, start, weigh, last_weights=method.last_weights and last_weights, seen=seen)
