@@ -33,6 +33,9 @@ class Scalarizer(NamedTuple):
       jacobian_shaped: none; as in :class:`Aggregator`.
       last_weights: ``(state) -> weights`` that the last call gave, shaped like the losses; ``None`` for a method that
         does not keep them. See :func:`mtlbalance.amortize`.
+      after_gradient: ``(state, new_state, finite) -> new_state``, of a guard that must know whether the gradient of a
+        step was finite, which ``apply`` does not see: what becomes of the state from before the step, and the one that
+        ``apply`` made. ``None`` for all others. See :func:`mtlbalance.skip_nonfinite`.
     """
 
     init: Callable[..., Any]
@@ -42,6 +45,7 @@ class Scalarizer(NamedTuple):
     learned: tuple[str, ...] = ()
     jacobian_shaped: tuple[str, ...] = ()
     last_weights: Callable[..., Any] | None = None
+    after_gradient: Callable[..., Any] | None = None
 
 
 class Weighting(NamedTuple):
@@ -110,6 +114,7 @@ class Aggregator(NamedTuple):
       jacobian_shaped: the state fields whose leaves are shaped like the Jacobian's, as ``"averages"``, or
         ``"inner.averages"`` under a wrapper.
       last_weights: as in :class:`Scalarizer`, of shape ``[m]``.
+      after_gradient: as in :class:`Scalarizer`.
     """
 
     init: Callable[..., Any]
@@ -122,6 +127,7 @@ class Aggregator(NamedTuple):
     learned: tuple[str, ...] = ()
     jacobian_shaped: tuple[str, ...] = ()
     last_weights: Callable[..., Any] | None = None
+    after_gradient: Callable[..., Any] | None = None
 
 
 def check_is_method(argument: str, method: Any, expected: str, *families: type) -> None:

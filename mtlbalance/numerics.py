@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtlbalance.decompositions import eigh
+
 
 def weighted_sum(weights: chex.Array, values: chex.Array, mask: chex.Array) -> chex.Array:
     """The losses present, added up with weights that are constants of differentiation."""
@@ -120,7 +122,7 @@ def squared_length(gramian: chex.Array, weights: chex.Array) -> chex.Array:
 
 def eigh_psd(matrix: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:
     """Eigenvalues, ascending, and eigenvectors of a positive semidefinite matrix; and which are more than rounding."""
-    eigenvalues, vectors = jnp.linalg.eigh(matrix)
+    eigenvalues, vectors = eigh(matrix)
     return eigenvalues, vectors, eigenvalues > len(matrix) * jnp.finfo(matrix.dtype).eps * eigenvalues[-1]
 
 

@@ -10,7 +10,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up: a file imports what stands on a lower floor, or in its own folder.
 FLOORS = [
-    ["complex_parts", "hyperparameters", "memo", "numerics"],
+    ["complex_parts", "decompositions", "hyperparameters", "memo"],
+    ["numerics"],
     ["parameters", "states"],
     ["losses"],
     ["names"],

@@ -8,6 +8,7 @@ from collections.abc import Hashable
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.decompositions import orthonormal
 from mtlbalance.states import count_seen, init_seen
 
 
@@ -59,7 +60,7 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
         # D^-1 C^+ D^-1 inverts G = D C D where that can be, and P with its null space projected out on both sides makes
         # it the pseudoinverse. The cosines C keep their digits where the norms D differ much. Under vmap two branches,
         # one for each case, would be two decompositions.
-        null_basis = jnp.where(independent, 0, jnp.linalg.qr(jnp.where(independent, 0, vectors / norms[:, None]))[0])
+        null_basis = jnp.where(independent, 0, orthonormal(jnp.where(independent, 0, vectors / norms[:, None])))
         project = lambda x: x - jnp.dot(null_basis, jnp.dot(x, null_basis, precision="highest"), precision="highest")
         distances = project(jnp.where(nonzero, norms, 0))
         v = project(numerics.solve_psd(decomposition, distances / norms) / norms)

@@ -183,6 +183,9 @@ def value_and_grad(
             plain = point.pull(lambda pullback: pullback.weighted(_ones(evaluated.values, present), present))
             gradient = join_subsets(is_shared, gradient, plain)
 
+        if method.after_gradient is not None:
+            finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gradient)]
+            new_state = method.after_gradient(state, new_state, jnp.all(jnp.array([True, *finite])))
         outputs = evaluated.losses, new_state
         outputs += (like_losses(weights, evaluated.losses),) if return_weights else ()
         outputs += (evaluated.aux,) if has_aux else ()

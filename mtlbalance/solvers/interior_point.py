@@ -49,22 +49,24 @@ def nonnegative_qp(
         dual = _dot(matrix, offset + x) + linear - price * coefficients - z
         # Cholesky's error does not depend on the scale of rows and columns: entries of z / x may range from 0 to 1e10.
         factor = cho_factor(matrix + jnp.diag(z / x), lower=True)
-        along = cho_solve(factor, coefficients) if constrained else coefficients
+        # Both at once: two batches side by side might wait for each other, see `mtlbalance.decompositions`.
+        sides = jnp.stack([-z - dual, coefficients] if constrained else [-z - dual], axis=1)
+        free, along = cho_solve(factor, sides).T if constrained else (cho_solve(factor, sides)[:, 0], coefficients)
         slope = _dot(coefficients, along)
 
-        def direction(target):  # Newton's, towards x * z = target
-            free = cho_solve(factor, target / x - dual)
+        def direction(target, free):  # Newton's, towards x * z = target
             dprice = (1 - _dot(coefficients, x + free)) / slope if constrained else price
             dx = free + dprice * along
             return dx, (target - z * dx) / x, dprice
 
-        dx, dz, _ = direction(-x * z)
+        dx, dz, _ = direction(-x * z, free)
         length = _longest(x, z, dx, dz)
         after = _dot(x + length * dx, z + length * dz) / n_present
         centre = gap * jnp.clip(after / jnp.maximum(gap, jnp.finfo(dtype).tiny), 0, 1) ** 3
         # Where the way is short the second-order term is far too large, and iterates might go round in circles.
         second_order = jnp.minimum(1, 4 * length) * dx * dz
-        dx, dz, dprice = direction(jnp.where(mask, centre - second_order, 0) - x * z)
+        target = jnp.where(mask, centre - second_order, 0) - x * z
+        dx, dz, dprice = direction(target, cho_solve(factor, target / x - dual))
         # Near the solution almost to the boundary: with a fixed part of the way the gap would shrink by a fixed factor.
         length = jnp.minimum(1, jnp.clip(1 - gap, 0.99, 0.999) * _longest(x, z, dx, dz))
         new = x + length * dx, z + length * dz, price + length * dprice

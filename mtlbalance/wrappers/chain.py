@@ -143,7 +143,17 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         jacobian_shaped=within("aggregator", aggregator.jacobian_shaped),
         reads_losses=True,
         given_weights=True,
-    )
+    )._replace(after_gradient=_after_gradient(scalarizer.after_gradient, aggregator.after_gradient))
+
+
+def _after_gradient(*guards):
+    """What tells each part that wants to know whether a step's gradient was finite; ``None`` if none does."""
+
+    def after_gradient(old, new, finite):
+        parts = zip(guards, old, new, strict=True)
+        return ChainState(*(guard(old, new, finite) if guard else new for guard, old, new in parts))
+
+    return after_gradient if any(guards) else None
 
 
 def _scale_rows(weights, rows):

@@ -42,6 +42,17 @@ def hooks_of(method: Method) -> dict[str, Any]:
     return {"end_epoch": end_epoch, "observe": observe, "last_weights": last_weights}
 
 
+def with_guard_of(method: Any, wrapper: Any) -> Any:
+    """The wrapper, which hears of a step's gradient if the wrapped method does."""
+    if method.after_gradient is None:
+        return wrapper
+
+    def after_gradient(old, new, finite):
+        return new._replace(inner=method.after_gradient(old.inner, new.inner, finite))
+
+    return wrapper._replace(after_gradient=after_gradient)
+
+
 def rows_of(method, weigh: Callable[..., Any]) -> Rowwise:
     """The wrapped method row by row, with another ``weigh``."""
 
@@ -100,9 +111,10 @@ def reweighted(
     hooks = hooks_of(method) | {"last_weights": last_weights, "per_task": per_task}
     change = _if_finite(change)
     if isinstance(method, Scalarizer):
-        return _reweighted_scalarizer(method, start, change, hooks, keeps_scalar)
+        return with_guard_of(method, _reweighted_scalarizer(method, start, change, hooks, keeps_scalar))
     # Weights that are looked at only are what they are inside.
-    return _reweighted_aggregator(method, start, change, hooks | {"given_weights": keeps_scalar})
+    hooks |= {"given_weights": keeps_scalar}
+    return with_guard_of(method, _reweighted_aggregator(method, start, change, hooks))
 
 
 def _if_finite(change):

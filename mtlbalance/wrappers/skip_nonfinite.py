@@ -27,8 +27,8 @@ class SkipNonfiniteState(NamedTuple):
 
     Attributes:
       inner: the state of the wrapped method.
-      nonfinite: int32, one per task: the calls in which its loss or gradient was not finite.
-      skipped: int32 scalar: the calls of ``apply`` that left ``inner`` as it was, whatever the reason.
+      nonfinite: int32, one per task: the calls in which its loss, or its row of the Jacobian, was not finite.
+      skipped: int32 scalar: the calls that left ``inner`` as it was, whatever the reason.
     """
 
     inner: chex.ArrayTree
@@ -43,7 +43,14 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
     On such a call the state stays as it was, and the output and its gradient are NaN, so that
     ``optax.apply_if_finite`` after it drops the update too. A gradient whose norm is beyond 1e16 counts as not finite,
     so that a million squares add up in float32. A call that would turn a finite number of the state into one that is
-    not is skipped as well, and one whose scalar is not finite: that of a negative loss in a logarithm.
+    not is skipped as well, and one whose scalar, weights or gradient are not finite: those of a negative loss in a
+    logarithm.
+
+    In :func:`mtlbalance.value_and_grad` it hears of the gradient that a step ends with, too, and skips that step where
+    it is not finite: a scalarizer sees losses alone, which may be finite where their gradient is not, and an absent
+    task's gradient comes through the backward pass that it shares with the others. Whose it was is not known then:
+    ``skipped`` counts the step, ``nonfinite`` nobody. A step of your own has the same by ``state =
+    method.after_gradient(state, new_state, finite)``; without it only what comes to ``apply`` is counted.
 
     Rows of Jacobian-shaped fields are kept one by one: where one task's loss or gradient is not finite, the other
     tasks' rows still take theirs in, as they must when rows are visited one at a time and never seen together. Overflow
@@ -71,6 +78,7 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
       nan [0 1] 1 [0 0]
     """
     check_method(method, "skip_nonfinite(learn(method, optimizer))")
+    after_gradient = jax.jit(partial(_after_gradient, jacobian_shaped=method.jacobian_shaped, axis_name=axis_name))
     if isinstance(method, base.Scalarizer):
         axis_name = None  # its losses are the same on every device
     guard = partial(_advance, jacobian_shaped=method.jacobian_shaped, axis_name=axis_name)
@@ -82,11 +90,12 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
         return state._replace(inner=select(ok, inner, state.inner))
 
     hooks = hooks_of(method) | {"observe": observe}
-    return (
+    guarded = (
         _skip_scalarizer(method, guard, hooks)
         if isinstance(method, base.Scalarizer)
         else _skip_aggregator(method, guard, hooks, axis_name)
     )
+    return guarded._replace(after_gradient=after_gradient)
 
 
 def _skip_scalarizer(method, guard, hooks):
@@ -107,7 +116,7 @@ def _skip_aggregator(method, guard, hooks, axis_name):
     visits = visits_of(method)
 
     def nan_unless_finite(state, inner, output, finite):
-        state, ok = guard(state, inner, finite)
+        state, ok = guard(state, inner, finite, _all_finite(output))
         return nan_tree_unless(ok, output), state
 
     def given(mask, finite):
@@ -168,19 +177,42 @@ def _guarded(inner, shape):
 
 def _advance(state, inner, finite, finite_output=True, *, jacobian_shaped, axis_name):
     """The state after a call in which the tasks in ``finite`` were so, and whether its inner state has moved."""
-    ok = jnp.all(finite) & finite_output & _stays_finite(inner, state.inner, jacobian_shaped, axis_name)
+    ok = jnp.all(finite) & _stays_finite(inner, state.inner, jacobian_shaped, axis_name, finite_output)
     inner = select(ok, inner, state.inner, new_anyway=jacobian_shaped)
     return SkipNonfiniteState(inner, increment(state.nonfinite, ~finite), increment(state.skipped, ~ok)), ok
 
 
-def _stays_finite(new_state, state, jacobian_shaped, axis_name):
-    """Whether every finite number outside the Jacobian-shaped fields is still so, on every device."""
-    ok = jnp.array(True)
+def _after_gradient(old, new, finite, *, jacobian_shaped, axis_name):
+    """The new state, or the old one with this call counted."""
+    ok = _everywhere(finite, axis_name, like=old.skipped)
+    inner = select(ok, new.inner, old.inner, new_anyway=jacobian_shaped)
+    return new._replace(inner=inner, skipped=jnp.where(ok, new.skipped, increment(old.skipped, ~ok)))
+
+
+def _stays_finite(new_state, state, jacobian_shaped, axis_name, ok=True):
+    """Whether all is ``ok``, and every finite number outside the Jacobian-shaped fields still so, on every device."""
+    ok = jnp.asarray(ok)
     for (path, new), old in zip(jax.tree.leaves_with_path(new_state), jax.tree.leaves(state), strict=True):
         if not is_in(jacobian_shaped, path):
             # What was infinite before may be so by design: the best value so far of a line search.
             ok &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
-    return ok if axis_name is None else jax.lax.psum(1 - ok.astype(jnp.int32), axis_name) == 0
+    return _everywhere(ok, axis_name)
+
+
+def _everywhere(ok, axis_name, like=None):
+    """Whether it is so on every device; where JAX knows over which axes it varies, and ``like`` does not, on these."""
+    axes = set(axis_name) if isinstance(axis_name, tuple) else {axis_name} - {None}
+    if like is not None:
+        axes |= _varying(ok) - _varying(like)
+    return jax.lax.psum(1 - ok.astype(jnp.int32), tuple(axes)) == 0 if axes else ok
+
+
+def _varying(x):
+    return set(getattr(jax.typeof(x), "vma", ()))
+
+
+def _all_finite(tree):
+    return jnp.all(jnp.array([True, *(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree))]))
 
 
 def _finite_losses(values, mask):

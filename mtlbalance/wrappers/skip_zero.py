@@ -11,7 +11,15 @@ from mtlbalance import base
 from mtlbalance.contract import Rowwise
 from mtlbalance.hyperparameters import reject
 from mtlbalance.states import increment
-from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, visits_of, wide_squared_norm, within
+from mtlbalance.wrappers.plumbing import (
+    Method,
+    check_method,
+    hooks_of,
+    visits_of,
+    wide_squared_norm,
+    with_guard_of,
+    within,
+)
 
 
 class SkipZeroState(NamedTuple):
@@ -79,8 +87,8 @@ def skip_zero(method: Method, *, axis_name: Hashable | None = None) -> Method:
 
     hooks = hooks_of(method) | {"observe": observe}
     if isinstance(method, base.Scalarizer):
-        return _skip_scalarizer(method, hooks)
-    return _skip_aggregator(method, hooks, axis_name)
+        return with_guard_of(method, _skip_scalarizer(method, hooks))
+    return with_guard_of(method, _skip_aggregator(method, hooks, axis_name))
 
 
 def _skip_scalarizer(method, hooks):
