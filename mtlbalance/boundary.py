@@ -19,6 +19,7 @@ from mtlbalance.losses import (
     read_row,
     state_dtype,
 )
+from mtlbalance.meshes import with_whole_tasks
 from mtlbalance.names import compile_with_names, names_of
 from mtlbalance.numerics import nan_unless
 from mtlbalance.parameters import check_params_like
@@ -235,7 +236,7 @@ def read_statistics(call, statistics):
     for leaf in jax.tree.leaves(statistics):
         if jnp.shape(leaf)[:1] != call.mask.shape:
             reject("statistics", f"a leading axis of {call.mask.shape[0]}, one per task", f"shape {jnp.shape(leaf)}")
-    return statistics
+    return jax.tree.map(lambda x: with_whole_tasks(jnp.asarray(x), 1), statistics)
 
 
 def zero_if_none(call, gradient):

@@ -10,8 +10,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up: a file imports what stands on a lower floor, or in its own folder.
 FLOORS = [
-    ["complex_parts", "hyperparameters", "memo", "numerics"],
-    ["parameters", "states"],
+    ["complex_parts", "memo", "meshes", "numerics"],
+    ["hyperparameters"],
+    ["mapped_axes", "parameters", "states"],
     ["losses"],
     ["names"],
     ["gramian", "contract", "solvers"],

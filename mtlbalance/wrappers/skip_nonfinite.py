@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.contract import Rowwise
+from mtlbalance.mapped_axes import over_devices
 from mtlbalance.states import among, increment, is_in, select
 from mtlbalance.wrappers.plumbing import (
     Method,
@@ -52,7 +53,7 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
 
     Args:
       method: a method of either family.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter of an aggregator is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which an aggregator's parameters are split.
 
     Returns:
       A method of the same family with the same paths and state :class:`SkipNonfiniteState`.
@@ -175,7 +176,7 @@ def _stays_finite(new_state, state, jacobian_shaped, axis_name):
         if not is_in(jacobian_shaped, path):
             # What was infinite before may be so by design: the best value so far of a line search.
             ok &= jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
-    return ok if axis_name is None else jax.lax.psum(1 - ok.astype(jnp.int32), axis_name) == 0
+    return over_devices(jax.lax.psum, 1 - ok.astype(jnp.int32), axis_name) == 0
 
 
 def _finite_losses(values, mask):
