@@ -27,7 +27,6 @@ from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import read_gramian, read_pair, read_shape, state_dtype, sums
 from mtlbalance.memo import memoized as memoized
-from mtlbalance.meshes import explicit_mesh
 from mtlbalance.names import check_names, compile_with_names, with_names_for_init
 from mtlbalance.state_checks import state_check
 from mtlbalance.states import among, place
@@ -286,10 +285,8 @@ def rowwise_aggregator(
 
     def visit_all(state, jacobian, values, mask):
         remembered, jacobian = read_memory(state, "jacobian", jacobian)
-        new = lambda given: returned.visited(visit(*given), given[0])
-        # In JAX 0.10 a mask on an Explicit mesh does not select among arrays that are split, under vmap.
-        each = jax.vmap(new) if explicit_mesh(mask) is None else partial(jax.lax.map, new)
-        remembered, statistics = each((remembered, jacobian, tasks(state, values, mask)))
+        new = boundary.for_each_task(lambda *given: returned.visited(visit(*given), given[0]), mask)
+        remembered, statistics = new(remembered, jacobian, tasks(state, values, mask))
         return with_memory(state, remembered), statistics
 
     def visit_row(state, i, row, values, mask):

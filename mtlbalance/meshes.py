@@ -20,7 +20,8 @@ def with_whole_tasks(x: chex.Array, n_axes: int | None = None) -> chex.Array:
     Free where there is nothing to move, as on an Auto mesh.
     """
     spec = jax.typeof(x).sharding.spec
-    if all(axis is None for axis in spec[:n_axes]):
+    mesh = explicit_mesh(x)
+    if mesh is None or all(axis is None for axis in spec[:n_axes]):
         return x
     n = x.ndim if n_axes is None else n_axes
-    return jax.sharding.reshard(x, NamedSharding(explicit_mesh(x), PartitionSpec(*[None] * n, *spec[n:])))
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*[None] * n, *spec[n:])))

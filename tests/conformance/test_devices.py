@@ -177,30 +177,33 @@ def calls_of_four_tasks(built, mesh, mask):
     state = built.init(method, 4)
     if built.is_scalarizer:
 
-        def step(x, mask):
+        def step(state, x, mask):
             scalar = lambda x: method.apply(state, x, mask=mask)
             (scalar, new_state), gradient = jax.value_and_grad(scalar, has_aux=True)(x)
             return scalar, gradient, built.hooks(new_state, x, mask, method)
 
-        def counted(x, mask):
+        def counted(state, x, mask):
             return method.apply(state, mtl.Counted(x, jnp.ones(4)), mask=mask)
 
-        return [step, counted], (x, mask), split_by_tasks(mesh, (x, mask))
+        split = split_by_tasks(mesh, x)
+        return [step, counted], (state, x, mask), (method.init(split), split, split_by_tasks(mesh, mask))
 
     given, gramian = {"values": built.losses(x), "mask": mask}, mtl.gramian.gramian(x)
     rows = jax.tree.map(lambda leaf, spec: split_by_tasks(mesh, leaf, *spec), x, OTHERS)
-    calls = [lambda x, gramian, given: method.apply(state, x, **given)]
+    calls = [lambda state, x, gramian, given: method.apply(state, x, **given)]
     if method.weighting:
-        calls.append(lambda x, gramian, given: method.weighting.apply(state, x, **given))
+        calls.append(lambda state, x, gramian, given: method.weighting.apply(state, x, **given))
     if method.gramian_weighting:
-        calls.append(lambda x, gramian, given: method.gramian_weighting.apply(state, gramian, **given))
-    return calls, (x, gramian, given), (rows, split_by_tasks(mesh, gramian, "x"), split_by_tasks(mesh, given))
+        calls.append(lambda state, x, gramian, given: method.gramian_weighting.apply(state, gramian, **given))
+    placed = built.init(method, 4, on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), OTHERS))
+    split = placed, rows, split_by_tasks(mesh, gramian, "x"), split_by_tasks(mesh, given)
+    return calls, (state, x, gramian, given), split
 
 
-MASKS = [None, jnp.array([True, True, False, True])]
+THREE_OF_FOUR = jnp.array([True, True, False, True])
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=["all", "masked"])
+@pytest.mark.parametrize("mask", [pytest.param(None, id="all", marks=pytest.mark.slow), THREE_OF_FOUR])
 def test_tasks_may_lie_on_several_devices_of_an_explicit_mesh(built, mask):
     """While tracing: there JAX would raise."""
     functions, arguments, split = calls_of_four_tasks(built, MESHES["Explicit"], mask)
@@ -209,9 +212,10 @@ def test_tasks_may_lie_on_several_devices_of_an_explicit_mesh(built, mask):
         chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
 
 
-@pytest.mark.one_of_a_kind("boundary")
-def test_tasks_on_several_devices_give_what_they_give_on_one(built, mesh):
-    functions, arguments, split = calls_of_four_tasks(built, mesh, MASKS[1])
+@pytest.mark.parametrize("kind", [pytest.param("Auto", marks=pytest.mark.slow), "Explicit"])
+@pytest.mark.one_of_a_kind("engine")
+def test_tasks_on_several_devices_give_what_they_give_on_one(built, kind):
+    functions, arguments, split = calls_of_four_tasks(built, MESHES[kind], THREE_OF_FOUR)
     for function in functions:
         found, expected = (jax.jit(function)(*given) for given in (split, arguments))
         chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), **SAME)
