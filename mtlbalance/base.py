@@ -285,7 +285,7 @@ def rowwise_aggregator(
 
     def visit_all(state, jacobian, values, mask):
         remembered, jacobian = read_memory(state, "jacobian", jacobian)
-        new = jax.vmap(lambda *given: returned.visited(visit(*given), given[0]))
+        new = boundary.for_each_task(lambda *given: returned.visited(visit(*given), given[0]), mask)
         remembered, statistics = new(remembered, jacobian, tasks(state, values, mask))
         return with_memory(state, remembered), statistics
 

@@ -19,6 +19,7 @@ from mtlbalance.losses import (
     read_row,
     state_dtype,
 )
+from mtlbalance.meshes import explicit_mesh, with_whole_tasks
 from mtlbalance.names import compile_with_names, names_of
 from mtlbalance.numerics import nan_unless
 from mtlbalance.parameters import check_params_like
@@ -69,6 +70,14 @@ def of_gramian(gramian_weighting, axis_name):
         return returned.weights_and_state("gramian_weighting", output, mask.shape)
 
     return weighting
+
+
+def for_each_task(function, mask):
+    """A function of one task as one of all tasks."""
+    if explicit_mesh(mask) is None:
+        return jax.vmap(function)
+    # Under vmap a mask on an Explicit mesh does not select among arrays that are split (JAX 0.10).
+    return lambda *given: jax.lax.map(lambda one: function(*one), given)
 
 
 def nan_if_nonfinite(name, function):
@@ -235,7 +244,7 @@ def read_statistics(call, statistics):
     for leaf in jax.tree.leaves(statistics):
         if jnp.shape(leaf)[:1] != call.mask.shape:
             reject("statistics", f"a leading axis of {call.mask.shape[0]}, one per task", f"shape {jnp.shape(leaf)}")
-    return statistics
+    return jax.tree.map(lambda x: with_whole_tasks(jnp.asarray(x), 1), statistics)
 
 
 def zero_if_none(call, gradient):

@@ -168,7 +168,7 @@ def directional_derivatives(
         ``mtl.subset(updates, mask)``.
       losses: as in :func:`cosine_similarities`.
       mask: as in :func:`cosine_similarities`.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split, as in
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split, as in
         :func:`mtlbalance.gramian.gramian`.
 
     Returns:

@@ -5,6 +5,7 @@ task: ``[m, *param.shape]``. A matrix ``[m, n]`` is the tree of one leaf. Every 
 feeds a weight is made here, leaf by leaf: raveling the tree into one vector would gather sharded leaves.
 """
 
+import math
 from collections.abc import Hashable
 from functools import partial
 
@@ -15,6 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mtlbalance.complex_parts import join_like, split
 from mtlbalance.hyperparameters import reject
+from mtlbalance.mapped_axes import add_up, split_over
+from mtlbalance.meshes import explicit_mesh, with_whole_tasks
 from mtlbalance.parameters import check_params_like
 
 # Columns of a Jacobian that a CPU multiplies at a time: few enough for its cache, many enough to be worth a dot.
@@ -32,15 +35,16 @@ def gramian(
       jacobian: tree with leaves ``[m, *param.shape]``, one row per task.
       other: a tree of the same structure and shapes: the Jacobian of another batch, for
         :func:`~mtlbalance.aggregation.modo` and :func:`~mtlbalance.aggregation.sdmgrad`.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split, if any: the partial
-        Gramians are summed over it. A leaf that is whole on every device would count once for each.
+      axis_name: under :func:`jax.shard_map`, the axis or axes over which parameters are split, if any: what each
+        device has of the Gramian is summed over it. A leaf that is whole on every device counts once, as its type
+        tells; with ``check_vma=False`` types do not tell, and that is an error.
 
     Returns:
       The Gramian, shape ``[m, m]``, in ``result_type(float32, leaves)`` whatever the leaves' dtype.
 
     Raises:
-      ValueError: if the tree has no leaves, if they disagree on the number of tasks, or if ``other`` has not the
-        same structure or shapes.
+      ValueError: if the tree has no leaves, if they disagree on the number of tasks, if ``other`` has not the
+        same structure or shapes, or if it cannot be told what is split over ``axis_name``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -49,18 +53,17 @@ def gramian(
       [[26.  5.]
        [ 5.  2.]]
     """
-    jacobian = split(jacobian)
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(jacobian)]
+    jacobian = jax.tree.map(_rows_of_leaf, split(jacobian))
+    leaves = jax.tree.leaves(jacobian)
     if len({leaf.shape[:1] for leaf in leaves}) != 1 or leaves[0].ndim == 0:
         shapes = [leaf.shape for leaf in leaves]
         reject("jacobian", "leaves that share a leading task axis", f"shapes {shapes}")
     if other is None:
         other = jacobian
     else:
-        other = split(other)
+        other = jax.tree.map(_rows_of_leaf, split(other))
         check_params_like("other", other, jacobian)
-    inner_products = sum(map(_of_leaf, leaves, map(jnp.asarray, jax.tree.leaves(other))))
-    return inner_products if axis_name is None else jax.lax.psum(inner_products, axis_name)
+    return add_up(jax.tree.map(_of_leaf, jacobian, other), axis_name)
 
 
 def gramian_of_tasks(jacobian: chex.ArrayTree, m: int, axis_name: Hashable | None = None) -> chex.Array:
@@ -88,10 +91,10 @@ def combine(weights: chex.Array, jacobian: chex.ArrayTree) -> chex.ArrayTree:
       >>> print(combine(jnp.array([0.5, 2.0]), jnp.array([[2.0, 0.0], [1.0, 1.0]])))
       [3. 2.]
     """
-    weights = jnp.asarray(weights)
+    weights = with_whole_tasks(jnp.asarray(weights))
 
     def leaf_sum(leaf):
-        leaf = jnp.asarray(leaf)
+        leaf = _rows_of_leaf(leaf)
         if weights.ndim != 1 or leaf.shape[:1] != weights.shape:
             expected = f"leaves with a leading axis of {weights.shape}, one row per weight"
             reject("jacobian", expected, f"shape {leaf.shape}")
@@ -108,7 +111,7 @@ def total(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array
 
     Args:
       tree: arrays of any shapes.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split, if any.
+      axis_name: as in :func:`gramian`.
 
     Returns:
       A scalar in ``result_type(float32, leaves)``; 0 for a tree without leaves.
@@ -120,13 +123,22 @@ def total(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array
       9.0
     """
     # A dot with ones: XLA's CPU backend adds up a leaf's last axis in one thread, one number at a time.
-    added = sum((_contract(leaf, jnp.ones_like(leaf), free=0) for leaf in jax.tree.leaves(tree)), 0.0)
-    return added if axis_name is None else jax.lax.psum(added, axis_name)
+    return add_up(jax.tree.map(lambda leaf: _contract(leaf, jnp.ones_like(leaf), free=0), tree), axis_name)
+
+
+def n_entries(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> int:
+    """How many entries a tree shaped like the parameters has, on all devices; arguments as of :func:`total`."""
+    on_each = lambda path, leaf: leaf.size * math.prod(map(jax.lax.axis_size, split_over(leaf, axis_name, path)))
+    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(on_each, tree)))
 
 
 def squared_norm(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array:
     """The squared norm of one task's gradient, summed over the axis by which its parameters are split, if any."""
     return jnp.asarray(total(jax.tree.map(jnp.square, split(tree)), axis_name))
+
+
+def _rows_of_leaf(leaf):
+    return with_whole_tasks(jnp.asarray(leaf), 1)
 
 
 def _of_leaf(x, y):
@@ -161,9 +173,8 @@ def _of_leaf_by_chunks(x, y):
 def _contract(x, y, free):
     """Contracts all axes but the first ``free`` ones."""
     axes = tuple(range(free, x.ndim))
-    mesh = jax.typeof(x).sharding.mesh
     # Contracting a sharded axis is ambiguous on an Explicit mesh: say that the small result is replicated.
-    explicit = AxisType.Explicit in mesh.axis_types
+    mesh = explicit_mesh(x)
     return jax.lax.dot_general(
         x,
         y,
@@ -171,5 +182,5 @@ def _contract(x, y, free):
         # The default on GPU and TPU is TF32 or bfloat16, and float16 products overflow.
         precision="highest",
         preferred_element_type=jnp.result_type(jnp.float32, x.dtype, y.dtype),
-        out_sharding=NamedSharding(mesh, PartitionSpec(*[None] * 2 * free)) if explicit else None,
+        out_sharding=NamedSharding(mesh, PartitionSpec(*[None] * 2 * free)) if mesh else None,
     )

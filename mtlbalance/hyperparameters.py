@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtlbalance.meshes import with_whole_tasks
+
 _asks_for_shapes: ContextVar[bool] = ContextVar("only what a state is like is asked for", default=False)
 
 
@@ -106,8 +108,8 @@ def flatten(name: str, tree: chex.ArrayTree) -> chex.Array:
     if not leaves:
         reject(name, "at least one number", f"{tree!r}")
     if jax.tree_util.treedef_is_leaf(treedef):
-        return jnp.asarray(leaves[0])
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+        return with_whole_tasks(jnp.asarray(leaves[0]))
+    return jnp.concatenate([jnp.ravel(with_whole_tasks(jnp.asarray(leaf))) for leaf in leaves])
 
 
 def per_task(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mtlbalance.complex_parts import split, split_params
 from mtlbalance.hyperparameters import check_int, flatten, is_int, is_number, kind_of, reject
+from mtlbalance.meshes import with_whole_tasks
 from mtlbalance.parameters import check_trainable, is_network
 
 
@@ -224,7 +225,7 @@ def check_task_axis(jacobian: chex.ArrayTree, m: int) -> chex.ArrayTree:
                 "MultiSteps and flatten take it away: they go after the aggregator)"
             )
             reject(name, f"a leading axis of {m}, one row per task{hint}", f"shape {jnp.shape(x)}")
-        return jnp.asarray(x)
+        return with_whole_tasks(jnp.asarray(x), 1)
 
     return jax.tree_util.tree_map_with_path(leaf, jacobian)
 
@@ -237,6 +238,7 @@ def read_gramian(call: Call, gramian: chex.Array) -> chex.Array:
     (m,) = call.mask.shape
     if jnp.shape(gramian) != (m, m):
         reject("gramian", f"shape {(m, m)}", f"shape {jnp.shape(gramian)}")
+    gramian = with_whole_tasks(jnp.asarray(gramian))
     return jnp.where(call.mask[:, None] & call.mask[None, :], gramian, 0).astype(jnp.result_type(jnp.float32, gramian))
 
 
@@ -301,6 +303,7 @@ def _value(leaf, dtype):
         return jnp.asarray(leaf).astype(dtype)
     if jnp.shape(leaf.sum) != jnp.shape(leaf.count):
         reject("values", f"a count of the sum's shape {jnp.shape(leaf.sum)}", f"shape {jnp.shape(leaf.count)}")
+    leaf = Counted(*map(with_whole_tasks, map(jnp.asarray, leaf)))
     labelled = has_labels(leaf)
     # Both parts are replaced before the division, so that neither the value nor its gradient is 0/0.
     return jnp.where(labelled, leaf.sum, 0).astype(dtype) / jnp.where(labelled, leaf.count, 1).astype(dtype)

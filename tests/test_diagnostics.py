@@ -320,15 +320,14 @@ def test_eight_devices_give_what_one_gives_without_a_gather(kind):
 @pytest.mark.parametrize("function", OF_UPDATE)
 def test_shard_map_adds_up_over_the_axis(function):
     mesh, spec = jax.make_mesh((8,), ("x",), (AxisType.Auto,)), PartitionSpec("x")
-    jacobian = jnp.asarray(RNG.normal(size=(3, 64)), jnp.float32)
-    update = jacobian[0] - 2 * jacobian[2]
-    call = jax.shard_map(
-        partial(function, axis_name="x"),
-        mesh=mesh,
-        in_specs=(PartitionSpec(None, "x"), spec),
-        out_specs=PartitionSpec(),
-    )
-    np.testing.assert_allclose(jax.jit(call)(jacobian, update), function(jacobian, update), rtol=1e-5, atol=1e-5)
+    jacobian = {name: jnp.asarray(RNG.normal(size=(3, n)), jnp.float32) for name, n in (("split", 64), ("whole", 5))}
+    update = jax.tree.map(lambda rows: rows[0] - 2 * rows[2], jacobian)
+    whole = PartitionSpec()
+    in_specs = {"split": PartitionSpec(None, "x"), "whole": whole}, {"split": spec, "whole": whole}
+    call = partial(jax.shard_map, partial(function, axis_name="x"), mesh=mesh, in_specs=in_specs, out_specs=whole)
+    same(jax.jit(call())(jacobian, update), function(jacobian, update))
+    with pytest.raises(ValueError, match=r"axis_name: .*check_vma=True.*parameter \['split'\], if whole"):
+        jax.eval_shape(call(check_vma=False), jacobian, update)
 
 
 # The weights.

@@ -86,6 +86,15 @@ def test_a_wide_leaf_under_shard_map():
     np.testing.assert_allclose(jax.jit(in_parts)(rows), rows @ rows.T, atol=1e-6 * np.sum(rows**2))
 
 
+def test_tasks_on_several_devices_of_an_explicit_mesh():
+    mesh, rows = jax.make_mesh((2, 4), ("y", "x"), 2 * (AxisType.Explicit,)), np.float32(RNG.normal(size=(4, 8)))
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    np.testing.assert_allclose(gramian(put(rows, "y", "x")), rows @ rows.T, rtol=1e-5)
+    combined = combine(put(np.float32([1, 2, 3, 4]), "y"), put(rows, "y", "x"))
+    np.testing.assert_allclose(combined, np.float32([1, 2, 3, 4]) @ rows, rtol=1e-5)
+    assert jax.typeof(combined).sharding.spec == PartitionSpec("x")
+
+
 def test_without_leaves_or_with_other_lengths_raises():
     for wrong in {}, {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}, jnp.ones(()):
         with pytest.raises(ValueError, match="jacobian: expected leaves that share a leading task axis"):

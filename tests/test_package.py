@@ -10,9 +10,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up: a file imports what stands on a lower floor, or in its own folder.
 FLOORS = [
-    ["complex_parts", "decompositions", "hyperparameters", "memo"],
-    ["numerics"],
-    ["parameters", "states"],
+    ["complex_parts", "decompositions", "memo", "meshes"],
+    ["hyperparameters", "numerics"],
+    ["mapped_axes", "parameters", "states"],
     ["losses"],
     ["names"],
     ["gramian", "contract", "solvers"],

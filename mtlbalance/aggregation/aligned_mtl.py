@@ -41,7 +41,7 @@ def aligned_mtl(
       pref_vector: preference :math:`p`, one real number per task: an array or a tree of names; 1/m each by default.
         May be traced.
       scale_mode: ``"min"``, ``"median"`` or ``"rmse"``.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.

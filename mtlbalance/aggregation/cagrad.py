@@ -42,7 +42,7 @@ def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | Non
       c: :math:`c \ge 0`. May be traced.
       rescale: 0 returns :math:`g`; 1 divides it by :math:`1 + c^2` (LibMTL), 2 by :math:`1 + c` (the authors' toy
         example).
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.

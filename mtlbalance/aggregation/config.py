@@ -34,7 +34,7 @@ def config(pref_vector: chex.ArrayTree | None = None, *, axis_name: Hashable | N
     Args:
       pref_vector: preference :math:`p`, one real number per task: an array or a tree of names; equal ones by default.
         Only its direction matters, and not its sign. May be traced.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.

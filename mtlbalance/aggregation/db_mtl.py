@@ -52,7 +52,7 @@ def db_mtl(
     Args:
       beta: :math:`\beta`, from 0 to 1, of the running averages; none by default. May be traced.
       beta_sigma: :math:`\sigma \ge 0`, how fast :math:`\beta_k` falls. May be traced.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with ``rowwise``. Without ``beta`` also with ``weighting`` and

@@ -76,7 +76,7 @@ def excess_mtl(
       n_warmup_steps: calls that only gather the baseline, at least 0. They are counted for each task.
       normalize_first_step: ``False`` uses the raw excess as the exponent on a call that sets a baseline itself, which
         without a warm-up is the first.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`ExcessMTLState`, ``weighting`` and ``rowwise``.

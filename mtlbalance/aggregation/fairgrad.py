@@ -34,7 +34,7 @@ def fairgrad(alpha: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) ->
     Args:
       alpha: :math:`\alpha > 0`. May be traced. In float32 it is accurate from 1/2 to 2, and from 1/5 to 5 where the
         norms differ by a factor of up to 1e3.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.

@@ -45,7 +45,7 @@ def grad_norm_weights(momentum: chex.Numeric = 0.9, *, axis_name: Hashable | Non
 
     Args:
       momentum: :math:`\mu`, from 0 to 1. May be traced.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`GradNormWeightsState`, ``weighting``, ``gramian_weighting``

@@ -9,10 +9,11 @@ from collections.abc import Callable, Hashable
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from mtlbalance import base
 from mtlbalance.hyperparameters import FRACTION, check_key, key_impl, per_task, reject
+from mtlbalance.mapped_axes import split_over
+from mtlbalance.meshes import explicit_mesh
 from mtlbalance.states import count_seen, init_random, split_key
 
 
@@ -48,8 +49,8 @@ def graddrop(
         losses. May be traced.
       f: an increasing function of the purity :math:`P`, from [0, 1] to [0, 1], of arrays entry by entry. By default
         the identity.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split. Then each device draws with
-        a key of its own, and the draws are others than on one device.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split. Then each device draws for
+        its part with a key of its own, and the draws are others than on one device.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`RandomState`.
@@ -85,10 +86,11 @@ def graddrop(
     def apply(state, jacobian, values, mask):
         del values
         draw_key, state = split_key(state, key_impl(key))
-        if axis_name is not None:
-            draw_key = jax.random.fold_in(draw_key, jax.lax.axis_index(axis_name))
 
-        def leaf(x, leaf_key):
+        def leaf(i, path, x):
+            axes = split_over(x, axis_name, path)
+            device_key = jax.random.fold_in(draw_key, jax.lax.axis_index(axes)) if axes else draw_key
+            leaf_key = jax.random.fold_in(device_key, i)
             dtype = jnp.result_type(jnp.float32, x)
             # Row by row: of the whole leaf XLA's CPU backend would store every step.
             rows, leaks = [row.astype(dtype) for row in x], read_leak(len(x), dtype)
@@ -99,8 +101,8 @@ def graddrop(
 
             return sum(map(kept, rows, leaks)).astype(x.dtype)
 
-        leaves, treedef = jax.tree.flatten(jacobian)
-        drawn = [leaf(x, jax.random.fold_in(draw_key, i)) for i, x in enumerate(leaves)]
+        leaves, treedef = jax.tree.flatten_with_path(jacobian)
+        drawn = [leaf(i, *x) for i, x in enumerate(leaves)]
         return treedef.unflatten(drawn), count_seen(state, mask)
 
     return base.aggregator(init, apply=apply, per_task={"leak": leak})
@@ -115,7 +117,6 @@ def _keeps_positive(rows, f, key):
     if jnp.shape(chance) != purity.shape:
         reject("f", f"a function that keeps the shape {purity.shape}", f"shape {jnp.shape(chance)}")
     # float32 in any case, so that a seed gives the same masks in either precision; lying as the parameters lie.
-    sharding = jax.typeof(rows[0]).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    draws = jax.random.uniform(key, purity.shape, jnp.float32, out_sharding=sharding if explicit else None)
+    sharding = jax.typeof(rows[0]).sharding if explicit_mesh(rows[0]) else None
+    draws = jax.random.uniform(key, purity.shape, jnp.float32, out_sharding=sharding)
     return chance > draws

@@ -67,7 +67,7 @@ def gradnorm(
       initial_losses: :math:`L_i(0)`, one number for all or one per task (an array or a tree of the same names); by
         default the first loss of each. The paper advises the logarithm of the number of classes for a classification.
       softmax: whether the weights are m times a softmax.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`GradNormState`, ``weighting``, ``gramian_weighting`` and

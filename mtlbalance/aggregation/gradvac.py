@@ -74,7 +74,7 @@ def gradvac(
         that is mapped.
       beta: :math:`\beta`, from 0 to 1. May be traced.
       eps: at least 0, relative to the largest norm. May be traced.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`GradVacState`, ``weighting`` and ``gramian_weighting``.

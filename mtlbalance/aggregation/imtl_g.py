@@ -32,7 +32,7 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
       by 1e3 or more are what the longest make of them.
 
     Args:
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.

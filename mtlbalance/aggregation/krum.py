@@ -36,7 +36,7 @@ def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = 
     Args:
       n_byzantine: how many gradients may be wrong, :math:`f \ge 0`.
       n_selected: how many are averaged, :math:`k \ge 1`.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.

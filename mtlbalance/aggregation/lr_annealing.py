@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.complex_parts import moduli
-from mtlbalance.gramian import total
+from mtlbalance.gramian import n_entries, total
 from mtlbalance.hyperparameters import FRACTION, check, reject
+from mtlbalance.mapped_axes import over_devices
 from mtlbalance.names import check_task, index_of
 from mtlbalance.states import count_seen, zero_counts
 
@@ -59,7 +60,7 @@ def lr_annealing(
       reference: the name of the task whose weight is 1, or its index where losses have no names.
       alpha: :math:`\alpha`, from 0 to 1. May be traced.
       statistic: of the reference's entries: ``"max"``, or ``"mean"``, as in PhysicsNeMo.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`LRAnnealingState`, ``weighting`` and ``rowwise``.
@@ -96,11 +97,8 @@ def lr_annealing(
         del task
         sizes = moduli(gradient)
         largest = jnp.max(jnp.stack([jnp.max(x, initial=0) for x in jax.tree.leaves(sizes)] or [jnp.zeros(())]))
-        added, count = jnp.asarray(total(sizes, axis_name)), float(sum(x.size for x in jax.tree.leaves(sizes)))
-        if axis_name is not None:
-            largest = jax.lax.pmax(largest, axis_name)
-            count = jax.lax.psum(count, axis_name)
-        return memory, (largest, added / jnp.maximum(count, 1))
+        mean = jnp.asarray(total(sizes, axis_name)) / float(max(n_entries(sizes, axis_name), 1))
+        return memory, (over_devices(jax.lax.pmax, largest, axis_name), mean)
 
     def weigh(state, statistics, values, mask):
         del values

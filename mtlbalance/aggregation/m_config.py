@@ -77,7 +77,7 @@ def m_config(
     Args:
       beta_1: :math:`\beta_1`, at least 0 and below 1. May be traced.
       beta_2: :math:`\beta_2`, at least 0 and below 1. May be traced.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`MConFIGState` and ``rowwise``. It has no weighting: what it

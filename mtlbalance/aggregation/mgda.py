@@ -26,7 +26,7 @@ def mgda(*, axis_name: Hashable | None = None) -> base.Aggregator:
       The problem is solved to rounding. TorchJD's and LibMTL's iterations stop sooner, with about three correct digits.
 
     Args:
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.

@@ -70,7 +70,7 @@ def moco(
       normalize: whether to make each gradient as long as its loss is large. The losses must be positive then, and
         given as ``values=``: where one is negative the gradient is NaN, and what follows that task's stays.
       softmax: whether to make weights by a softmax.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`MoCoState` and ``rowwise``. It has no weighting: what it

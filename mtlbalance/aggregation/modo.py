@@ -42,7 +42,7 @@ def modo(gamma: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hasha
     Args:
       gamma: step size :math:`\gamma > 0`. May be traced.
       rho: :math:`\rho \ge 0`, draws the weights together. May be traced.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`MoDoState`, ``weighting`` and ``gramian_weighting``.

@@ -34,7 +34,7 @@ def nash_mtl(max_norm: chex.Numeric = 1.0, *, axis_name: Hashable | None = None)
 
     Args:
       max_norm: largest norm of the gradient, at least 0; 0 for no bound. May be traced.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.

@@ -62,7 +62,7 @@ def pcd(
       beta: decay of the running averages, at least 0 and below 1. May be traced.
       eps: :math:`\epsilon \ge 0`. May be traced.
       main: the name of the task that comes first, or its index where losses have no names.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`PCDState`, ``weighting`` and ``gramian_weighting``.

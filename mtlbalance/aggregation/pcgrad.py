@@ -34,7 +34,7 @@ def pcgrad(key: int | chex.PRNGKey = 0, *, axis_name: Hashable | None = None) ->
     Args:
       key: a seed, or a :func:`jax.random.key`, for the orders. To sweep seeds, build the method inside the function
         that is mapped.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`RandomState`, ``weighting`` and ``gramian_weighting``.

@@ -60,7 +60,7 @@ def sdmgrad(
       lambda_: :math:`\lambda \ge 0`. May be traced.
       pref_vector: preference :math:`p`, one real number per task: an array or a tree of names; 1/m each by default.
         May be traced.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`SDMGradState`, ``weighting`` and ``gramian_weighting``.

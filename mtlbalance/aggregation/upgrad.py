@@ -48,7 +48,7 @@ def upgrad(
         May be traced.
       reg_eps: :math:`\epsilon \ge 0`. May be traced.
       norm_eps: a trace below it counts as zero; then the weights are the preference. May be traced.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
     Returns:
       An :class:`~mtlbalance.Aggregator` with state :class:`SeenState`, ``weighting`` and ``gramian_weighting``.

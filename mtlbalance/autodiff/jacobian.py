@@ -24,6 +24,7 @@ from mtlbalance.complex_parts import split
 from mtlbalance.gramian import gramian
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import sums
+from mtlbalance.mapped_axes import manual_axes, types_tell, varying
 
 
 def value_and_jac(
@@ -114,7 +115,8 @@ def value_and_gramian(
 
     Returns:
       A function of the arguments of ``losses_fn``. It returns ``(losses, gramian)``, or ``((losses, aux), gramian)``;
-      the Gramian of shape ``[m, m]`` is in float32 or wider.
+      the Gramian of shape ``[m, m]`` is in float32 or wider. Under :func:`jax.shard_map` it is that of all parameters,
+      split or whole, if the losses are the same on every device by their type; not so with ``check_vma=False``.
 
     Raises:
       TypeError: as :func:`value_and_jac`.
@@ -168,7 +170,15 @@ def gramian_at(
             warnings.warn(f"the Jacobian: {found}; rows=1 asks for that without this warning", stacklevel=2)
         rows = 1
     jacobian = point.pull(lambda pullback: pullback.rows(restrict, rows))
-    return gramian(jacobian), jacobian
+    return gramian(jacobian, axis_name=_axes_of_parts(point.evaluated.values)), jacobian
+
+
+def _axes_of_parts(values):
+    """The axes of :func:`jax.shard_map` along which the losses are the same: gradients that vary are parts there.
+
+    Over these a transposed pull-back adds up by itself.
+    """
+    return tuple(name for name in manual_axes() if types_tell(name) and name not in varying(values))
 
 
 def _two_pass_gramian(gradient_of, values):

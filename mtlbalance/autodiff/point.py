@@ -11,6 +11,7 @@ from mtlbalance.autodiff.loops import map_rows
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import check_int, is_number, reject
 from mtlbalance.losses import as_counted, is_counted, like_losses, present_rows, read_labelled, read_losses
+from mtlbalance.meshes import with_whole_tasks
 
 
 class Evaluated(NamedTuple):
@@ -97,11 +98,21 @@ def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Point
         row, _ = jax.grad(value_of, has_aux=True, allow_int=True)(params, task)
         return _without_float0(row, params)
 
+    def values_of(params):
+        values, outputs = jax.vmap(value_of, (None, 0))(params, tasks)
+        return with_whole_tasks(values), outputs
+
     tasks = args, totals
-    values, pull, outputs = jax.vjp(lambda params: jax.vmap(value_of, (None, 0))(params, tasks), params, has_aux=True)
-    row = lambda i: gradient(jax.tree.map(lambda x: x[i], tasks))
-    # Not pulled back from one-hot weights: that would differentiate every task's data for every row.
-    rows = lambda restrict, n: _map(lambda task: restrict(gradient(task)), tasks, n, values)
+    values, pull, outputs = jax.vjp(values_of, params, has_aux=True)
+    # Side by side the tasks may lie on several devices, one after the other they come to all.
+    on_all = jax.tree.map(lambda x: with_whole_tasks(jnp.asarray(x), 1), tasks)
+    row = lambda i: gradient(jax.tree.map(lambda x: x[i], on_all))
+
+    def rows(restrict, n):
+        # Not pulled back from one-hot weights: that would differentiate every task's data for every row.
+        jacobian = _map(lambda task: restrict(gradient(task)), tasks if n == "vmap" else on_all, n, values)
+        return jax.tree.map(lambda x: with_whole_tasks(x, 1), jacobian)
+
     return _at(values, outputs, Pullback(_weighted(pull, values, params), row, rows, n_bytes(pull)))
 
 

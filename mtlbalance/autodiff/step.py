@@ -28,6 +28,7 @@ from mtlbalance.contract import Aggregator, Scalarizer, weights_of
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import flatten, reject
 from mtlbalance.losses import like_losses, present_rows, read_mask, reject_number
+from mtlbalance.mapped_axes import manual_axes, types_tell
 from mtlbalance.names import names_of
 from mtlbalance.parameters import check_params_like
 
@@ -215,9 +216,17 @@ def _decide(method, state, point, present, restrict, rows, requested):
         return _decide_by_visits(method.rowwise, state, point, mask, restrict)
     if rows == "two_pass":
         evaluated = point.evaluated
-        gramian, jacobian = gramian_at(point, restrict, rows, requested=requested)
         given = {"values": _vector(evaluated.named), "mask": mask}
-        weights, state = method.gramian_weighting.apply(state, gramian, **given)
+        if not all(map(types_tell, manual_axes())):
+            # Nor what a transposed pull-back adds up over the devices: this raises if the method would have to know.
+            row = jax.eval_shape(lambda: point.pull(lambda pullback: restrict(pullback.row(0))))
+            rows_like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((evaluated.values.size, *x.shape), x.dtype), row)
+            jax.eval_shape(partial(method.weighting.apply, state, **given), rows_like)
+        gramian, jacobian = gramian_at(point, restrict, rows, requested=requested)
+        if jacobian is None:
+            weights, state = method.gramian_weighting.apply(state, gramian, **given)
+        else:  # its weighting knows over which axes the parameters are split
+            weights, state = method.weighting.apply(state, jacobian, **given)
         return _Decision(evaluated, state, weights, _combine(weights, jacobian, mask))
     if rows == "features":
         evaluated, jacobian = point.evaluate_and_pull(lambda pullback: pullback.features[0])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.contract import Rowwise
+from mtlbalance.mapped_axes import axes_of, over_devices, varying
 from mtlbalance.states import among, increment, is_in, select
 from mtlbalance.wrappers.plumbing import (
     Method,
@@ -59,7 +60,7 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
 
     Args:
       method: a method of either family.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter of an aggregator is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which an aggregator's parameters are split.
 
     Returns:
       A method of the same family with the same paths and state :class:`SkipNonfiniteState`.
@@ -200,15 +201,11 @@ def _stays_finite(new_state, state, jacobian_shaped, axis_name, ok=True):
 
 
 def _everywhere(ok, axis_name, like=None):
-    """Whether it is so on every device; where JAX knows over which axes it varies, and ``like`` does not, on these."""
-    axes = set(axis_name) if isinstance(axis_name, tuple) else {axis_name} - {None}
+    """Whether it is so on every device; also along the axes over which it varies, and ``like`` does not."""
+    axes = dict.fromkeys(axes_of(axis_name))
     if like is not None:
-        axes |= _varying(ok) - _varying(like)
-    return jax.lax.psum(1 - ok.astype(jnp.int32), tuple(axes)) == 0 if axes else ok
-
-
-def _varying(x):
-    return set(getattr(jax.typeof(x), "vma", ()))
+        axes |= dict.fromkeys(varying(ok) - varying(like))
+    return over_devices(jax.lax.psum, 1 - ok.astype(jnp.int32), tuple(axes)) == 0 if axes else ok
 
 
 def _all_finite(tree):

@@ -55,7 +55,7 @@ def skip_zero(method: Method, *, axis_name: Hashable | None = None) -> Method:
     Args:
       method: a method of either family, of which every call takes in all rows: not
         :func:`~mtlbalance.aggregation.m_config`.
-      axis_name: under :func:`jax.shard_map`, the axis over which every parameter of an aggregator is split.
+      axis_name: under :func:`jax.shard_map`, the axis over which an aggregator's parameters are split.
 
     Returns:
       A method of the same family with the same paths and state :class:`SkipZeroState`.

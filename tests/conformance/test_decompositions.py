@@ -61,7 +61,7 @@ def test_no_two_decompositions_stand_side_by_side(built):
     """In a sweep of trainings, of which some lack a task."""
 
     def losses_fn(params, targets):
-        return jnp.mean(jnp.square(params - targets), axis=1) + 0.1
+        return jnp.mean(jnp.square(params[None] - targets), axis=1) + 0.1
 
     def train(targets, present):
         method = built.case.make()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import mtlbalance as mtl
 from tests.conformance.helpers import PARAMS, SAME
 from tests.events import compilations, recorded
 
@@ -15,6 +16,8 @@ pytestmark = pytest.mark.unoptimized
 
 SPECS = {"dense": {"w": PartitionSpec("y", "x"), "b": PartitionSpec(("x", "y"))}, "scale": PartitionSpec()}
 AXES = ("x", "y")
+SPLIT = {"dense": {"w": PartitionSpec("y", "x"), "b": PartitionSpec("x")}, "scale": PartitionSpec()}
+OTHERS = {"dense": {"w": PartitionSpec("x"), "b": PartitionSpec()}, "scale": PartitionSpec()}  # the tasks have y
 MESHES = {kind: jax.make_mesh((4, 2), AXES, 2 * (getattr(AxisType, kind),)) for kind in ("Auto", "Explicit")}
 
 
@@ -89,30 +92,28 @@ def test_init_inside_jit_follows_an_explicit_sharding(aggregator):
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, memory), expected)
 
 
-def mapped(aggregator, weighs=False):
+def mapped(aggregator, weighs=False, check_vma=True):
     """A call of the method or its weighting under ``shard_map``, and the first state.
 
-    Every parameter is split over both axes: the replicated scale is left out.
+    One parameter is split over both axes, one over one of them, and one is whole on every device.
     """
     method = aggregator.case.make(axis_name=AXES) if aggregator.case.sharded else aggregator.method
-    params, rows = PARAMS["dense"], jax.tree.map(rows_spec, SPECS["dense"])
-    state = aggregator.init(method, params=params)
+    specs = jax.tree_util.tree_leaves_with_path(SPLIT)
+    state = aggregator.init(method)
 
     def spec(path, leaf):
         """The Jacobian's or the parameters' where a field is shaped like them, on every device elsewhere."""
-        parameter = getattr(path[-1], "key", None)
-        if parameter not in rows:
-            return PartitionSpec()
-        return (rows if leaf.ndim > params[parameter].ndim else SPECS["dense"])[parameter]
+        for (where, found), param in zip(specs, jax.tree.leaves(PARAMS), strict=True):
+            if path[-len(where) :] == where:
+                return rows_spec(found) if leaf.ndim > param.ndim else found
+        return PartitionSpec()
 
     state_specs = jax.tree_util.tree_map_with_path(spec, state)
-
-    output_specs = PartitionSpec() if weighs else SPECS["dense"]
+    in_specs = state_specs, jax.tree.map(rows_spec, SPLIT), PartitionSpec()
+    out_specs = PartitionSpec() if weighs else SPLIT, state_specs
 
     @jax.jit
-    @jax.shard_map(
-        mesh=MESHES["Auto"], in_specs=(state_specs, rows, PartitionSpec()), out_specs=(output_specs, state_specs)
-    )
+    @jax.shard_map(mesh=MESHES["Auto"], in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
     def call(state, x, values):
         return (method.weighting if weighs else method).apply(state, x, values=values)
 
@@ -124,7 +125,7 @@ def test_shard_map_gives_every_device_the_same_weights(aggregator):
     """Which ``shard_map`` refuses to trace where a sum over the axes has been left out."""
     weigh, state = mapped(aggregator, weighs=True)
     x = aggregator.sample(0)
-    weights, new_state = jax.eval_shape(weigh, state, x["dense"], aggregator.losses(x))
+    weights, new_state = jax.eval_shape(weigh, state, x, aggregator.losses(x))
     assert weights.shape == (3,)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
@@ -132,12 +133,89 @@ def test_shard_map_gives_every_device_the_same_weights(aggregator):
 @pytest.mark.one_of_a_kind("boundary")
 @pytest.mark.cases(lambda built: not built.case.local_draws)
 def test_shard_map_reduces_over_the_axes_of_the_parameters(aggregator):
+    """What is whole counts once, and what is split over one axis once along the other."""
     step, sharded = mapped(aggregator)
-    state = aggregator.init(params=PARAMS["dense"])
+    state = aggregator.init()
     for i in range(3):
-        x, values = aggregator.sample(i)["dense"], aggregator.losses(aggregator.sample(i))
+        x, values = aggregator.sample(i), aggregator.losses(aggregator.sample(i))
         gradient, state = aggregator.method.apply(state, x, values=values)
         sharded_gradient, sharded = step(sharded, x, values)
         same = {"rtol": 1e-4, "atol": 1e-5} if aggregator.case.amplifies_rounding else SAME
         chex.assert_trees_all_close(jax.device_get(sharded_gradient), jax.device_get(gradient), **same)
         chex.assert_trees_all_close(jax.device_get(sharded), jax.device_get(state), **same)
+
+
+@pytest.mark.cases(lambda built: built.case.local_draws)
+def test_shard_map_draws_once_for_what_is_whole(aggregator):
+    """As one device does; for the parts of what is split each device draws anew."""
+    (step, sharded), x = mapped(aggregator), aggregator.sample(0)
+    found, expected = step(sharded, x, None)[0], aggregator.method.apply(aggregator.init(), x)[0]
+    assert found["scale"] == expected["scale"]
+    assert any(jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True))
+
+
+@pytest.mark.cases(lambda built: built.case.sharded)
+def test_shard_map_whose_types_do_not_tell_what_is_whole_is_refused(aggregator):
+    """Every device would count it: cagrad's gradient was .42 off, and nothing said so."""
+    step, state = mapped(aggregator, check_vma=False)
+    x = aggregator.sample(0)
+    due = r"axis_name: expected .*check_vma=True.*, found 'x' under check_vma=False.*, where parameter \['dense'\]"
+    with pytest.raises(ValueError, match=due):
+        jax.eval_shape(step, state, x, aggregator.losses(x))
+
+
+# The tasks themselves on several devices.
+
+
+def split_by_tasks(mesh, tree, *rest):
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("y", *rest))), tree)
+
+
+def calls_of_four_tasks(built, mesh, mask):
+    """What takes something of each task: functions, their arguments, and these with the tasks on several devices."""
+    method, x = built.method_for(jnp.arange(4)), built.sample(0, n_tasks=4)
+    state = built.init(method, 4)
+    if built.is_scalarizer:
+
+        def step(state, x, mask):
+            scalar = lambda x: method.apply(state, x, mask=mask)
+            (scalar, new_state), gradient = jax.value_and_grad(scalar, has_aux=True)(x)
+            return scalar, gradient, built.hooks(new_state, x, mask, method)
+
+        def counted(state, x, mask):
+            return method.apply(state, mtl.Counted(x, jnp.ones(4)), mask=mask)
+
+        split = split_by_tasks(mesh, x)
+        return [step, counted], (state, x, mask), (method.init(split), split, split_by_tasks(mesh, mask))
+
+    given, gramian = {"values": built.losses(x), "mask": mask}, mtl.gramian.gramian(x)
+    rows = jax.tree.map(lambda leaf, spec: split_by_tasks(mesh, leaf, *spec), x, OTHERS)
+    calls = [lambda state, x, gramian, given: method.apply(state, x, **given)]
+    if method.weighting:
+        calls.append(lambda state, x, gramian, given: method.weighting.apply(state, x, **given))
+    if method.gramian_weighting:
+        calls.append(lambda state, x, gramian, given: method.gramian_weighting.apply(state, gramian, **given))
+    placed = built.init(method, 4, on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), OTHERS))
+    split = placed, rows, split_by_tasks(mesh, gramian, "x"), split_by_tasks(mesh, given)
+    return calls, (state, x, gramian, given), split
+
+
+THREE_OF_FOUR = jnp.array([True, True, False, True])
+
+
+@pytest.mark.parametrize("mask", [pytest.param(None, id="all", marks=pytest.mark.slow), THREE_OF_FOUR])
+def test_tasks_may_lie_on_several_devices_of_an_explicit_mesh(built, mask):
+    """While tracing: there JAX would raise."""
+    functions, arguments, split = calls_of_four_tasks(built, MESHES["Explicit"], mask)
+    for function in functions:
+        found, expected = (jax.eval_shape(function, *given) for given in (split, arguments))
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("Auto", marks=pytest.mark.slow), "Explicit"])
+@pytest.mark.one_of_a_kind("engine")
+def test_tasks_on_several_devices_give_what_they_give_on_one(built, kind):
+    functions, arguments, split = calls_of_four_tasks(built, MESHES[kind], THREE_OF_FOUR)
+    for function in functions:
+        found, expected = (jax.jit(function)(*given) for given in (split, arguments))
+        chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), **SAME)

@@ -1,0 +1,82 @@
+"""Sums over parameters that are split over the axes of :func:`jax.shard_map`; what every device has whole counts once.
+
+A type tells which of the two a leaf is: over which axes it varies. Where types do not tell, the sum would be wrong
+without a word, so it is refused.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from functools import reduce
+
+import chex
+import jax
+from jax.sharding import AxisType
+
+from mtlbalance.hyperparameters import reject
+
+
+def add_up(parts: chex.ArrayTree, axis_name: Hashable | None) -> chex.Array | float:
+    """The sum of all leaves, over the devices too, of a tree shaped like the parameters.
+
+    Args:
+      parts: for each parameter what this device adds, all of one shape.
+      axis_name: the mapped axes, if any; each leaf is added up over those that it is split over.
+    """
+    if axis_name is None:
+        return sum(jax.tree.leaves(parts), 0.0)
+    by_axes = defaultdict(float)
+    for path, part in jax.tree.leaves_with_path(parts):
+        by_axes[split_over(part, axis_name, path)] += part
+    return sum((jax.lax.psum(part, axes) if axes else part for axes, part in by_axes.items()), 0.0)
+
+
+def split_over(x: chex.Array, axis_name: Hashable | None, path: tuple[Hashable, ...] = ()) -> tuple[Hashable, ...]:
+    """The axes among these over which an array is split; it is whole on every device along the others.
+
+    Args:
+      x: a parameter, or what was made of it.
+      axis_name: the mapped axes, if any.
+      path: of the parameter, for the error.
+
+    Raises:
+      ValueError: if the types do not tell.
+    """
+    split = tuple(name for name in axes_of(axis_name) if name in varying(x))
+    for name in axes_of(axis_name):
+        if name not in split and not types_tell(name):
+            due = "an axis of jax.shard_map(..., check_vma=True), whose types tell what is split over it"
+            way_out = "or give gramian_weighting the Gramian of all devices"
+            found = f"{name!r} under check_vma=False, jax.vmap or jax.pmap"
+            leaf = f"parameter {jax.tree_util.keystr(path)}" if path else "a parameter"
+            reject("axis_name", f"{due} ({way_out})", f"{found}, where {leaf}, if whole, would count for every device")
+    return split
+
+
+def over_devices(reduction: Callable[..., chex.Array], x: chex.Array, axis_name: Hashable | None) -> chex.Array:
+    """A reduction of devices' numbers that may count a device often, such as :func:`jax.lax.pmax`."""
+    # Axis by axis: a number that varies over some of several axes only is refused by JAX.
+    return reduce(reduction, axes_of(axis_name), x)
+
+
+def axes_of(axis_name: Hashable | None) -> tuple[Hashable, ...]:
+    """The single axes: there may be none, one or a tuple."""
+    if axis_name is None:
+        return ()
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
+def manual_axes() -> tuple[Hashable, ...]:
+    """All axes of the :func:`jax.shard_map` that is being traced."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual)
+
+
+def varying(x: chex.Array) -> frozenset[Hashable]:
+    """The mapped axes over which an array may differ, by its type."""
+    kind = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # jax 0.8, and since 0.10
+
+
+def types_tell(name: Hashable) -> bool:
+    """Whether types tell what varies over a mapped axis; there is nothing to tell of one device."""
+    return jax.lax.axis_size(name) == 1 or name in varying(jax.lax.axis_index(name))
