@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtlbalance.hyperparameters import is_asking_for_shapes, is_int, is_number, kind_of, reject
+from mtlbalance.hyperparameters import flatten, is_asking_for_shapes, is_int, is_number, kind_of, reject
 from mtlbalance.losses import check_losses, sums
 
 
@@ -190,11 +190,11 @@ def by_group(argument: str, value: chex.ArrayTree) -> chex.ArrayTree:
     if not found or names in (None, ...):
         check_names({argument: value}, is_call=True)
         return value
-    given = dict(zip(found, jax.tree.leaves(value), strict=False))
+    given = dict(zip(found, flatten(argument, value), strict=True))
     matches = [[name for name in found if _is_in(entry, name)] for entry in names.entries]
     if any(len(match) != 1 for match in matches) or set(found) - {name for match in matches for name in match}:
         reject(argument, f"the losses' names {list(names.entries)}, or groups of them", f"{list(found)}")
-    return jnp.stack([jnp.asarray(given[name]) for (name,) in matches])
+    return jnp.stack([given[name] for (name,) in matches])
 
 
 def _is_in(name, group):

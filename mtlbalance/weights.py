@@ -36,7 +36,7 @@ def normalize(total: chex.Numeric = 1.0) -> optax.GradientTransformationExtraArg
     check("total", total, FINITE)
 
     def scale(updates, mask):
-        found = optax.tree.sum(updates)
+        found = _total(updates, mask)
         # Divided first: no product of large weights and a large total overflows.
         return jax.tree.map(lambda w: jnp.where(found == 0, w, w / jnp.where(found == 0, 1, found) * total), updates)
 
@@ -69,7 +69,7 @@ def clip(lower: chex.Numeric, upper: chex.Numeric) -> optax.GradientTransformati
         reject("upper", f"at least lower, {lower}", f"{upper}")
 
     def bound(updates, mask):
-        return jax.tree.map(lambda w: jnp.where(True if mask is None else mask, jnp.clip(w, lower, upper), w), updates)
+        return jax.tree.map(lambda w: jnp.where(_among(mask), jnp.clip(w, lower, upper), w), updates)
 
     return _stateless(bound)
 
@@ -118,14 +118,23 @@ def warm_up(n_steps: int) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, *, mask=None, **extra_args):
         del params, extra_args
-        present = jax.tree.map(lambda w: jnp.ones_like(w, bool) if mask is None else mask, updates)
-        number = sum(jnp.sum(here) for here in jax.tree.leaves(present))
-        equal = optax.tree.sum(updates) / jnp.maximum(number, 1)
-        first = state.count < n_steps
-        choose = lambda w, here: jnp.where(first & here, equal.astype(w.dtype), w)
-        return jax.tree.map(choose, updates, present), WarmUpState(optax.safe_increment(state.count))
+        number = _total(jax.tree.map(jnp.ones_like, updates), mask)
+        equal = _total(updates, mask) / jnp.maximum(number, 1)
+        is_equal = _among(mask, state.count < n_steps)
+        chosen = jax.tree.map(lambda w: jnp.where(is_equal, equal.astype(w.dtype), w), updates)
+        return chosen, WarmUpState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _among(mask, condition=True):
+    """The entries of tasks present, if the condition holds."""
+    return condition if mask is None else mask & condition
+
+
+def _total(updates, mask):
+    """The sum over the tasks present: of an absent one there may be an average, for when it is back."""
+    return sum(jnp.sum(w, where=_among(mask)) for w in jax.tree.leaves(updates))
 
 
 def _stateless(change):

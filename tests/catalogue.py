@@ -111,6 +111,7 @@ def averaging(beta=0.9, beta_sigma=0.5, axis_name=None):
     return aggregation.db_mtl(beta, beta_sigma, axis_name=axis_name)
 
 
+AVERAGE = optax.chain(optax.ema(0.5), mtl.weights.clip(0.1, 2.0), mtl.weights.normalize(2.0))
 ADAM_BEARS = 1e18  # beyond it the squares in its state overflow
 
 # The first case of each kind stands for all of them wherever kinds are told apart, see tests/conformance.
@@ -119,6 +120,7 @@ SCALARIZERS = [
     Case("group_dro", scalarization.group_dro, {"robust_step_size": (0.01, 1.0)}, total="1"),
     Case("mean", scalarization.mean, total="1"),
     Case("sum", scalarization.sum, total="m"),
+    Case("first_loss", scalarization.first_loss, largest=1e8),
     Case(
         "constant",
         lambda tasks=THREE: scalarization.constant(_weights(tasks)),
@@ -212,6 +214,20 @@ SCALARIZERS = [
     Case(
         "skip-learn-uw",
         lambda: mtl.skip_nonfinite(mtl.learn(scalarization.uw(), optax.adam(0.1))),
+        largest=ADAM_BEARS,
+    ),
+    Case("transform-dwa", lambda: mtl.transform_weights(scalarization.dwa(steps_per_epoch=2), AVERAGE)),
+    Case(
+        "prioritize-stch",
+        lambda tasks=THREE: mtl.prioritize(scalarization.stch(0.5), _preference(tasks)),
+        per_task=True,
+    ),
+    Case(
+        "regularize-learn-uw",
+        lambda tasks=THREE: mtl.regularize(
+            mtl.learn(scalarization.uw(), optax.adam(0.1)), {_first(tasks): optax.linear_schedule(0.5, 2.0, 3)}
+        ),
+        per_task=True,
         largest=ADAM_BEARS,
     ),
     Case("skip_zero-famo", lambda: mtl.skip_zero(scalarization.famo()), nonlinear=True, needs_positive=True, total="1"),
@@ -488,6 +504,27 @@ AGGREGATORS = [
         "skip-db_mtl",
         lambda axis_name=None: mtl.skip_nonfinite(aggregation.db_mtl(axis_name=axis_name), axis_name=axis_name),
         sharded=True,
+    ),
+    Case(
+        "transform-amortize-mgda",
+        lambda axis_name=None: mtl.transform_weights(mtl.amortize(aggregation.mgda(axis_name=axis_name)), AVERAGE),
+        sharded=True,
+    ),
+    Case(
+        "prioritize-excess_mtl",
+        lambda tasks=THREE, axis_name=None: mtl.prioritize(
+            aggregation.excess_mtl(axis_name=axis_name), _preference(tasks)
+        ),
+        sharded=True,
+        per_task=True,
+    ),
+    Case(
+        "regularize-upgrad",
+        lambda tasks=THREE, axis_name=None: mtl.regularize(
+            aggregation.upgrad(axis_name=axis_name), {_first(tasks): 0.1}
+        ),
+        sharded=True,
+        per_task=True,
     ),
     Case(
         "skip_zero-mgda",

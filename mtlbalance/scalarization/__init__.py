@@ -6,6 +6,7 @@ from mtlbalance.scalarization.cov_weighting import CoVWeightingState, cov_weight
 from mtlbalance.scalarization.dtp import DTPState, dtp
 from mtlbalance.scalarization.dwa import DWAState, dwa
 from mtlbalance.scalarization.famo import FAMOState, famo
+from mtlbalance.scalarization.first_loss import FirstLossState, first_loss
 from mtlbalance.scalarization.geometric_mean import geometric_mean
 from mtlbalance.scalarization.group_dro import GroupDROState, group_dro
 from mtlbalance.scalarization.imtl_l import IMTLLState, imtl_l
@@ -31,6 +32,7 @@ __all__ = [
     "DTPState",
     "DWAState",
     "FAMOState",
+    "FirstLossState",
     "GroupDROState",
     "IMTLLState",
     "LBTWState",
@@ -49,6 +51,7 @@ __all__ = [
     "dtp",
     "dwa",
     "famo",
+    "first_loss",
     "geometric_mean",
     "group_dro",
     "imtl_l",

@@ -3,6 +3,7 @@
 from mtlbalance.wrappers.amortize import AmortizeState, amortize
 from mtlbalance.wrappers.chain import ChainState, chain
 from mtlbalance.wrappers.cr_mogm import CRMOGMState, cr_mogm
+from mtlbalance.wrappers.freeze import freeze
 from mtlbalance.wrappers.learn import LearnState, learn
 from mtlbalance.wrappers.prioritize import PrioritizeState, prioritize
 from mtlbalance.wrappers.regularize import RegularizeState, regularize
@@ -23,6 +24,7 @@ __all__ = [
     "amortize",
     "chain",
     "cr_mogm",
+    "freeze",
     "learn",
     "prioritize",
     "regularize",
