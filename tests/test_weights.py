@@ -1,0 +1,226 @@
+"""What stands between a method's weights and the losses or rows: transformations, priors, terms, frozen weights."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization, weights
+from tests.catalogue import AGGREGATORS, SCALARIZERS
+
+pytestmark = pytest.mark.unoptimized
+
+WITH_WEIGHTS = {
+    **{f"scalarization-{case.name}": case.make for case in SCALARIZERS if not case.make().learned},
+    **{f"aggregation-{case.name}": case.make for case in AGGREGATORS if case.make().weighting},
+}
+SOME = "scalarization-famo", "scalarization-dwa", "aggregation-excess_mtl", "aggregation-upgrad"
+NOTHING = {
+    "transform_weights": lambda method: mtl.transform_weights(method, optax.identity()),
+    "prioritize": lambda method: mtl.prioritize(method, 1.0),
+}
+PARAMS = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(())}
+LOSSES = jnp.array([0.9, 2.0, 0.4])
+ROWS = {
+    "w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 3)), jnp.float32),
+    "b": jnp.array([1.0, -2.0, 0.5]),
+}
+OTHERS = jnp.array([True, False, True])
+
+
+def everything(method, state, mask=None):
+    """What a method gives on each of its paths: weights, gradients, new states."""
+    given = {"mask": mask}
+    if isinstance(method, mtl.Scalarizer):
+        weights, new_state = jax.grad(method.apply, argnums=1, has_aux=True)(state, LOSSES, **given)
+        return {"weights": weights, "state": method.observe(method.end_epoch(new_state), 0.9 * LOSSES, **given)}
+    given |= {"values": LOSSES}
+    found = {"apply": method.apply(state, ROWS, **given), "weighting": method.weighting.apply(state, ROWS, **given)}
+    if method.gramian_weighting is not None:
+        found["gramian"] = method.gramian_weighting.apply(state, mtl.gramian.gramian(ROWS), **given)
+    if method.rowwise is not None:
+        visited, statistics = state, []
+        for i in range(3):
+            row = jax.tree.map(lambda leaf, i=i: leaf[i], ROWS)
+            visited, statistic = method.rowwise.visit(visited, i, row, **given)
+            statistics.append(statistic)
+        statistics = jax.tree.map(lambda *parts: jnp.stack(parts), *statistics)
+        found["rowwise"] = method.rowwise.weigh(visited, statistics, **given)
+    return found
+
+
+def without_wrapper(found):
+    """The states inside."""
+    is_state = lambda x: hasattr(x, "inner")
+    return jax.tree.map(lambda x: x.inner if is_state(x) else x, found, is_leaf=is_state)
+
+
+def start(method):
+    return method.init(3 if isinstance(method, mtl.Scalarizer) else (3, PARAMS))
+
+
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
+@pytest.mark.parametrize("wrap", NOTHING.values(), ids=NOTHING)
+@pytest.mark.by_default(*SOME)
+def test_what_does_nothing_changes_nothing(wrap, name):
+    """Bit for bit but for a rounding; in its state there is no array of its own."""
+    bare = WITH_WEIGHTS[name]()
+    method = wrap(bare)
+    state = start(method)
+    expected = everything(bare, state.inner)
+    chex.assert_trees_all_close(without_wrapper(everything(method, state)), expected, rtol=3e-7, atol=1e-7)
+    own = [leaf for leaf in jax.tree.leaves(state._replace(inner=())) if jnp.ndim(leaf)]
+    assert len(own) == (method.last_weights is not None and hasattr(state, "last_weights"))
+
+
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
+@pytest.mark.by_default(*SOME, "aggregation-chain-imtl", "scalarization-skip-famo")
+def test_a_prior_of_zero_is_an_absent_task(name):
+    """Whatever its loss and gradient are: they are as they would be at a mask."""
+    bare = WITH_WEIGHTS[name]()
+    method = mtl.prioritize(bare, jnp.array([1.0, 0.0, 1.0]))
+    found = everything(method, start(method))
+    expected = everything(bare, start(bare), mask=OTHERS)
+    chex.assert_trees_all_close(without_wrapper(found), expected, rtol=3e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
+@pytest.mark.by_default(*SOME)
+def test_a_term_is_no_task(name):
+    bare = WITH_WEIGHTS[name]()
+    method = mtl.regularize(bare, {1: 0.25})
+    found, expected = everything(method, start(method)), everything(bare, start(bare), mask=OTHERS)
+    if isinstance(bare, mtl.Scalarizer):
+        np.testing.assert_allclose(found["weights"], expected["weights"].at[1].set(0.25), rtol=3e-7)
+        chex.assert_trees_all_equal(found["state"].inner, expected["state"])
+        return
+    for path in found.keys() - {"apply"}:
+        np.testing.assert_allclose(found[path][0], expected[path][0].at[1].set(0.25), rtol=3e-7)
+    gradient = jax.tree.map(lambda g, rows: g + 0.25 * rows[1], expected["apply"][0], ROWS)
+    chex.assert_trees_all_close(found["apply"][0], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_prior_of_zero_keeps_a_huge_gradient_from_the_solver():
+    rows = jnp.array([[1.0, 0.5], [-1000.0, 300.0], [-0.5, 1.0]])
+    method = mtl.prioritize(aggregation.upgrad(), jnp.array([1.0, 0.0, 1.0]))
+    gradient, _ = method.apply(method.init(rows.shape), rows)
+    expected = aggregation.upgrad().apply(aggregation.upgrad().init((2, 2)), rows[::2])[0]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
+def test_averages_are_those_of_the_calls_with_the_task():
+    method = mtl.transform_weights(scalarization.uw_so(), optax.ema(0.5, debias=False))
+    state, average = method.init(2), np.zeros(2)
+    for i, mask in enumerate([(True, True), (True, False), (True, True)]):
+        losses, mask = jnp.array([1.0 + i, 2.0]), jnp.array(mask)
+        found, state = jax.grad(method.apply, argnums=1, has_aux=True)(state, losses, mask=mask)
+        bare = scalarization.uw_so()
+        own, _ = jax.grad(bare.apply, argnums=1, has_aux=True)(bare.init(2), losses, mask=mask)
+        average = np.where(mask, average / 2 + np.asarray(own) / 2, average)
+        np.testing.assert_allclose(found, np.where(mask, average, 0), rtol=1e-6)
+
+
+def test_warm_up_then_bounds_then_a_total():
+    chain = optax.chain(weights.warm_up(1), weights.clip(0.3, 0.5), weights.normalize(3.0))
+    method = mtl.transform_weights(aggregation.mgda(), chain)
+    rows, state = jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]), method.init((3, 2))
+    for expected in [1.5, 1.5, 0], [1.875, 1.125, 0]:
+        found, state = method.weighting.apply(state, rows, mask=jnp.array([True, True, False]))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_schedule_counts_the_calls():
+    method = mtl.prioritize(scalarization.sum(), lambda count: {"a": 1.0, "b": count / 2})
+    losses = {"a": 1.0, "b": 10.0}
+    run = lambda state, _: method.apply(state, losses)[::-1]
+    np.testing.assert_allclose(jax.lax.scan(run, method.init(losses), length=3)[1], [1.0, 6.0, 11.0])
+    method = mtl.regularize(scalarization.sum(), {"b": optax.linear_schedule(0.0, 1.0, 2)})
+    np.testing.assert_allclose(jax.lax.scan(run, method.init(losses), length=3)[1], [1.0, 6.0, 11.0])
+
+
+def test_a_term_or_a_prior_may_be_that_of_a_group():
+    losses = {"pde": {"u": 1.0, "v": 2.0}, "bc": jnp.array([3.0, 4.0]), "kl": 5.0}
+    method = mtl.prioritize(scalarization.sum(), {"pde": 0.5, "bc": 10.0, "kl": 0.0})
+    assert method.apply(method.init(losses), losses)[0] == 1.5 + 70
+    method = mtl.regularize(scalarization.mean(), {"bc": 1.0, "kl": 0.1})
+    assert method.apply(method.init(losses), losses)[0] == 1.5 + 7 + 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mtl.prioritize(scalarization.sum(), {"a": 1.0}), r"prior: .*\['a', 'b'\], or groups.*\['a'\]"),
+        (lambda: mtl.prioritize(scalarization.sum(), {"a": 1.0, "c": 1.0}), r"prior: .*\['a', 'b'\].*\['a', 'c'\]"),
+        (lambda: mtl.prioritize(scalarization.sum(), jnp.ones(2)), "prior: .* by|prior: .*names"),
+        (lambda: mtl.prioritize(scalarization.sum(), -1.0), "prior: .*at least 0"),
+        (lambda: mtl.regularize(scalarization.sum(), {"c": 1.0}), r"terms: .*\['a', 'b'\].*'c'"),
+        (lambda: mtl.regularize(scalarization.sum(), {0: 1.0}), r"terms: .*\['a', 'b'\].*index 0"),
+        (lambda: mtl.regularize(scalarization.sum(), {}), "terms: expected a dict"),
+        (lambda: mtl.regularize(scalarization.sum(), {"a": jnp.nan}), r"terms\['a'\]: .*finite"),
+        (lambda: mtl.transform_weights(scalarization.uw(), optax.identity()), "method: .*learn"),
+        (lambda: mtl.transform_weights(aggregation.graddrop(0), optax.identity()), "method: .*makes weights"),
+    ],
+)
+def test_errors_name_what_is_wrong(make, message):
+    losses = {"a": 1.0, "b": 2.0}
+    with pytest.raises(ValueError, match=message):
+        make().apply(make().init(losses), losses)
+
+
+def test_what_is_no_transformation_is_refused():
+    with pytest.raises(TypeError, match=r"transformation: expected an optax transformation.*the function ema"):
+        mtl.transform_weights(scalarization.sum(), optax.ema)
+    with pytest.raises(ValueError, match="upper: expected at least lower"):
+        weights.clip(2.0, 1.0)
+
+
+def test_frozen_weights_are_those_of_the_state():
+    losses = {"a": 1.0, "b": 4.0}
+    learned = mtl.learn(scalarization.uw(), optax.sgd(0.1))
+    state = learned.apply(learned.init(losses), losses)[1]
+    frozen = mtl.freeze(learned, state, losses)
+    scalar, _ = frozen.apply(frozen.init(losses), {"a": 10.0, "b": 1.0})
+    np.testing.assert_allclose(scalar, jnp.dot(0.5 * jnp.exp(-state.inner.log_var), jnp.array([10.0, 1.0])), rtol=1e-6)
+    method = mtl.amortize(aggregation.mgda())
+    _, state = method.apply(method.init((2, 2)), jnp.array([[1.0, 0.0], [0.0, 2.0]]))
+    frozen = mtl.freeze(method, state)
+    np.testing.assert_allclose(frozen.apply(frozen.init(2), jnp.array([1.0, 1.0]))[0], 1.0)
+    with pytest.raises(ValueError, match=r"method: expected .*mtl.amortize"):
+        mtl.freeze(aggregation.mgda(), state.inner)
+    with pytest.raises(ValueError, match="losses: expected"):
+        mtl.freeze(scalarization.uw_so(), scalarization.uw_so().init(2))
+
+
+def test_a_line_search_sees_one_function():
+    """Adam with a method, then L-BFGS with its weights as they are then."""
+    targets = {"near": 1.0, "far": 30.0}
+    task_losses = lambda params: {name: jnp.sum((params - target) ** 2) for name, target in targets.items()}
+    method = scalarization.uw_so()
+    losses = task_losses(jnp.zeros(3))
+    frozen = mtl.freeze(method, method.init(losses), losses)
+    value_fn = lambda params: frozen.apply(frozen.init(losses), task_losses(params))[0]
+    optimizer = optax.lbfgs()
+
+    def step(carry, _):
+        params, state = carry
+        value, grad = optax.value_and_grad_from_state(value_fn)(params, state=state)
+        updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=value_fn)
+        return (optax.apply_updates(params, updates), state), value
+
+    (params, _), _ = jax.lax.scan(step, (jnp.zeros(3), optimizer.init(jnp.zeros(3))), length=5)
+    shares = jax.tree.leaves(jax.grad(partial(lambda x: frozen.apply(frozen.init(losses), x)[0]))(losses))
+    np.testing.assert_allclose(params, (30 * shares[0] + shares[1]) / sum(shares), rtol=1e-4)
+
+
+def test_first_losses():
+    method = scalarization.first_loss()
+    state = method.init(3)
+    calls = [((4.0, 0.0, -2.0), (1 / 4, 1, 1 / 2)), ((8.0, 0.5, jnp.nan), (1 / 4, 2, 1 / 2))]
+    for losses, expected in calls:
+        found, state = jax.grad(method.apply, argnums=1, has_aux=True)(state, jnp.array(losses))
+        np.testing.assert_allclose(found, expected)
