@@ -197,6 +197,30 @@ def by_group(argument: str, value: chex.ArrayTree) -> chex.ArrayTree:
     return jnp.stack([given[name] for (name,) in matches])
 
 
+def groups_of(argument: str, given: tuple[str, ...]) -> dict[str, tuple[list[int], Names]]:
+    """The positions of each group of losses, by its name, and their names inside of it: none in an array's.
+
+    Args:
+      argument: for the error.
+      given: the groups' names, which must be the losses' first names.
+    """
+    names = _outermost.get()
+    entries = () if names in (None, ...) else names.entries
+    found = {}
+    for i, entry in enumerate(entries):
+        group, _, inside = entry.partition(".")
+        positions, names_inside = found.setdefault(group, ([], []))
+        positions.append(i)
+        names_inside.append(inside)
+    if set(found) != set(given):
+        reject(argument, f"the names of the groups of losses, {list(found)}", f"{list(given)}")
+    return {group: (positions, _names_in_group(inside)) for group, (positions, inside) in found.items()}
+
+
+def _names_in_group(names):
+    return Names() if all(not name or name.isdigit() for name in names) else Names(tuple(names), len(names))
+
+
 def _is_in(name, group):
     return name == group or name.startswith(f"{group}.")
 

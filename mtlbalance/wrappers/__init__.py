@@ -5,6 +5,7 @@ from mtlbalance.wrappers.chain import ChainState, chain
 from mtlbalance.wrappers.cr_mogm import CRMOGMState, cr_mogm
 from mtlbalance.wrappers.freeze import freeze
 from mtlbalance.wrappers.learn import LearnState, learn
+from mtlbalance.wrappers.nested import NestedState, nested
 from mtlbalance.wrappers.prioritize import PrioritizeState, prioritize
 from mtlbalance.wrappers.regularize import RegularizeState, regularize
 from mtlbalance.wrappers.skip_nonfinite import SkipNonfiniteState, skip_nonfinite
@@ -16,6 +17,7 @@ __all__ = [
     "CRMOGMState",
     "ChainState",
     "LearnState",
+    "NestedState",
     "PrioritizeState",
     "RegularizeState",
     "SkipNonfiniteState",
@@ -26,6 +28,7 @@ __all__ = [
     "cr_mogm",
     "freeze",
     "learn",
+    "nested",
     "prioritize",
     "regularize",
     "skip_nonfinite",

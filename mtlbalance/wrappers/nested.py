@@ -1,0 +1,176 @@
+"""Nested: groups of losses, each under a scalarizer of its own, and one method over the groups."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtlbalance import base
+from mtlbalance.contract import check_is_method
+from mtlbalance.hyperparameters import reject
+from mtlbalance.losses import broadcast_to_rows
+from mtlbalance.names import Names, groups_of, with_names
+from mtlbalance.states import increment, zero_counts
+from mtlbalance.wrappers.plumbing import check_method
+
+
+class NestedState(NamedTuple):
+    """State of :func:`nested`.
+
+    Attributes:
+      seen: int32, one per loss: the calls in which it was present.
+      inner: the states of the groups' scalarizers, by name.
+      outer: the state of the method over the groups.
+    """
+
+    seen: chex.Array
+    inner: dict[str, chex.ArrayTree]
+    outer: chex.ArrayTree
+
+
+@base.memoized
+def nested(
+    outer: base.Scalarizer | base.Aggregator, inner: Mapping[str, base.Scalarizer]
+) -> base.Scalarizer | base.Aggregator:
+    r"""Balances inside of groups of losses, and then the groups.
+
+    .. math:: \mathrm{outer}(S_1, S_2, \ldots), \qquad S_k = \mathrm{inner}_k(L_i,\ i \in \text{group } k)
+
+    The groups are what stands under the losses' first names: ``{"pde": residuals, "bc": {"left": ..., "right": ...}}``
+    has two. A group may be an array, of any length. With ``outer=sum()`` the tasks are divided among several methods,
+    some of them with fixed weights. A group is absent if all its losses are.
+
+    If ``outer`` is an aggregator its rows are the gradients of the groups' scalars, made of those of all losses with
+    the weights of the inner scalarizers, which are constants of differentiation: it reads the losses.
+
+    Args:
+      outer: a method without learned fields; an aggregator makes weights, and remembers no gradients.
+      inner: a scalarizer without learned fields for each group, by its name.
+
+    Returns:
+      A method of the family of ``outer`` with state :class:`NestedState`. The hooks act on all methods; ``outer``
+      observes the groups' scalars.
+
+    Raises:
+      TypeError: if a method is of the wrong family.
+      ValueError: if one has learned fields, or ``outer`` does not fit; when it is used, if the groups are not the
+        losses'.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import scalarization
+      >>> method = mtl.nested(scalarization.geometric_mean(), {"pde": scalarization.mean(), "bc": scalarization.sum()})
+      >>> losses = {"pde": jnp.array([1.0, 3.0]), "bc": jnp.array([4.0, 4.0])}
+      >>> scalar, state = method.apply(method.init(losses), losses)
+      >>> print(f"{scalar:.1f}")  # of 2 and 8
+      4.0
+    """
+    check_method(outer, "nested(learn(outer, optimizer), inner)", makes_weights=True)
+    if outer.jacobian_shaped:
+        reject("outer", "an aggregator that remembers no gradients", f"jacobian_shaped={outer.jacobian_shaped}")
+    if not isinstance(inner, Mapping) or not inner:
+        reject("inner", 'a dict from groups to scalarizers, such as {"pde": scalarization.mean()}', f"{inner!r}")
+    for name, method in inner.items():
+        check_is_method(f"inner[{name!r}]", method, "a Scalarizer", base.Scalarizer)
+        check_method(method, f"inner={{{name!r}: learn(...)}}")
+    names = Names(tuple(sorted(inner)), len(inner))
+
+    def each(function):
+        """The function of every group's name, places and method, with the names inside known."""
+        found = groups_of("inner", names.entries)
+        results = {}
+        for name in names.entries:
+            places, names_inside = found[name]
+            with with_names(names_inside):
+                results[name] = function(name, np.array(places), inner[name])
+        return results
+
+    def over_groups(function, *args, **kwargs):
+        with with_names(names):
+            return function(*args, **kwargs)
+
+    def start(shape, dtype):
+        return each(lambda name, places, method: method.init(jax.ShapeDtypeStruct(places.shape, dtype)))
+
+    def scalars(state, values, mask):
+        call = lambda name, places, method: method.apply(state.inner[name], values[places], mask=mask[places])
+        results = each(call)
+        present = each(lambda name, places, method: jnp.any(mask[places]))
+        stack = lambda x: jnp.stack([x[name] for name in names.entries])
+        return (
+            stack({name: scalar for name, (scalar, _) in results.items()}),
+            stack(present),
+            state._replace(seen=increment(state.seen, mask), inner={name: new for name, (_, new) in results.items()}),
+        )
+
+    def observe(state, values, mask):
+        groups, present, _ = scalars(state, values, mask)
+        observe_one = lambda name, places, method: method.observe(state.inner[name], values[places], mask=mask[places])
+        return state._replace(
+            inner=each(observe_one), outer=over_groups(outer.observe, state.outer, groups, mask=present)
+        )
+
+    def end_epoch(state):
+        ended = {name: inner[name].end_epoch(state.inner[name]) for name in names.entries}
+        return state._replace(inner=ended, outer=outer.end_epoch(state.outer))
+
+    hooks = {"observe": observe, "end_epoch": end_epoch}
+    if isinstance(outer, base.Scalarizer):
+
+        def init(shape, dtype):
+            groups = over_groups(outer.init, jax.ShapeDtypeStruct((len(inner),), dtype))
+            return NestedState(zero_counts(shape), start(shape, dtype), groups)
+
+        def apply(state, values, mask):
+            groups, present, new_state = scalars(state, values, mask)
+            scalar, outer_state = over_groups(outer.apply, state.outer, groups, mask=present)
+            return scalar, new_state._replace(outer=outer_state)
+
+        return base.scalarizer(init, apply, **hooks)
+    return _nested_aggregator(outer, len(inner), start, scalars, over_groups, hooks)
+
+
+def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):
+    def init(m, params, dtype):
+        groups = over_groups(outer.init, (n_groups, params))
+        return NestedState(zero_counts(m), start((m,), dtype), groups)
+
+    def of_groups(weigh, combine):
+        def weigh_nested(state, statistic, values, mask):
+            values = jax.lax.stop_gradient(values)
+
+            def groups_and_rest(values):
+                groups, *rest = scalars(state, values, mask)
+                return groups, rest
+
+            groups, pullback, (present, new_state) = jax.vjp(groups_and_rest, values, has_aux=True)
+            # The weight of each loss in each group.
+            inside = jax.vmap(lambda one: pullback(one)[0])(jnp.eye(n_groups, dtype=groups.dtype))
+            weights, outer_state = over_groups(
+                weigh, state.outer, combine(inside, statistic), values=groups, mask=present
+            )
+            weights = jnp.matmul(jnp.where(present, weights, 0), inside, precision="highest")
+            return weights, new_state._replace(outer=outer_state)
+
+        return weigh and weigh_nested
+
+    def combine_rows(inside, jacobian):
+        add_up = lambda row: jax.tree.map(lambda x: jnp.sum(broadcast_to_rows(row, x) * x, axis=0), jacobian)
+        return jax.vmap(add_up)(inside)
+
+    def combine_gramian(inside, gramian):
+        return jnp.linalg.multi_dot([inside, gramian, inside.T], precision="highest")
+
+    of_gramian = outer.gramian_weighting
+    return base.aggregator(
+        init,
+        weighting=of_groups(outer.weighting.apply, combine_rows),
+        gramian_weighting=of_groups(of_gramian and of_gramian.apply, combine_gramian),
+        reads_losses=True,
+        hides_nonfinite=False,
+        **hooks,
+    )

@@ -1,0 +1,144 @@
+"""``nested``: groups of losses under methods of their own, and one method over the groups."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization
+
+pytestmark = pytest.mark.unoptimized
+
+LOSSES = {"bc": {"left": jnp.array(3.0), "right": jnp.array(0.5)}, "pde": jnp.array([1.0, 2.0, 4.0])}
+SUMS = {"bc": scalarization.sum(), "pde": scalarization.sum()}
+MASK = {"bc": {"left": True, "right": False}, "pde": jnp.array([True, True, False])}
+PARAMS = {"w": jnp.array([0.5, -1.0, 2.0])}
+OUTER = {
+    "mgda": aggregation.mgda(),
+    "upgrad": aggregation.upgrad(),
+    "db_mtl": aggregation.db_mtl(),
+    "lr_annealing": aggregation.lr_annealing("pde"),
+}
+
+
+def losses_fn(params):
+    distances = jnp.square(params["w"] - jnp.array([1.0, 2.0, 3.0]))
+    return {
+        "bc": {"left": distances[0] + 0.1, "right": jnp.sum(params["w"] ** 2) / 9 + 0.1},
+        "pde": 3 * distances + 0.2,
+    }
+
+
+def weights_and_state(method, state, losses, mask=None):
+    return jax.grad(method.apply, argnums=1, has_aux=True)(state, losses, mask=mask)
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "some"])
+def test_sums_of_sums_are_the_sum(mask):
+    method, bare = mtl.nested(scalarization.sum(), SUMS), scalarization.sum()
+    weights, state = weights_and_state(method, method.init(LOSSES), LOSSES, mask)
+    expected, bare_state = weights_and_state(bare, bare.init(LOSSES), LOSSES, mask)
+    chex.assert_trees_all_equal(weights, expected)
+    chex.assert_trees_all_equal(state.seen, bare_state.seen)
+
+
+def test_each_group_has_its_method():
+    """Fixed weights by name in one, learned ones in the other; what is over them follows the groups' scalars."""
+    group = {"bc": scalarization.constant({"left": 2.0, "right": 10.0}), "pde": scalarization.uw_so()}
+    method = mtl.nested(scalarization.famo(), group)
+    state, famo, pde = method.init(LOSSES), scalarization.famo(), scalarization.uw_so()
+    famo_state, pde_state = famo.init(2), pde.init(3)
+    for scale in 1.0, 0.7, 0.5:
+        losses = jax.tree.map(lambda x, scale=scale: scale * x, LOSSES)
+        (scalar, state), weights = jax.value_and_grad(method.apply, argnums=1, has_aux=True)(state, losses)
+        inside, new_pde_state = weights_and_state(pde, pde_state, losses["pde"])
+        scalars = jnp.stack([scale * 11.0, pde.apply(pde_state, losses["pde"])[0]])
+        (expected, famo_state), outside = jax.value_and_grad(famo.apply, argnums=1, has_aux=True)(famo_state, scalars)
+        pde_state = new_pde_state
+        np.testing.assert_allclose(scalar, expected, rtol=1e-6)
+        np.testing.assert_allclose(weights["bc"]["right"], 10 * outside[0], rtol=1e-6)
+        np.testing.assert_allclose(weights["pde"], outside[1] * inside, rtol=1e-6)
+        losses = jax.tree.map(lambda x: 0.9 * x, losses)
+        after = jnp.stack([0.9 * scale * 11.0, pde.apply(pde_state, losses["pde"])[0]])
+        state, famo_state = method.observe(state, losses), famo.observe(famo_state, after)
+        chex.assert_trees_all_close(state.outer, famo_state, rtol=1e-5)
+
+
+def test_a_group_without_losses_is_absent():
+    method = mtl.nested(scalarization.geometric_mean(), SUMS)
+    mask = {"bc": {"left": False, "right": False}, "pde": jnp.ones(3, bool)}
+    scalar, state = method.apply(method.init(LOSSES), LOSSES, mask=mask)
+    np.testing.assert_allclose(scalar, 7.0, rtol=1e-6)
+    np.testing.assert_array_equal(state.outer.seen, [0, 1])
+
+
+def test_a_training_in_one_program_learns():
+    method = mtl.nested(mtl.learn(scalarization.uw(), optax.adam(0.05)), SUMS)
+    grad_fn, adam = mtl.value_and_grad(losses_fn, method), optax.adam(0.1)
+
+    def step(carry, _):
+        params, state, opt_state = carry
+        (losses, state), grads = grad_fn(params, state)
+        updates, opt_state = adam.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), method.end_epoch(state), opt_state), losses
+
+    start = PARAMS, grad_fn.init(PARAMS), adam.init(PARAMS)
+    (_, state, _), losses = jax.lax.scan(step, start, length=100)
+    assert all(x[-1] < x[0] for x in jax.tree.leaves(jax.tree.map(lambda x: x.reshape(100, -1).sum(1), losses["pde"])))
+    assert np.all(state.outer.inner.log_var != 0)
+
+
+@pytest.mark.parametrize("name", OUTER)
+def test_an_aggregator_sees_the_groups(name):
+    """As of a function that returns the groups' scalars, in which the inner methods stand."""
+    inner = {"bc": scalarization.sum(), "pde": scalarization.geometric_mean()}
+    method, outer = mtl.nested(OUTER[name], inner), OUTER[name]
+
+    def groups_fn(params):
+        losses = losses_fn(params)
+        return {group: inner[group].apply(inner[group].init(losses[group]), losses[group])[0] for group in inner}
+
+    grad_fn = mtl.value_and_grad(losses_fn, method)
+    (_, state), gradient = grad_fn(PARAMS, grad_fn.init(PARAMS))
+    of_groups = mtl.value_and_grad(groups_fn, outer)
+    (_, outer_state), expected = of_groups(PARAMS, of_groups.init(PARAMS))
+    chex.assert_trees_all_close(gradient, expected, rtol=1e-4)
+    chex.assert_trees_all_close(state.outer, outer_state, rtol=1e-4)
+    if outer.gramian_weighting is not None:
+        two_pass = mtl.value_and_grad(losses_fn, method, rows="two_pass")
+        chex.assert_trees_all_close(two_pass(PARAMS, grad_fn.init(PARAMS))[1], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrap", [mtl.skip_nonfinite, mtl.skip_zero, mtl.amortize])
+def test_wrappers_stand_around_it(wrap):
+    method, bare = wrap(mtl.nested(scalarization.famo(), SUMS)), mtl.nested(scalarization.famo(), SUMS)
+    weights, _ = weights_and_state(method, method.init(LOSSES), LOSSES)
+    chex.assert_trees_all_close(weights, weights_and_state(bare, bare.init(LOSSES), LOSSES)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: mtl.nested(scalarization.sum(), {"bc": scalarization.sum()}),
+            ValueError,
+            r"\['bc', 'pde'\].*\['bc'\]",
+        ),
+        (lambda: mtl.nested(scalarization.sum(), {}), ValueError, "inner: expected a dict"),
+        (lambda: mtl.nested(scalarization.sum(), {"bc": aggregation.sum()}), TypeError, r"inner\['bc'\]: .*Scalarizer"),
+        (lambda: mtl.nested(scalarization.uw(), SUMS), ValueError, "method: .*learn"),
+        (lambda: mtl.nested(aggregation.excess_mtl(), SUMS), ValueError, "outer: .*remembers no gradients"),
+        (lambda: mtl.nested(aggregation.graddrop(0), SUMS), ValueError, "method: .*makes weights"),
+    ],
+)
+def test_errors_name_what_is_wrong(make, error, message):
+    with pytest.raises(error, match=message):
+        make().init(LOSSES)
+
+
+def test_losses_without_names_have_no_groups():
+    with pytest.raises(ValueError, match=r"inner: expected the names of the groups of losses, \[\]"):
+        mtl.nested(scalarization.sum(), SUMS).init(5)
