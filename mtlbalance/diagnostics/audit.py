@@ -26,6 +26,7 @@ ORTHOGONAL = 0.05  # cosines nearer to 0 are no conflict
 OPPOSITE = -0.9
 SAME = 1e-3
 SMALL_TURN = 5  # degrees
+MOST_PAIRS = 6  # in the table
 SUM = "the plain sum, scalarization.sum()"
 
 
@@ -55,8 +56,8 @@ class Audit(NamedTuple):
       cosine_with: of each task's gradient with the combined one: of the ``"sum"``, of the sum with ``weights``,
         ``"fixed"``, and of ``"upgrad"``. Below 0 the task's loss rises in a small step.
       turned: by how many degrees ``"fixed"`` and ``"upgrad"`` turn the sum's gradient. NaN where that is zero.
-      loss_ratios: of the larger to the smaller loss, ``"larger/smaller"``, where it is above 2 beyond noise; the largest
-        first.
+      loss_ratios: of the larger to the smaller loss, ``"larger/smaller"``, where it is above 2 beyond noise; the
+        largest first.
       norm_ratios: the same of the gradients' norms.
       conflicts: the cosines of the pairs in which it is negative beyond noise; the most negative first.
       identical: the pairs whose losses and gradients are the same.
@@ -82,6 +83,9 @@ class Audit(NamedTuple):
 
     def __str__(self) -> str:
         return _table(self)
+
+    def __repr__(self) -> str:
+        return _table(self)  # for notebooks
 
 
 def audit(
@@ -220,7 +224,9 @@ def _findings(found, evidence):
     n, findings = found.n_batches, []
     for i, task in enumerate(evidence.tasks):
         if n_lost := int(evidence.nonfinite[:, i].sum()):
-            findings.append(f"{task} is not finite on {n_lost} of {n} batches, which are left out")
+            findings.append(
+                f"the loss or gradient of {task} is not finite on {n_lost} of {n} batches; they do not count"
+            )
         elif not evidence.present[:, i].any():
             findings.append(f"{task} is absent from all batches")
         elif not (evidence.norms * evidence.present)[:, i].any():
@@ -293,9 +299,13 @@ def _table(found):
     rows = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*cells, strict=True)]
     turned = [f"{name} turns the sum's gradient by {x:.0f} degrees" for name, x in found.turned.items() if x >= 0]
     about = (
-        f"{found.n_batches} batches, ± standard errors. `with`: the cosine of a task's gradient with that of the sum, of the",
-        "sum with fixed weights, and of UPGrad. Where it is negative the task's loss rises.",
+        f"{found.n_batches} batches, ± standard errors. `with`: the cosine of a task's gradient with that of the sum,",
+        "of the sum with fixed weights, and of UPGrad. Where it is negative the task's loss rises.",
+    )
+    most_negative = sorted((x.mean, f"{pair} {x}") for pair, x in found.cosine.items() if x.mean <= 1)[:MOST_PAIRS]
+    cosines = (
+        [f"Cosines between gradients: {', '.join(text for _, text in most_negative)}", ""] if most_negative else []
     )
     found_lines = [f"- {line}" for line in (*found.findings, *turned)]
     advice = [f"- {line}" for line in found.advice]
-    return "\n".join([*about, "", *rows, "", "Found:", *found_lines, "", "Try first:", *advice])
+    return "\n".join([*about, "", *rows, "", *cosines, "Found:", *found_lines, "", "Try first:", *advice])
