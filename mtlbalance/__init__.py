@@ -17,6 +17,7 @@ from mtlbalance import (
 from mtlbalance.autodiff import subset, value_and_grad, value_and_gramian, value_and_jac
 from mtlbalance.changed_tasks import carry_over
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Weighting
+from mtlbalance.diagnostics import audit, report
 from mtlbalance.losses import Counted
 from mtlbalance.transforms import aggregate
 from mtlbalance.wrappers import (
@@ -61,6 +62,7 @@ __all__ = [
     "aggregate",
     "aggregation",
     "amortize",
+    "audit",
     "base",
     "carry_over",
     "chain",
@@ -75,6 +77,7 @@ __all__ = [
     "numerics",
     "prioritize",
     "regularize",
+    "report",
     "scalarization",
     "skip_nonfinite",
     "skip_zero",

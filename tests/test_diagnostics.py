@@ -435,3 +435,34 @@ def test_wrong_scalarizers_and_losses_raise():
         diagnostics.effective_weights(method, method.init(3), jnp.ones(3, int))
     with pytest.raises(ValueError, match=r"values: expected shape \(3,\), as given to init, found shape \(2,\)"):
         diagnostics.effective_weights(method, method.init(3), jnp.ones(2))
+
+
+# The alignment score.
+
+
+def test_alignment_is_that_of_the_unit_gradients():
+    """As the formula has it, with one of zero and an absent one left out; of two gradients it is the cosine."""
+    units = ROWS / jnp.linalg.norm(ROWS, axis=1, keepdims=True)
+    score = lambda units: 2 * np.sum(np.mean(units, axis=0) ** 2) - 1
+    close(diagnostics.alignment(gramian(ROWS)), score(units))
+    with_zero = jnp.concatenate([ROWS, jnp.zeros((1, 2)), jnp.full((1, 2), jnp.nan)])
+    close(diagnostics.alignment(gramian(with_zero), mask=jnp.arange(5) < 4), score(units))
+    close(diagnostics.alignment(gramian(ROWS[:2])), COSINES[0, 1])
+    counted = {"a": 1.0, "b": mtl.Counted(1.0, 0), "c": 1.0}
+    close(diagnostics.alignment(gramian(ROWS), counted), COSINES[0, 2])
+
+
+@pytest.mark.parametrize(
+    ("rows", "score"),
+    [
+        (jnp.eye(5), 2 / 5 - 1),
+        (1e-9 * jnp.ones((4, 3)), 1.0),
+        (jnp.array([[1e9, 0.0], [-1.0, 0.0]]), -1.0),
+        (jnp.ones((1, 3)), 1.0),
+        (jnp.zeros((3, 2)), 0.0),
+        (jnp.array([[1.0, 0.0], [jnp.inf, 0.0]]), np.nan),
+        (jnp.array([[1.0, 0.0], [1e25, 0.0]]), np.nan),  # whose square overflows
+    ],
+)
+def test_alignment_at_its_bounds(rows, score):
+    close(diagnostics.alignment(gramian(rows)), score)

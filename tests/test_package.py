@@ -21,7 +21,8 @@ FLOORS = [
     ["base", "changed_tasks"],
     ["scalarization", "aggregation"],
     ["wrappers", "weights"],
-    ["autodiff", "transforms", "diagnostics"],
+    ["autodiff", "transforms"],
+    ["diagnostics"],
     ["__init__"],
 ]
 # A wrapper that is a published method, and has its public name among the aggregators.

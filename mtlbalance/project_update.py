@@ -1,0 +1,79 @@
+"""The last link of an optax chain: an update that hurts no task to first order."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtlbalance.boundary import check_rows_of
+from mtlbalance.complex_parts import join_like, split
+from mtlbalance.gramian import combine, gramian, total
+from mtlbalance.hyperparameters import check_int, reject
+from mtlbalance.names import check_task, index_of, names_of, with_names
+from mtlbalance.parameters import check_params_like
+from mtlbalance.solvers import priority_constrained
+
+
+def project_update(n_tasks: int, protect: int | str | None = None) -> optax.GradientTransformationExtraArgs:
+    r"""Projects an update on the cone of those that raise no task's loss to first order.
+
+    .. math:: \min_v \lVert v - u \rVert \quad\text{where}\quad g_i^\top v \le 0 \text{ for every task } i
+
+    An aggregator's gradient may conflict with no task, and the update that an optimizer makes of it does so all the
+    same: momentum remembers other gradients, and Adam scales every coordinate by itself. This is the projection that
+    methods such as :func:`~mtlbalance.aggregation.dual_proj` make, of the update itself, so it stands last in the
+    chain. An update that hurts nobody is left as it is. Where gradients are opposite what remains is zero.
+
+    Its ``update`` takes the gradients as the extra argument ``jacobian=``, leaves ``[n_tasks, *param.shape]``, as
+    :func:`mtlbalance.value_and_jac` returns them. It also reads ``mask=``, which tasks are present, and ``values=``, the
+    losses, for their names.
+
+    Args:
+      n_tasks: the number of tasks, at least 1.
+      protect: one task alone, by its name, or by its index where losses have no names: then v is the projection on a
+        half-space. All tasks by default.
+
+    Returns:
+      A transformation without state.
+
+    Raises:
+      TypeError: if an argument has another type.
+      ValueError: if ``n_tasks`` is below 1; from ``update``, if there is no ``jacobian=``, or it does not fit the number
+        of tasks or the updates.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import mtlbalance as mtl
+      >>> optimizer = optax.chain(optax.sgd(1.0), mtl.project_update(n_tasks=2))
+      >>> jacobian, params = jnp.array([[4.0, 0.0], [-1.0, 1.0]]), jnp.zeros(2)
+      >>> updates, _ = optimizer.update(jacobian.sum(0), optimizer.init(params), params, jacobian=jacobian)
+      >>> print(updates)  # (-3, -1) would raise the second loss
+      [-2. -2.]
+    """
+    check_int("n_tasks", n_tasks, 1)
+    if protect is not None:
+        check_task("protect", protect, n_tasks)
+
+    def update(updates, state, params=None, *, jacobian=None, mask=None, values=None, **extra_args):
+        del params, extra_args
+        if jacobian is None:
+            reject("project_update", "the task gradients, as in update(grads, state, params, jacobian=jacobian)", "none")
+        check_params_like("updates", updates, jacobian, skip=1)
+        check_rows_of(jacobian, n_tasks, updates)
+        limits = jnp.ones(n_tasks, bool) if mask is None else _flat(mask)
+        if protect is not None:
+            with with_names(names_of(values)):
+                limits &= jnp.arange(n_tasks) == index_of("protect", protect)
+        rows, descent = split(jacobian), split(jax.tree.map(lambda u: -jnp.conj(u), updates))
+        along = jax.vmap(lambda row: total(jax.tree.map(jnp.multiply, row, descent)))(rows)
+        square = total(jax.tree.map(jnp.square, descent))
+        gramian_with_update = jnp.block([[square[None, None], along[None, :]], [along[:, None], gramian(rows)]])
+        multipliers = priority_constrained(gramian_with_update, 0.0, jnp.append(True, limits))[1:]
+        added = combine(multipliers, rows)
+        projected = jax.tree.map(lambda d, g: -(d + g.astype(d.dtype)), descent, added)
+        return jax.tree.map(lambda v, u: jnp.conj(v).astype(u.dtype), join_like(projected, updates), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _flat(mask):
+    return jnp.concatenate([jnp.ravel(jnp.asarray(leaf, bool)) for leaf in jax.tree.leaves(mask)])

@@ -1,0 +1,145 @@
+"""The flat dict that is logged: its numbers, its keys at every step, where it goes, and what it refuses."""
+
+import collections
+import json
+import re
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation, diagnostics
+from tests.test_readme import README, block_below
+
+pytestmark = pytest.mark.unoptimized
+
+LOSSES = {"right": jnp.array(3.0), "left": jnp.array(0.5)}
+WEIGHTS = {"left": jnp.array(4.0), "right": jnp.array(1.0)}
+ROWS = jnp.array([[1.0, 0.0], [-3.0, -4.0]])  # of norms 1 and 5, and cosine -0.6
+EXPECTED = {
+    "present/left": 1,
+    "present/right": 1,
+    "loss/left": 0.5,
+    "loss/right": 3,
+    "weight/left": 4,
+    "weight/right": 1,
+    "norm/left": 1,
+    "norm/right": 5,
+    "cosine/left/right": -0.6,
+    "conflict/left/right": 1,
+    "alignment": -0.6,
+}
+
+
+def test_numbers_made_by_hand():
+    of_jacobian = mtl.report(LOSSES, WEIGHTS, jacobian=ROWS)
+    of_gramian = mtl.report(LOSSES, WEIGHTS, gramian=ROWS @ ROWS.T)
+    for log in of_jacobian, of_gramian:
+        assert list(log) == list(EXPECTED)
+        np.testing.assert_allclose(list(log.values()), list(EXPECTED.values()), rtol=1e-6)
+        assert {(x.shape, x.dtype.name) for x in log.values()} == {((), "float32")}
+
+
+def test_whatever_is_at_hand():
+    assert mtl.report(LOSSES).keys() == {"present/left", "present/right", "loss/left", "loss/right"}
+    assert "weight/left" in mtl.report(weights=WEIGHTS) and "norm/1" in mtl.report(jacobian=ROWS)
+    assert list(mtl.report(jnp.ones(2), prefix="train/"))[-1] == "train/loss/1"
+    nested = {"pose": [jnp.ones(2), jnp.ones(())], "depth": jnp.ones(())}
+    names = ["depth", "pose.0.0", "pose.0.1", "pose.1"]
+    assert [key for key in mtl.report(nested) if "loss" in key] == [f"loss/{name}" for name in names]
+    changes = diagnostics.directional_derivatives(ROWS, jnp.array([-0.5, 0.0]), LOSSES)
+    log = mtl.report(LOSSES, change=changes, right={"left": 3, "right": False})
+    assert (log["change/left"], log["change/right"], log["right/left"], log["right/right"]) == (-0.5, 1.5, 3, 0)
+
+
+def test_names_count_and_not_their_order():
+    Named = collections.namedtuple("Named", "right left")
+    log = mtl.report(Named(3.0, 0.5), WEIGHTS)
+    assert (log["loss/left"], log["weight/left"], log["loss/right"], log["weight/right"]) == (0.5, 4, 3, 1)
+
+
+def test_an_absent_task_has_zeros_and_the_same_keys():
+    """Whatever stands in its place."""
+    nan = jnp.array(jnp.nan)
+    counted = {"left": mtl.Counted(nan, jnp.array(0)), "right": mtl.Counted(jnp.array(6.0), jnp.array(2))}
+    by_count = mtl.report(counted, {**WEIGHTS, "left": nan}, jacobian=ROWS.at[0].set(jnp.nan))
+    mask = {"left": jnp.array(False), "right": jnp.array(True)}
+    by_mask = mtl.report({**LOSSES, "left": nan}, {**WEIGHTS, "left": nan}, gramian=ROWS @ ROWS.T, mask=mask)
+    expected = dict.fromkeys(EXPECTED, 0.0) | {"present/right": 1, "loss/right": 3, "weight/right": 1, "norm/right": 5}
+    for log in by_count, by_mask:
+        assert log == expected | {"alignment": 1}
+    assert mtl.report(LOSSES, WEIGHTS, jacobian=ROWS, mask=jnp.zeros(2, bool)) == dict.fromkeys(EXPECTED, 0.0)
+
+
+def test_the_output_of_a_scan_with_absent_tasks_and_steps_without_new_weights():
+    """One dict of curves; and what ``json.dumps`` and ``device_get`` make of it and of one step's."""
+    task_losses = lambda params: {"left": jnp.sum((params - 1) ** 2), "right": 3 * jnp.sum((params + 1) ** 2)}
+    grad_fn = mtl.value_and_grad(task_losses, mtl.amortize(aggregation.upgrad()), return_weights=True)
+
+    def step(carry, given):
+        (params, state), (refresh, mask) = carry, given
+        (losses, state, weights), grads = grad_fn(params, state, refresh=refresh, mask=mask)
+        _, gramian = mtl.value_and_gramian(task_losses)(params)
+        params = optax.apply_updates(params, -0.01 * grads)
+        return (params, state), mtl.report(losses, weights, gramian=gramian, mask=mask)
+
+    params = jnp.array([0.1, -0.2])
+    given = jnp.array([True, False, True]), jnp.array([[True, True], [True, True], [True, False]])
+    _, log = jax.lax.scan(step, (params, grad_fn.init(params)), given)
+    assert log.keys() == EXPECTED.keys() and {x.shape for x in log.values()} == {(3,)}
+    assert log["weight/left"][0] == log["weight/left"][1] > 0
+    np.testing.assert_array_equal(log["present/right"], [1, 1, 0])
+    assert json.loads(json.dumps(jax.device_get(log), default=lambda x: x.tolist()))["present/right"] == [1, 1, 0]
+    assert json.loads(json.dumps(mtl.report(LOSSES), default=float))["loss/left"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: mtl.report(LOSSES, {"left": 1.0}), r"weights: .*\['left', 'right'\], found \['left'\]"),
+        (lambda: mtl.report(LOSSES, {"left": 1.0, "rihgt": 1.0}), r"weights: .*\['left', 'right'\], found .*rihgt"),
+        (lambda: mtl.report(LOSSES, jnp.ones(2)), r"weights: .*\['left', 'right'\], found 2 numbers without names"),
+        (lambda: mtl.report(jnp.ones(2), jnp.ones(3)), r"weights: .*\['0', '1'\], found 3 numbers"),
+        (lambda: mtl.report(LOSSES, change={"a": 1.0, "b": 1.0}), r"change: .*\['left', 'right'\]"),
+        (lambda: mtl.report(LOSSES, mask={"left": True}), "mask: .*'left'.*'right'"),
+        (
+            lambda: mtl.report(LOSSES, jacobian=jnp.ones((3, 2))),
+            r"gramian: .*\['left', 'right'\], .*\(3, 3\)",
+        ),
+        (lambda: mtl.report(LOSSES, jacobian=ROWS, gramian=ROWS), "gramian: expected either"),
+        (lambda: mtl.report(LOSSES, weight=WEIGHTS), "weight: .*'weights'"),
+        (lambda: mtl.report({"a": {"b": 1.0}, "a.b": 2.0}), "losses: .*'present/a.b' twice"),
+        (lambda: mtl.report(), "report: expected losses"),
+        (lambda: mtl.report({"left": "1"}), "losses"),
+    ],
+)
+def test_what_is_refused_names_the_tasks(call, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        call()
+
+
+def test_the_readmes_step_with_a_writer_is_ten_lines_more(monkeypatch):
+    """At most, the changed ones counted; and it runs, but for the writer, which is no dependency."""
+    old, new, n_added = "", "", 0
+    program = block_below("One training step for every method")
+    for hunk in re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1].split("@@\n"):
+        lines = [(line[:1], line[1:]) for line in hunk.splitlines()]
+        old, new = ("".join(f"{line}\n" for sign, line in lines if sign != skipped) for skipped in "+-")
+        n_added += sum(sign == "+" for sign, _ in lines)
+        assert program.count(old) == 1, hunk
+        program = program.replace(old, new)
+    assert n_added <= 10
+
+    written = []
+    writer = types.SimpleNamespace(add_scalar=lambda key, value, i: written.append((key, float(value), i)))
+    module = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})
+    keys = {f"{word}/{task}" for word in ("present", "loss", "weight") for task in ("pressure", "velocity")}
+    assert {key for key, *_ in written} == keys and len(written) == 30 * len(keys)
+    assert sorted({i for *_, i in written}) == list(range(30))
