@@ -19,6 +19,7 @@ from mtlbalance.changed_tasks import carry_over
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Weighting
 from mtlbalance.diagnostics import audit, report
 from mtlbalance.losses import Counted
+from mtlbalance.project_update import project_update
 from mtlbalance.transforms import aggregate
 from mtlbalance.wrappers import (
     AmortizeState,
@@ -76,6 +77,7 @@ __all__ = [
     "nested",
     "numerics",
     "prioritize",
+    "project_update",
     "regularize",
     "report",
     "scalarization",

@@ -21,7 +21,7 @@ FLOORS = [
     ["base", "changed_tasks"],
     ["scalarization", "aggregation"],
     ["wrappers", "weights"],
-    ["autodiff", "transforms"],
+    ["autodiff", "project_update", "transforms"],
     ["diagnostics"],
     ["__init__"],
 ]

@@ -1,9 +1,10 @@
 """Regularize: losses that are no tasks, with weights of their own."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -64,7 +65,6 @@ def regularize(
       >>> print(scalar)  # (1 + 2) / 2 + 0.01 * 50
       2.0
     """
-    is_scalarizer = isinstance(method, base.Scalarizer)
     check_method(method, "regularize(learn(method, optimizer), terms)", makes_weights=True)
     if not isinstance(terms, Mapping) or not terms:
         reject("terms", 'a dict from losses to their weights, such as {"kl": 1e-3}', f"{terms!r}")
@@ -100,17 +100,19 @@ def regularize(
         weights = method.last_weights(state.inner)
         return weigh(state, weights, jnp.ones(weights.shape, bool))[0]
 
-    last_weights = method.last_weights and last_weights
-    if not is_scalarizer:
-        return reweighted(method, start, weigh, last_weights=last_weights, seen=seen)
-
-    def apply(state, values, mask):  # with the method's scalar as it is
+    def apply(state, values, mask):  # with the scalarizer's scalar as it is
         fixed, are_terms = weights_of_terms(state, mask, values.dtype)
         scalar, inner = method.apply(state.inner, values, mask=mask & ~are_terms)
         return scalar + numerics.weighted_sum(fixed, values, are_terms), advanced(state._replace(inner=inner))
 
     def init(shape, dtype):
-        return start(shape, dtype, method.init(jnp.zeros(shape, dtype)))
+        return start(shape, dtype, method.init(jax.ShapeDtypeStruct(shape, dtype)))
 
+    last_weights = method.last_weights and last_weights
     hooks = hooks_of(method, seen) | {"last_weights": last_weights}
-    return with_guard_of(method, base.scalarizer(init, apply, **hooks))
+    regularized: Any = (
+        with_guard_of(method, base.scalarizer(init, apply, **hooks))
+        if isinstance(method, base.Scalarizer)
+        else reweighted(method, start, weigh, last_weights=last_weights, seen=seen)
+    )
+    return regularized

@@ -1,0 +1,100 @@
+"""``project_update``: no final update hurts a task to first order, whatever the optimizer before it does."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation
+
+OPTIMIZERS = {"adam": optax.adam(0.02), "momentum": optax.sgd(0.02, momentum=0.9), "sgd": optax.sgd(0.02)}
+
+
+def relative_products(updates, jacobian):
+    """Of the update with each gradient, over the product of their lengths."""
+    lengths = jnp.linalg.norm(updates) * jnp.linalg.norm(jacobian, axis=1)
+    products = jnp.matmul(jacobian, updates, precision="highest")
+    return jnp.where(lengths == 0, 0, products / jnp.where(lengths == 0, 1, lengths))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def largest_products(seed, optimizer, protected):
+    """Of 3000 steps on noisy quadratic losses of different optima and curvatures."""
+    centres, noise = jax.random.normal(jax.random.key(seed), (3, 10)), jax.random.key(seed + 100)
+    curvatures = jnp.exp(jax.random.normal(jax.random.key(seed + 200), (3, 10)))
+    last = (mtl.project_update(n_tasks=3),) if protected else ()
+    optimizer = optax.chain(optimizer, *last)
+    method = aggregation.upgrad()
+
+    def step(carry, key):
+        params, state, opt_state = carry
+        jacobian = curvatures * (params[None] - centres) + 0.3 * jax.random.normal(key, (3, 10))
+        gradient, state = method.apply(state, jacobian)
+        given = {"jacobian": jacobian} if protected else {}
+        updates, opt_state = optimizer.update(gradient, opt_state, params, **given)
+        largest = jnp.max(relative_products(updates, jacobian))
+        return (optax.apply_updates(params, updates), state, opt_state), largest
+
+    params = jnp.zeros(10)
+    carry = params, method.init((3, params)), optimizer.init(params)
+    return jax.lax.scan(step, carry, jax.random.split(noise, 3000))[1]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.by_default("adam")
+def test_no_final_update_hurts_a_task(name):
+    for seed in range(3):
+        assert jnp.max(largest_products(seed, OPTIMIZERS[name], True)) <= 1e-6
+    if name != "sgd":
+        assert jnp.mean(largest_products(0, OPTIMIZERS[name], False) > 1e-6) > 0.02  # the share without it
+
+
+def test_what_hurts_nobody_stays():
+    link, jacobian = mtl.project_update(2), jnp.array([[1.0, 0.1], [0.3, 2.0]])
+    updates = -jnp.array([1.0, 1.0])
+    np.testing.assert_array_equal(link.update(updates, link.init(updates), jacobian=jacobian)[0], updates)
+
+
+def test_one_protected_task_is_a_half_space():
+    jacobian = {"w": jnp.array([[4.0, 0.0], [-1.0, 1.0]]), "b": jnp.array([1.0, 2.0])}
+    updates = {"w": jnp.array([3.0, -1.0]), "b": jnp.array(-5.0)}
+    losses = {"left": 1.0, "right": 2.0}
+    product, square = 12.0 - 5.0, 17.0
+    expected = jax.tree.map(lambda u, rows: u - product / square * rows[0], updates, jacobian)
+    for link, values in (mtl.project_update(2, protect="left"), losses), (mtl.project_update(2, protect=0), None):
+        found, _ = link.update(updates, link.init(updates), jacobian=jacobian, values=values)
+        for name in updates:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    absent, _ = link.update(updates, link.init(updates), jacobian=jacobian, mask=jnp.array([False, True]))
+    np.testing.assert_array_equal(absent["w"], updates["w"])
+
+
+def test_opposite_gradients_leave_nothing_along_them():
+    link, jacobian = mtl.project_update(2), jnp.array([[1.0, 0.0], [-3.0, 0.0]])
+    found, _ = link.update(jnp.array([2.0, 5.0]), optax.EmptyState(), jacobian=jacobian)
+    np.testing.assert_allclose(found, [0.0, 5.0], atol=1e-5)
+
+
+def test_complex_parameters():
+    """The loss changes by the real part of gradient times update."""
+    jacobian, updates = jnp.array([[1 + 2j, 0.5j], [-1 + 1j, 2 + 0j]]), jnp.array([1 - 1j, 2 + 1j])
+    found, _ = mtl.project_update(2).update(updates, optax.EmptyState(), jacobian=jacobian)
+    assert jnp.max(jnp.real(jacobian @ updates)) > 0.1
+    assert jnp.max(jnp.real(jacobian @ found)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "jacobian: expected the gradients of the tasks"),
+        ({"jacobian": jnp.ones((3, 2))}, "jacobian: .*2"),
+        ({"jacobian": jnp.ones((2, 5))}, "updates: expected shape"),
+    ],
+)
+def test_errors_name_what_is_wrong(given, message):
+    with pytest.raises(ValueError, match=message):
+        mtl.project_update(2).update(jnp.ones(2), optax.EmptyState(), **given)
