@@ -51,6 +51,13 @@ def machine():
     return hashlib.sha256("\n".join(name).encode()).hexdigest()[:16]
 
 
+@pytest.fixture(scope="module")
+def users_broadcast():
+    """Code that stands for users' own, as the examples, adds a bias to every row without saying so."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Under xdist a file's tests, and in conformance a method's, share a process and with it what they compile."""

@@ -15,18 +15,12 @@ from tqdm import tqdm
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
-pytestmark = pytest.mark.by_default(
-    "test_a_scalarizer_too", "test_the_scale_falls_at_once_and_rises_after_many_good_steps"
-)
+pytestmark = [
+    pytest.mark.by_default("test_a_scalarizer_too", "test_the_scale_falls_at_once_and_rises_after_many_good_steps"),
+    pytest.mark.usefixtures("users_broadcast"),
+]
 
 SCALE = jnp.array(2.0**16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def biases_broadcast():
-    """The example's network is written as most are."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ def draw_two_lines(key):
     """A hundred points on each of two lines, with noise of standard deviation 10 and 1."""
     x_key, noise_key = jax.random.split(key)
     x = jax.random.normal(x_key, (100, 1))
-    noise = jnp.array([10.0, 1.0]) * jax.random.normal(noise_key, (100, 2))
-    return x, jnp.array([2.0, 3.0]) * x + jnp.array([8.0, 3.0]) + noise
+    noise = jnp.array([[10.0, 1.0]]) * jax.random.normal(noise_key, (100, 2))
+    return x, jnp.array([[2.0, 3.0]]) * x + jnp.array([[8.0, 3.0]]) + noise
 
 
 def init_layers(key, shapes):
@@ -37,7 +37,7 @@ def init_layers(key, shapes):
 
 def residuals(layers, x, y):
     (w1, b1), (w2, b2) = layers
-    return y - (jax.nn.relu(x @ w1 + b1) @ w2 + b2)
+    return y - (jax.nn.relu(x @ w1 + b1[None]) @ w2 + b2[None])
 
 
 def fit_two_lines(key, n_epochs):

@@ -23,6 +23,7 @@ def block_below(heading):
 
 @pytest.mark.by_default("block-[0-4]")
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block-{i}" for i in range(len(BLOCKS))])
+@pytest.mark.usefixtures("users_broadcast")
 def test_code_block_runs_on_its_own(block):
     exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
 

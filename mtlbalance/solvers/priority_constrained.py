@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from mtlbalance import numerics
 from mtlbalance.solvers.interior_point import nonnegative_qp
+from mtlbalance.solvers.simplex_qp import simplex_qp
 
 
 def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Array | None = None) -> chex.Array:
@@ -42,10 +43,14 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
     lacking = jnp.where(others, tau * norms - gramian[primary] / norms, 0)
     unit = jnp.max(jnp.abs(lacking))
     unit = jnp.where(unit == 0, 1, unit)
-    multipliers = nonnegative_qp(cosines, -lacking / unit, others)
-    # Without shares they never do: then no step at all satisfies them.
+    # Progress for all is possible unless a convex combination of their unit gradients vanishes. The multipliers would
+    # grow along it without bound, but how far depends on rounding. One program after the other: they need each other.
+    hull = simplex_qp(cosines, mask=others)
+    hull_vanishes = (numerics.squared_length(cosines, hull) == 0) & (jnp.dot(hull, jnp.where(others, tau, 0)) > 0)
+    multipliers = nonnegative_qp(cosines, jnp.where(hull_vanishes, 0, -lacking / unit), others)
+    # Without shares they never contradict each other: then no step at all satisfies them.
     demanding = jnp.any(lacking > 0) & jnp.any(tau > 0)
-    combination_vanishes = numerics.squared_length(cosines, multipliers) == 0
+    combination_vanishes = hull_vanishes | (numerics.squared_length(cosines, multipliers) == 0)
     # Where rounding has made the matrix indefinite, the solver stops long before the multipliers are so long.
     missing = jnp.max(lacking / unit - jnp.dot(cosines, multipliers, precision="highest"), where=others, initial=0)
     rounding = 10 * (4 + len(mask) ** 0.5) * jnp.finfo(gramian.dtype).eps

@@ -7,7 +7,6 @@ import pytest
 
 from mtlbalance import aggregation
 from mtlbalance.numerics import project_simplex
-from tests.catalogue import AGGREGATORS
 
 pytestmark = pytest.mark.unoptimized
 
@@ -53,7 +52,7 @@ def test_cagrad_arrives_with_a_hinge_that_is_met():
     assert 0.99 <= np.min(x) <= np.max(x) <= 2.01
 
 
-@pytest.mark.parametrize("tau", [1e-3, 0.02, 0.5])
+@pytest.mark.parametrize("tau", [1e-5, 1e-3, 0.02, 0.5])
 def test_pcd_drops_what_contradicts(tau, precision):
     """Collinear gradients of both signs leave the primary one."""
     for seed in range(30):
@@ -161,25 +160,3 @@ def test_imtl_g_of_dependent_gradients_whatever_their_norms():
         assert np.linalg.norm(error) <= 1e-4 * np.linalg.norm(expected), (
             seed
         )  # rounding, which the condition multiplies
-
-
-def decompositions(jaxpr):
-    """The eigendecompositions in a program, those of its branches and loops with it."""
-    found = 0
-    for eqn in jaxpr.eqns:
-        found += eqn.primitive.name == "eigh"
-        inner = jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
-        found += sum(decompositions(getattr(x, "jaxpr", x)) for x in inner if hasattr(x, "eqns") or hasattr(x, "jaxpr"))
-    return found
-
-
-@pytest.mark.parametrize(
-    "case", [case for case in AGGREGATORS if case.make().gramian_weighting is not None], ids=lambda case: case.name
-)
-def test_no_method_decomposes_twice_under_vmap(case):
-    """Two that do not wait for each other may wait forever for threads, on a CPU with few cores."""
-    weighting = case.make().gramian_weighting
-    state, gramians = weighting.init((3, 4)), jnp.stack([jnp.eye(3)] * 2)
-    values = jnp.ones(3) if case.reads_losses else None
-    sweep = jax.vmap(lambda gramian: weighting.apply(state, gramian, values=values))
-    assert decompositions(jax.make_jaxpr(sweep)(gramians).jaxpr) <= 1

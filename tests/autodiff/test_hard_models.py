@@ -55,7 +55,7 @@ def recurrent():
 
     def losses(params):
         def cell(h, x):
-            return jnp.tanh(x @ params["w"] + h @ params["recurrent"] + params["b"]), None
+            return jnp.tanh(x @ params["w"] + h @ params["recurrent"] + params["b"][None]), None
 
         return _read_out(params, lax.scan(cell, jnp.zeros((8, 5)), sequence)[0])
 

@@ -401,7 +401,7 @@ def test_losses_of_two_axes():
 
     def square(params):
         w, b, heads = params
-        return (jnp.tanh(X[:2] @ w + b) @ heads[:, :2] - 1) ** 2
+        return (jnp.tanh(X[:2] @ w + b[None]) @ heads[:, :2] - 1) ** 2
 
     values, jacobian = mtl.value_and_jac(square)(params)
     assert values.shape == (2, 2)

@@ -123,7 +123,7 @@ def test_counted_losses():
         errors = jnp.mean((jnp.tanh(x @ params[0]["w"]) @ params[1]["w"] - y) ** 2, axis=-1)
         return mtl.Counted(jnp.sum(jnp.where(there, errors, 0)), jnp.sum(there))
 
-    there = jnp.arange(8) < jnp.array([8, 3, 0, 1])[:, None]
+    there = jnp.arange(8)[None] < jnp.array([8, 3, 0, 1])[:, None]
     method = aggregation.upgrad()
     given = PARAMS, method.init((4, PARAMS)), (*BATCH, there)
     (losses, state), gradient = jax.jit(mtl.value_and_grad(counted, method, task_axis=0))(*given)
