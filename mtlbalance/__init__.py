@@ -18,7 +18,7 @@ from mtlbalance.autodiff import subset, value_and_grad, value_and_gramian, value
 from mtlbalance.changed_tasks import carry_over
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Weighting
 from mtlbalance.losses import Counted
-from mtlbalance.transforms import aggregate
+from mtlbalance.transforms import aggregate, per_task
 from mtlbalance.wrappers import (
     AmortizeState,
     ChainState,
@@ -27,6 +27,7 @@ from mtlbalance.wrappers import (
     RegularizeState,
     SkipNonfiniteState,
     SkipZeroState,
+    TransformRowsState,
     TransformWeightsState,
     amortize,
     chain,
@@ -35,6 +36,7 @@ from mtlbalance.wrappers import (
     regularize,
     skip_nonfinite,
     skip_zero,
+    transform_rows,
     transform_weights,
 )
 
@@ -52,6 +54,7 @@ __all__ = [
     "Scalarizer",
     "SkipNonfiniteState",
     "SkipZeroState",
+    "TransformRowsState",
     "TransformWeightsState",
     "Weighting",
     "aggregate",
@@ -67,6 +70,7 @@ __all__ = [
     "learn",
     "names",
     "numerics",
+    "per_task",
     "prioritize",
     "regularize",
     "scalarization",
@@ -75,6 +79,7 @@ __all__ = [
     "solvers",
     "states",
     "subset",
+    "transform_rows",
     "transform_weights",
     "value_and_grad",
     "value_and_gramian",
