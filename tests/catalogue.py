@@ -508,6 +508,15 @@ AGGREGATORS = [
     ),
     Case("skip-random", lambda **kw: mtl.skip_nonfinite(aggregation.random(key=3), **kw), draws=True, sharded=True),
     Case("amortize-db_mtl", lambda axis_name=None: mtl.amortize(aggregation.db_mtl(axis_name=axis_name)), sharded=True),
+    Case("transform_rows-sum", lambda: mtl.transform_rows(aggregation.sum(), optax.scale_by_adam())),
+    Case(
+        "transform_rows-db_mtl-averages",
+        lambda beta=0.9, axis_name=None: mtl.transform_rows(
+            averaging(beta, axis_name=axis_name), optax.chain(optax.scale(2.0), optax.trace(0.5))
+        ),
+        {"beta": (0.5, 0.9)},
+        sharded=True,
+    ),
     Case(
         "amortize-excess_mtl",
         lambda axis_name=None, **kw: mtl.amortize(aggregation.excess_mtl(axis_name=axis_name, **kw)),
