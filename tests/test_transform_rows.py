@@ -430,3 +430,23 @@ def test_states_lie_with_the_parameters():
         for moments in state.mu, state.nu:
             assert moments["w"].sharding == NamedSharding(mesh, PartitionSpec(None, "data"))
         chex.assert_trees_all_equal_shapes(state.mu, {"w": jnp.ones((3, 4, 2)), "b": jnp.ones(3)})
+
+
+def test_what_spoils_the_moments_shows_now_and_later():
+    """The square of 1e20 overflows: Adam's update would be zero from then on."""
+    for method, bad in [(mtl.transform_rows(make(), ADAM), bad) for make in MAKERS for bad in (1e20, jnp.inf, jnp.nan)]:
+        rows = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+        state = method.init((2, 2))
+        gradient, state = method.apply(state, rows.at[1, 0].set(bad))
+        assert jnp.all(jnp.isnan(gradient))
+        assert jnp.all(jnp.isnan(method.apply(state, rows)[0]))
+
+
+def test_identity_compiles_to_the_bare_method():
+    bare = aggregation.mgda()
+    programs = []
+    for method in bare, mtl.transform_rows(bare, optax.identity()):
+        given = jax.eval_shape(lambda method=method: (method.init((3, PARAMS)), jacobian(0)))
+        memory = jax.jit(method.apply).lower(*given).compile()
+        programs.append((memory.cost_analysis()["flops"], memory.memory_analysis().temp_size_in_bytes))
+    assert programs[0] == programs[1]

@@ -14,7 +14,7 @@ from mtlbalance.complex_parts import join, split
 from mtlbalance.contract import Rowwise, check_is_method
 from mtlbalance.hyperparameters import reject
 from mtlbalance.states import among, on_mesh, read_optimizer, zeros_params
-from mtlbalance.wrappers.plumbing import check_method, hooks_of, visits_of, with_guard_of, within
+from mtlbalance.wrappers.plumbing import check_method, hooks_of, nan_tree_unless, visits_of, with_guard_of, within
 
 # Parameters of several ranks, and some so large that what is kept of large ones in another form is so here.
 _SOME_PARAMS = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in {"w": (512, 512), "b": (3,)}.items()}
@@ -62,7 +62,8 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
     The transformation gets no params: one that needs them, as ``optax.add_decayed_weights``, goes after the aggregator,
     or into :func:`per_task`, which has them. It gets the task's own loss as ``value=``, where the method is given
     losses, complex gradients as they are, and others in float32 or wider. Its state starts alike for all tasks. Under
-    :func:`jax.shard_map` it sees each device's part of a gradient: no norms there.
+    :func:`jax.shard_map` it sees each device's part of a gradient: no norms there. Where what it remembers of a task
+    present is not finite any more, the gradient is NaN.
 
     Args:
       aggregator: any aggregator.
@@ -107,21 +108,22 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
 
     def apply(state, jacobian, values, mask):
         given = state.transformation, _wide(jacobian), taken_in(state, mask), values
-        rows, rows_state = jax.vmap(lambda *given: _transform(transformation, *given))(*given)
+        rows, rows_state, ok = jax.vmap(lambda *given: _transform(transformation, *given))(*given)
         gradient, inner = aggregator.apply(state.inner, rows, values=values, mask=mask)
-        return gradient, TransformRowsState(inner, rows_state)
+        return nan_tree_unless(jnp.all(ok), gradient), TransformRowsState(inner, rows_state)
 
     def visit(state, i, row, values, mask):
         value = None if values is None else values[i]
         old = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), state.transformation)
-        row, new = _transform(transformation, old, _wide(row), taken_in(state, mask)[i], value)
+        row, new, ok = _transform(transformation, old, _wide(row), taken_in(state, mask)[i], value)
         put = lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, i, 0)
         inner, statistic = aggregator.rowwise.visit(state.inner, i, row, values=values, mask=mask)
-        return TransformRowsState(inner, jax.tree.map(put, state.transformation, new)), statistic
+        return TransformRowsState(inner, jax.tree.map(put, state.transformation, new)), (statistic, ~ok)
 
     def finish(state, statistics, values, mask):
+        statistics, spoilt = statistics
         gradient, inner = aggregator.rowwise.finish(state.inner, statistics, values=values, mask=mask)
-        return gradient, state._replace(inner=inner)
+        return nan_tree_unless(~jnp.any(spoilt), gradient), state._replace(inner=inner)
 
     combines = aggregator.rowwise is not None and aggregator.rowwise.finish is not None
     method = base.aggregator(
@@ -157,9 +159,19 @@ def update_row(
 
 
 def _transform(transformation, state, row, present, value):
-    extra_args = {} if value is None else {"value": value}
-    row, state = update_row(transformation, state, join(row), present, None, **extra_args)
-    return split(row), state
+    """As :func:`update_row`; and whether what is remembered of a task present is finite, if it started so.
+
+    Where it is not, as Adam's squares of a long gradient, the update may be zero for ever after.
+    """
+    extra_args, row = {} if value is None else {"value": value}, join(row)
+    new_row, state = update_row(transformation, state, row, present, None, **extra_args)
+    remembered = zip(jax.tree.leaves(state), jax.tree.leaves(transformation.init(row)), strict=True)
+    finite = [jnp.all(jnp.isfinite(x) | ~jnp.isfinite(start)) for x, start in remembered if _is_inexact(x)]
+    return split(new_row), state, jnp.all(jnp.array([True, *finite])) | ~present
+
+
+def _is_inexact(x):
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _wide(rows):
