@@ -111,6 +111,7 @@ def averaging(beta=0.9, beta_sigma=0.5, axis_name=None):
     return aggregation.db_mtl(beta, beta_sigma, axis_name=axis_name)
 
 
+ADAM, SCALED_TRACE = optax.scale_by_adam(), optax.chain(optax.scale(0.5), optax.trace(0.3))
 ADAM_BEARS = 1e18  # beyond it the squares in its state overflow
 
 # The first case of each kind stands for all of them wherever kinds are told apart, see tests/conformance.
@@ -508,12 +509,10 @@ AGGREGATORS = [
     ),
     Case("skip-random", lambda **kw: mtl.skip_nonfinite(aggregation.random(key=3), **kw), draws=True, sharded=True),
     Case("amortize-db_mtl", lambda axis_name=None: mtl.amortize(aggregation.db_mtl(axis_name=axis_name)), sharded=True),
-    Case("transform_rows-sum", lambda: mtl.transform_rows(aggregation.sum(), optax.scale_by_adam())),
+    Case("transform_rows-sum", lambda: mtl.transform_rows(aggregation.sum(), ADAM)),
     Case(
         "transform_rows-db_mtl-averages",
-        lambda beta=0.9, axis_name=None: mtl.transform_rows(
-            averaging(beta, axis_name=axis_name), optax.chain(optax.scale(2.0), optax.trace(0.5))
-        ),
+        lambda beta=0.9, axis_name=None: mtl.transform_rows(averaging(beta, axis_name=axis_name), SCALED_TRACE),
         {"beta": (0.5, 0.9)},
         sharded=True,
     ),

@@ -114,7 +114,7 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
 
     def visit(state, i, row, values, mask):
         value = None if values is None else values[i]
-        old = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), state.transformation)
+        old = _entries(state.transformation, i)
         row, new, ok = _transform(transformation, old, _wide(row), taken_in(state, mask)[i], value)
         put = lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, i, 0)
         inner, statistic = aggregator.rowwise.visit(state.inner, i, row, values=values, mask=mask)
@@ -168,6 +168,18 @@ def _transform(transformation, state, row, present, value):
     remembered = zip(jax.tree.leaves(state), jax.tree.leaves(transformation.init(row)), strict=True)
     finite = [jnp.all(jnp.isfinite(x) | ~jnp.isfinite(start)) for x, start in remembered if _is_inexact(x)]
     return split(new_row), state, jnp.all(jnp.array([True, *finite])) | ~present
+
+
+def _entries(state, i):
+    """One task's entries in buffers of their own.
+
+    The loop of one step sees to that. XLA reads a slice again wherever it is used, and lest the state was written to
+    before, it copies all of it first.
+    """
+    one = jax.lax.optimization_barrier(jnp.int32(1))  # or the loop is unrolled
+    first = jax.tree.map(lambda x: x[0], state)
+    entry = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    return jax.lax.fori_loop(0, one, lambda _, given: jax.tree.map(entry, state), first)
 
 
 def _is_inexact(x):
