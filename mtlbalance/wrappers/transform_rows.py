@@ -41,11 +41,13 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
     Each task has a state :math:`s_i` of its own: its own moments, and its own count of the calls in which it was
     present. For instance
 
-    * ``transform_rows(aggregation.sum(), optax.scale_by_adam())`` is AdaTask (Yang et al. 2023), and MultiAdam (Yao
-      et al. 2023) but for its ``eps`` and learning rate: no task's moments drown in another's;
+    * ``transform_rows(aggregation.sum(), optax.scale_by_adam())`` is AdaTask (Yang et al. 2023): no task's moments
+      drown in another's. A head, which one task alone moves, has plain Adam, as there;
+    * ``transform_rows(aggregation.mean(), optax.scale_by_adam(0.99, 0.99))`` is MultiAdam (Yao et al. 2023), whose
+      groups are the tasks here;
     * ``transform_rows(aggregation.sum(), optax.clip_by_global_norm(1.0))``: each gradient clipped to a length of 1;
-    * ``transform_rows(aggregation.mgda(), optax.normalize_by_update_norm())`` is MGDA with the gradients scaled by
-      their norms, as ``mgda_gn="l2"`` in LibMTL.
+    * ``transform_rows(aggregation.mgda(), optax.normalize_by_update_norm())`` is LibMTL's MGDA with ``mgda_gn="l2"``,
+      and with ``chain(scale_invariant(), mgda())`` for the aggregator that with ``"loss+"``.
 
     A transformation ends without a learning rate here, as ``optax.scale_by_adam()``, and not ``optax.adam(1e-3)``,
     which turns its updates around: what comes out is still a gradient for the optimizer after it, which is plain
@@ -91,6 +93,8 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
       Yang et al., `AdaTask: A Task-aware Adaptive Learning Rate Approach to Multi-task Learning
       <https://arxiv.org/abs/2211.15055>`_, AAAI 2023; Yao et al., `MultiAdam: Parameter-wise Scale-invariant Optimizer
       for Multiscale Training of Physics-informed Neural Networks <https://arxiv.org/abs/2306.02816>`_, ICML 2023.
+      Their code: https://github.com/EnnengYang/AdaTask, ``adatask.py``, and https://github.com/i207M/PINNacle,
+      ``src/optimizer/multiadam.py``.
     """
     check_is_method("aggregator", aggregator, "an Aggregator", base.Aggregator)
     check_method(aggregator, "transform_rows(aggregator, transformation)")
