@@ -20,7 +20,7 @@ from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Weighting
 from mtlbalance.diagnostics import audit, report
 from mtlbalance.losses import Counted
 from mtlbalance.project_update import project_update
-from mtlbalance.transforms import aggregate
+from mtlbalance.transforms import aggregate, per_task
 from mtlbalance.wrappers import (
     AmortizeState,
     ChainState,
@@ -30,6 +30,7 @@ from mtlbalance.wrappers import (
     RegularizeState,
     SkipNonfiniteState,
     SkipZeroState,
+    TransformRowsState,
     TransformWeightsState,
     amortize,
     chain,
@@ -40,6 +41,7 @@ from mtlbalance.wrappers import (
     regularize,
     skip_nonfinite,
     skip_zero,
+    transform_rows,
     transform_weights,
 )
 
@@ -58,6 +60,7 @@ __all__ = [
     "Scalarizer",
     "SkipNonfiniteState",
     "SkipZeroState",
+    "TransformRowsState",
     "TransformWeightsState",
     "Weighting",
     "aggregate",
@@ -76,6 +79,7 @@ __all__ = [
     "names",
     "nested",
     "numerics",
+    "per_task",
     "prioritize",
     "project_update",
     "regularize",
@@ -86,6 +90,7 @@ __all__ = [
     "solvers",
     "states",
     "subset",
+    "transform_rows",
     "transform_weights",
     "value_and_grad",
     "value_and_gramian",

@@ -127,7 +127,8 @@ def aggregator(
         statistics, values, mask)``, and ``visits: (state, mask)`` or none; :func:`rowwise_aggregator` makes it.
       end_epoch: ``(state) -> new_state``.
       observe: ``(state, values, mask) -> new_state``.
-      jacobian_shaped: state fields with leaves ``[m, *param.shape]``, whose absent rows the functions keep.
+      jacobian_shaped: state fields with leaves ``[m, *param.shape]``, whose absent rows the functions keep, and, as
+        ``"field.*"``, those of which each leaf has another entry per task that is kept so.
       last_weights: ``(state) -> weights`` of the last call, for a method that keeps them.
       reads_losses: whether a call without ``values`` is an error.
       hides_nonfinite: whether weights might be finite where the Gramian is not: so that it shows, they are NaN there.

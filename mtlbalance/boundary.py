@@ -1,7 +1,6 @@
 """How a method's plain functions become the public ones: what a call is given is read, and what it returns settled."""
 
 from functools import partial, wraps
-from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from mtlbalance.meshes import explicit_mesh, with_whole_tasks
 from mtlbalance.names import compile_with_names, names_of
 from mtlbalance.numerics import nan_unless
 from mtlbalance.parameters import check_params_like
-from mtlbalance.states import select
+from mtlbalance.states import like_jacobian, read_field, select
 
 _ROWS_DUE = "leaves [m, *param.shape], one row per task, as mtl.value_and_jac returns"
 
@@ -205,8 +204,8 @@ def without_state(read):
 
 def check_remembered(name, rows, state, jacobian_shaped, skip=0):
     """Raises unless gradients have the shapes of those that the state remembers, after ``skip`` axes."""
-    for field in jacobian_shaped:
-        check_rows_like(name, rows, attrgetter(field)(state), skip)
+    for field in like_jacobian(jacobian_shaped):
+        check_rows_like(name, rows, read_field(state, field), skip)
 
 
 def check_rows_like(name, rows, like, skip=0):

@@ -112,7 +112,9 @@ class Aggregator(NamedTuple):
       rowwise: the method computed row by row; ``None`` if it needs all rows together.
       learned: none; as in :class:`Scalarizer`.
       jacobian_shaped: the state fields whose leaves are shaped like the Jacobian's, as ``"averages"``, or
-        ``"inner.averages"`` under a wrapper.
+        ``"inner.averages"`` under a wrapper, ``"transformation.0.mu"`` in a tuple. After these may stand fields such as
+        ``"transformation.*"``: each leaf in it has one entry per task, of any shape. Rows and entries of tasks whose
+        gradient does not count stay as they were.
       last_weights: as in :class:`Scalarizer`, of shape ``[m]``.
       after_gradient: as in :class:`Scalarizer`.
     """

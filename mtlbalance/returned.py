@@ -3,7 +3,6 @@
 Everything here happens while tracing; a compiled call costs nothing more.
 """
 
-from operator import attrgetter
 from typing import Any
 
 import chex
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 
 from mtlbalance.hyperparameters import kind_of, reject
 from mtlbalance.parameters import check_params_like
+from mtlbalance.states import read_field
 
 
 def new_state(state: Any, shape: tuple[int, ...], fields: tuple[str, ...] = ()) -> Any:
@@ -31,7 +31,7 @@ def check_fields(state: Any, fields: tuple[str, ...]) -> None:
     """Raises unless the state has these fields, such as ``"seen"`` or ``"inner.averages"``."""
     for field in fields:
         try:
-            attrgetter(field)(state)
+            read_field(state, field)
         except AttributeError:
             found = ", ".join(getattr(state, "_fields", ())) or type(state).__name__
             reject("init", f"a state with a field {field!r}", found)
@@ -40,7 +40,7 @@ def check_fields(state: Any, fields: tuple[str, ...]) -> None:
 def check_rows(state: Any, fields: tuple[str, ...], m: int) -> None:
     """Raises unless every leaf of the fields shaped like the Jacobian has one row per task."""
     for field in fields:
-        for path, leaf in jax.tree.leaves_with_path(attrgetter(field)(state)):
+        for path, leaf in jax.tree.leaves_with_path(read_field(state, field)):
             if jnp.shape(leaf)[:1] != (m,):
                 where = f"init: the field {field!r}{jax.tree_util.keystr(path)}"
                 reject(where, f"a leading axis of {m}, as states.zeros_jacobian makes it", f"shape {jnp.shape(leaf)}")

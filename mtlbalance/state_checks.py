@@ -6,7 +6,6 @@ plain ``init``, so that whoever writes a method declares nothing. Methods whose 
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from operator import attrgetter
 from typing import Any
 
 import chex
@@ -16,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mtlbalance.hyperparameters import asking_for_shapes, kind_of, reject
+from mtlbalance.states import like_jacobian, read_field
 
 _NO_PARAMS, _SOME_PARAMS = jax.tree.structure(()), jax.tree.structure({"some": 0})
 
@@ -45,7 +45,8 @@ def state_check(
 
     def is_as_without_params(shape, expected):
         """Whether the state depends on no parameters: there is no knowing which if it remembers no gradients."""
-        return jacobian_shaped != () or _are_alike(expected, like(shape, _SOME_PARAMS, ((2, 3),)))
+        remembers = like_jacobian(jacobian_shaped or ()) or jacobian_shaped is None
+        return remembers or _are_alike(expected, like(shape, _SOME_PARAMS, ((2, 3),)))
 
     def check(state):
         leaves, treedef = jax.tree.flatten(params_of(state, jacobian_shaped or ()))
@@ -100,7 +101,7 @@ def params_of(state: Any, jacobian_shaped: tuple[str, ...]) -> chex.ArrayTree:
     Without such a field, or in a state of another kind, there are none.
     """
     try:
-        remembered = [attrgetter(field)(state) for field in jacobian_shaped]
+        remembered = [read_field(state, field) for field in like_jacobian(jacobian_shaped)]
     except AttributeError:
         remembered = []
     return jax.tree.map(_without_tasks, remembered[0]) if remembered else ()

@@ -11,6 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtlbalance.hyperparameters import is_asking_for_shapes, new_key_data, reject
 
+# At the end of a field's name: the leaves in it have one entry per task, of whatever shape.
+_ANY_SHAPE = ".*"
+
 
 class SeenState(NamedTuple):
     """State of a stateless method: how often each task was present.
@@ -87,13 +90,14 @@ def place(state: chex.ArrayTree, given: Any, jacobian_shaped: tuple[str, ...] = 
     Copies, so that a state can be donated: no leaf may share its buffer with another or with a hyperparameter. On the
     mesh, or the first step would move them. Those in ``jacobian_shaped`` are there already.
     """
+    jacobians = like_jacobian(jacobian_shaped)
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(given)]
-    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding) and _on_mesh(s)]
+    meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding) and on_mesh(s)]
 
     def leaf(path, x):
-        if is_in(jacobian_shaped, path):
+        if is_in(jacobians, path):
             return x
-        is_placed = not isinstance(x, jax.core.Tracer) and _on_mesh(getattr(x, "sharding", None))
+        is_placed = not isinstance(x, jax.core.Tracer) and on_mesh(getattr(x, "sharding", None))
         x = jnp.array(x, jnp.result_type(x), copy=True)  # with the dtype said, it is not weak
         return jax.device_put(x, NamedSharding(meshes[0], PartitionSpec())) if meshes and not is_placed else x
 
@@ -203,13 +207,37 @@ def select(
 
 def is_in(fields: tuple[str, ...], path: tuple[Any, ...]) -> bool:
     """Whether a leaf's path begins with one of these fields, such as ``"averages"`` or ``"inner.averages"``."""
-    names = [getattr(key, "name", None) for key in path]
-    return any(names[: len(parts)] == parts for parts in (field.split(".") for field in fields))
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    return any(names[: len(parts)] == parts for parts in map(_parts, fields))
+
+
+def read_field(state: Any, field: str) -> Any:
+    """What stands in a field, such as ``"averages"``, ``"inner.averages"`` or ``"transformation.0.mu"``.
+
+    Raises AttributeError if there is no such field.
+    """
+    for part in _parts(field):
+        if type(state) in (tuple, list) and part.isdecimal() and int(part) < len(state):
+            state = state[int(part)]
+        elif isinstance(state, dict) and part in state:
+            state = state[part]
+        else:
+            state = getattr(state, part)
+    return state
+
+
+def like_jacobian(fields: tuple[str, ...]) -> tuple[str, ...]:
+    """The fields shaped like the Jacobian, without those of which all that is known is that each task has its own."""
+    return tuple(field for field in fields if not field.endswith(_ANY_SHAPE))
 
 
 def among(indices: chex.Array, mask: chex.Array) -> chex.Array:
     """The tasks present whose index is among these."""
     return mask & jnp.zeros_like(mask).at[indices].set(True)
+
+
+def _parts(field):
+    return field.removesuffix(_ANY_SHAPE).split(".")
 
 
 def _zeros(params, dtype, lead):
@@ -218,7 +246,7 @@ def _zeros(params, dtype, lead):
         if isinstance(param, jax.core.Tracer):
             return jnp.broadcast_to(jnp.zeros_like(param, dtype=dtype), shape)
         sharding = getattr(param, "sharding", None)
-        if _on_mesh(sharding):
+        if on_mesh(sharding):
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*[None] * len(lead), *sharding.spec))
             return jnp.zeros(shape, dtype, device=sharding)
         return jnp.zeros(shape, dtype)
@@ -226,5 +254,6 @@ def _zeros(params, dtype, lead):
     return jax.tree.map(leaf, params)
 
 
-def _on_mesh(sharding):
+def on_mesh(sharding: Any) -> bool:
+    """Whether a sharding is one over the axes of a mesh."""
     return isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)

@@ -1,15 +1,18 @@
-"""An aggregator as an optax gradient transformation."""
+"""An aggregator as an optax gradient transformation, and what stands before it in a chain."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtlbalance import base
-from mtlbalance.boundary import check_rows_of
+from mtlbalance.boundary import check_rows_of, reader
 from mtlbalance.contract import check_is_method
 from mtlbalance.hyperparameters import check_int, reject
+from mtlbalance.losses import check_task_axis, present_rows
 from mtlbalance.parameters import check_params_like, check_trainable
 from mtlbalance.state_checks import check_like
+from mtlbalance.states import init_seen, read_optimizer
+from mtlbalance.wrappers.transform_rows import init_rows, update_row
 
 
 @base.memoized
@@ -30,10 +33,7 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
 
     Before it in the chain stands only what treats every number by itself, such as ``optax.clip``, ``optax.scale`` and
     ``optax.zero_nans``: others take the rows of all tasks for one gradient, as ``clip_by_global_norm`` does, or
-    raise, as ``adaptive_grad_clip``. For each task by itself ``vmap`` them: ::
-
-        each = lambda rows, params: jax.vmap(lambda row: clip.update(row, clip.init(params), params)[0])(rows)
-        optimizer = optax.chain(optax.stateless(each), mtl.aggregate(aggregator, n_tasks=2), optax.adam(1e-3))
+    raise, as ``adaptive_grad_clip``. :func:`per_task` lets them act on each task's gradient by itself.
 
     Ordinary transformations go after it. ``optax.MultiSteps``, ``apply_if_finite``, ``conditionally_transform`` and
     ``flatten`` expect updates shaped like the params: they must not surround it, but may follow it in the chain
@@ -95,6 +95,73 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
         return gradient, state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+@base.memoized
+def per_task(transformation: optax.GradientTransformation, n_tasks: int) -> optax.GradientTransformationExtraArgs:
+    """Lets an optax transformation act on each task's gradient by itself, before :func:`aggregate` in a chain.
+
+    Its ``update`` takes the Jacobian tree, leaves ``[n_tasks, *param.shape]``, and returns another. Each task has a
+    state of its own: the transformation's, with a task axis in front of every leaf; that of an absent task stays as it
+    was. It is :func:`transform_rows` as a link of the chain, with two differences: the transformation gets the params,
+    and complex gradients and narrow dtypes as optax has them.
+
+    Of the extra arguments it reads ``mask=`` and ``values=`` (or ``task_losses=``) as :func:`aggregate` does, and
+    hands on the task's own loss as ``value=``, and all others.
+
+    Args:
+      transformation: any optax gradient transformation, without a learning rate: ``optax.scale_by_adam()``, and not
+        ``optax.adam(1e-3)``, whose updates are turned around already.
+      n_tasks: the number of tasks, at least 1.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError: if ``n_tasks`` is not an int, or ``transformation`` none of optax.
+      ValueError: from ``update``, if the Jacobian does not fit the number of tasks, as a plain gradient does not, or
+        comes as ``jacobian=``: the aggregator would take that as it is.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import aggregation
+      >>> clip = mtl.per_task(optax.clip_by_global_norm(1.0), n_tasks=2)
+      >>> optimizer = optax.chain(clip, mtl.aggregate(aggregation.sum(), n_tasks=2), optax.sgd(1.0))
+      >>> params, jacobian = jnp.zeros(2), jnp.array([[300.0, 400.0], [0.3, 0.4]])
+      >>> updates, _ = optimizer.update(jacobian, optimizer.init(params), params)
+      >>> print([f"{x:.1f}" for x in updates])
+      ['-0.9', '-1.2']
+
+    References:
+      As :func:`transform_rows`.
+    """
+    transformation = read_optimizer(transformation, "transformation", "an optax one, such as optax.scale_by_adam()")
+    check_int("n_tasks", n_tasks, 1)
+    read = reader(lambda state: None)
+
+    def init(params):
+        return init_rows(transformation, params, n_tasks)
+
+    def update(updates, state, params=None, **extra_args):
+        if extra_args.get("jacobian") is not None:
+            expected = "the Jacobian as updates; mtl.aggregate(mtl.transform_rows(...)) takes it besides"
+            reject("jacobian", expected, "jacobian=, which the aggregator would take as it is")
+        call = read(init_seen(n_tasks), _losses_of(extra_args), extra_args.get("mask"), required=False)
+        rows = present_rows(check_task_axis(updates, n_tasks), call.mask)
+        others = {name: x for name, x in extra_args.items() if name not in _READ}
+
+        def update_one(state, row, present, value):
+            own = {} if value is None else {"value": value}
+            return update_row(transformation, state, row, present, params, **others | own)
+
+        return jax.vmap(update_one)(state, rows, call.mask, call.values)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# What both read of the extra arguments, and no transformation of one gradient.
+_READ = "values", "task_losses", "mask", "jacobian"
 
 
 def _losses_of(extra_args):

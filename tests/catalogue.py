@@ -112,6 +112,7 @@ def averaging(beta=0.9, beta_sigma=0.5, axis_name=None):
 
 
 AVERAGE = optax.chain(optax.ema(0.5), mtl.weights.clip(0.1, 2.0), mtl.weights.normalize(2.0))
+ADAM, SCALED_TRACE = optax.scale_by_adam(), optax.chain(optax.scale(0.5), optax.trace(0.3))
 ADAM_BEARS = 1e18  # beyond it the squares in its state overflow
 
 # The first case of each kind stands for all of them wherever kinds are told apart, see tests/conformance.
@@ -545,6 +546,13 @@ AGGREGATORS = [
     ),
     Case("skip-random", lambda **kw: mtl.skip_nonfinite(aggregation.random(key=3), **kw), draws=True, sharded=True),
     Case("amortize-db_mtl", lambda axis_name=None: mtl.amortize(aggregation.db_mtl(axis_name=axis_name)), sharded=True),
+    Case("transform_rows-sum", lambda: mtl.transform_rows(aggregation.sum(), ADAM)),
+    Case(
+        "transform_rows-db_mtl-averages",
+        lambda beta=0.9, axis_name=None: mtl.transform_rows(averaging(beta, axis_name=axis_name), SCALED_TRACE),
+        {"beta": (0.5, 0.9)},
+        sharded=True,
+    ),
     Case(
         "amortize-excess_mtl",
         lambda axis_name=None, **kw: mtl.amortize(aggregation.excess_mtl(axis_name=axis_name, **kw)),

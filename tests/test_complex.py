@@ -16,7 +16,8 @@ from tests.catalogue import AGGREGATORS
 
 CASES = {case.name: case for case in AGGREGATORS}
 # Those whose formula has squared moduli or moduli of single entries: two coordinates are not the same for them.
-OF_MODULI = [name for name in CASES if any(part in name for part in ("excess_mtl", "m_config", "lr_annealing"))]
+BY_ENTRY = "excess_mtl", "m_config", "lr_annealing", "transform_rows-sum"
+OF_MODULI = [name for name in CASES if any(part in name for part in BY_ENTRY)]
 SHAPES = {"fourier": (2, 3), "bias": (3,), "scale": (), "none": (0, 2)}
 COMPLEX = ("fourier", "scale", "none")
 
@@ -59,7 +60,7 @@ def test_a_method_sees_two_coordinates(name):
         chex.assert_trees_all_equal_shapes_and_dtypes(state, method.init((3, params)))
 
 
-@pytest.mark.by_default("excess_mtl", "m_config", "lr_annealing")
+@pytest.mark.by_default(*BY_ENTRY)
 @pytest.mark.parametrize("name", OF_MODULI)
 def test_moduli_do_not_change_when_the_plane_is_turned(name):
     """Real gradients, each entry turned by an angle of its own: the real problem's gradient is turned by the same."""

@@ -97,6 +97,8 @@ def test_a_plain_gradient_is_refused_where_the_state_knows_the_parameters(name):
                 apply(state, {"w": jnp.ones((3, 3, 2))}, values=LOSSES)
             with pytest.raises(ValueError, match=r"jacobian\['b'\]: expected shape \(3, 3\), found shape \(3, 4\)"):
                 apply(state, {"w": jnp.ones((3, 3, 2)), "b": jnp.ones((3, 4))}, values=LOSSES)
+        if method.rowwise is None:  # all rows are kept
+            continue
         with pytest.raises(ValueError, match=r"row\['b'\]: expected shape \(3,\), found shape \(\)"):
             method.rowwise.visit(state, 0, {"w": jnp.ones((3, 2)), "b": jnp.ones(())}, values=LOSSES)
 

@@ -143,10 +143,9 @@ def test_a_scalarizer_is_refused():
 # What may surround an aggregator, and what may not.
 
 
-def for_each_task(transformation):
+def for_each_task(transformation, n_tasks=3):
     """The README's recipe."""
-    one = lambda row, params: transformation.update(row, transformation.init(params), params)[0]
-    return optax.stateless(lambda rows, params: jax.vmap(one, (0, None))(rows, params))
+    return mtl.per_task(transformation, n_tasks)
 
 
 # 500 and 0.5 long: to a length of 1 each they add up to [0.9, 1.2].
@@ -160,7 +159,7 @@ def test_a_global_norm_clip_before_the_aggregator_is_of_all_tasks_together():
     found = {}
     for name, links in {
         "before": (clip, aggregate),
-        "each": (for_each_task(clip), aggregate),
+        "each": (for_each_task(clip, 2), aggregate),
         "after": (aggregate, clip),
     }.items():
         optimizer = optax.chain(*links)
@@ -179,7 +178,7 @@ def test_an_adaptive_clip_before_the_aggregator_raises_and_is_made_for_each_task
     optimizer = optax.chain(clip, aggregate)
     with pytest.raises(ValueError, match=r"Shape mismatch|shapes"):
         optimizer.update(LONG_AND_SHORT, optimizer.init(params), params)
-    optimizer = optax.chain(for_each_task(clip), aggregate)
+    optimizer = optax.chain(for_each_task(clip, 2), aggregate)
     updates, _ = optimizer.update(LONG_AND_SHORT, optimizer.init(params), params)
     np.testing.assert_allclose(updates, [0.3 + 0.3, 0.4 + 0.4], rtol=1e-5)
 

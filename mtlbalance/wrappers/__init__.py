@@ -10,6 +10,7 @@ from mtlbalance.wrappers.prioritize import PrioritizeState, prioritize
 from mtlbalance.wrappers.regularize import RegularizeState, regularize
 from mtlbalance.wrappers.skip_nonfinite import SkipNonfiniteState, skip_nonfinite
 from mtlbalance.wrappers.skip_zero import SkipZeroState, skip_zero
+from mtlbalance.wrappers.transform_rows import TransformRowsState, transform_rows
 from mtlbalance.wrappers.transform_weights import TransformWeightsState, transform_weights
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "RegularizeState",
     "SkipNonfiniteState",
     "SkipZeroState",
+    "TransformRowsState",
     "TransformWeightsState",
     "amortize",
     "chain",
@@ -33,5 +35,6 @@ __all__ = [
     "regularize",
     "skip_nonfinite",
     "skip_zero",
+    "transform_rows",
     "transform_weights",
 ]

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import mtlbalance as mtl
@@ -84,11 +85,12 @@ OTHERS = {
     "gradnorm": aggregation.gradnorm(),
     "m_config": aggregation.m_config(),
     "moco": aggregation.moco(),
+    "transform_rows": mtl.transform_rows(aggregation.db_mtl(beta=0.9), optax.trace(0.9)),
 }
 
 
 @pytest.mark.parametrize("method", OTHERS.values(), ids=OTHERS)
-@pytest.mark.by_default("m_config")
+@pytest.mark.by_default("m_config", "transform_rows")
 def test_others_that_stream_rows_keep_as_little(method):
     """As above, at one size: what is remembered is changed in place, also by a single visit."""
     params, batch = problem(8, 512, 256)

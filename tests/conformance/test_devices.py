@@ -1,7 +1,5 @@
 """Eight simulated devices give what one does, and the state lies where the parameters lie."""
 
-from operator import attrgetter
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mtlbalance as mtl
+from mtlbalance.states import like_jacobian, read_field
 from tests.conformance.helpers import PARAMS, SAME
 from tests.events import compilations, recorded
 
@@ -56,8 +55,8 @@ def test_eight_devices_give_what_one_gives(built, mesh):
     state, sharded = built.init(), sharded_init(built, mesh)
     before = jax.tree.map(lambda leaf: leaf.sharding, sharded)
     assert all(sharding.mesh == mesh for sharding in jax.tree.leaves(before))
-    for name in built.method.jacobian_shaped:
-        memory = attrgetter(name)(sharded)
+    for name in like_jacobian(built.method.jacobian_shaped):
+        memory = read_field(sharded, name)
         expected = jax.tree.map(lambda spec: NamedSharding(mesh, rows_spec(spec)), SPECS)
         chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, memory), expected)
     step = jax.jit(built.apply, donate_argnums=0)
@@ -87,7 +86,7 @@ def test_init_inside_jit_follows_an_explicit_sharding(aggregator):
     with jax.set_mesh(mesh):
         state = jax.jit(lambda params: aggregator.init(params=params))(params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, aggregator.init())
-    memory = attrgetter(aggregator.method.jacobian_shaped[0])(state)
+    memory = read_field(state, aggregator.method.jacobian_shaped[0])
     expected = jax.tree.map(lambda spec: NamedSharding(mesh, rows_spec(spec)), SPECS)
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, memory), expected)
 
