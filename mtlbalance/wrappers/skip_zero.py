@@ -146,7 +146,6 @@ def _skip_aggregator(method, hooks, axis_name):
         gramian_weighting=of_gramian and without(of_gramian.apply, in_gramian),
         rowwise=rowwise and Rowwise(visit, after_visits(rowwise.weigh), after_visits(rowwise.finish)),
         jacobian_shaped=within("inner", method.jacobian_shaped),
-        hides_nonfinite=False,
         given_weights=True,
         **hooks,
     )
