@@ -43,8 +43,9 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
     lacking = jnp.where(others, tau * norms - gramian[primary] / norms, 0)
     unit = jnp.max(jnp.abs(lacking))
     unit = jnp.where(unit == 0, 1, unit)
-    # Progress for all is possible unless a convex combination of their unit gradients vanishes. The multipliers would
-    # grow along it without bound, but how far depends on rounding. One program after the other: they need each other.
+    # Progress for all is possible unless a convex combination of their unit gradients vanishes. Along that the
+    # multipliers would grow without bound, and how far they get depends on rounding: so it is looked for first. The
+    # second program takes what the first one gives: side by side they might hang, see `mtlbalance.decompositions`.
     hull = simplex_qp(cosines, mask=others)
     hull_vanishes = (numerics.squared_length(cosines, hull) == 0) & (jnp.dot(hull, jnp.where(others, tau, 0)) > 0)
     multipliers = nonnegative_qp(cosines, jnp.where(hull_vanishes, 0, -lacking / unit), others)
