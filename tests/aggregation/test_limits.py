@@ -157,6 +157,5 @@ def test_imtl_g_of_dependent_gradients_whatever_their_norms():
         v = np.linalg.pinv(rows @ rows.T, rcond=1e-14, hermitian=True) @ np.linalg.norm(rows, axis=1)
         expected = v / np.sum(v) @ rows
         error = gradient_of(aggregation.imtl_g(), rows) - expected
-        assert np.linalg.norm(error) <= 1e-4 * np.linalg.norm(expected), (
-            seed
-        )  # rounding, which the condition multiplies
+        # Of rounding, which the condition multiplies.
+        assert np.linalg.norm(error) <= 1e-4 * np.linalg.norm(expected), seed
