@@ -79,6 +79,7 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
       nan [0 1] 1 [0 0]
     """
     check_method(method, "skip_nonfinite(learn(method, optimizer))")
+    # Compiled, as what the builders make is: a step need not be inside of jit.
     after_gradient = jax.jit(partial(_after_gradient, jacobian_shaped=method.jacobian_shaped, axis_name=axis_name))
     if isinstance(method, base.Scalarizer):
         axis_name = None  # its losses are the same on every device

@@ -79,7 +79,7 @@ def skip_zero(method: Method, *, axis_name: Hashable | None = None) -> Method:
     """
     check_method(method, "skip_zero(learn(method, optimizer))")
     if isinstance(method, base.Aggregator) and visits_of(method) is not None:
-        reject("method", "one that takes in all rows at every call", "one that does not: a row's turn comes unseen")
+        reject("method", "one that takes in all rows at every call", "one whose rows have turns")
 
     def observe(state, values, mask):
         mask = mask & ~state.was_zero & ~_zero_losses(values, mask)
