@@ -15,10 +15,10 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
 
     The solution is :math:`d = g_1 + \sum_j \mu_j g_j` with the multipliers :math:`\mu \ge 0` of the constraints,
     which minimise :math:`\mu^\top G \mu / 2 - \sum_j \mu_j (\tau_j G_{jj} - G_{j1})`. Constraints that contradict each
-    other by more than rounding are dropped, all of them, as TorchJD does: there the multipliers' combination of unit
-    gradients vanishes, which is tested to the square root of ten rounding errors, or leaves progress lacking. Exact to
-    rounding times the multipliers' size, in units of the first norm and of :math:`\tau_j \|g_j\|`. The first gradient
-    is that of the first task present.
+    other by more than rounding are dropped, all of them, as TorchJD does: there a convex combination of their unit
+    gradients vanishes, or the multipliers', which is tested to the square root of ten rounding errors, or progress is
+    lacking after all. Exact to rounding times the multipliers' size, in units of the first norm and of
+    :math:`\tau_j \|g_j\|`. The first gradient is that of the first task present.
 
     Args:
       gramian: inner products of the tasks' gradients, shape ``[m, m]``, of any scale, the primary task first.
