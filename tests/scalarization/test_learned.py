@@ -197,7 +197,7 @@ def test_the_largest_weight_must_be_positive_and_finite(name, bad):
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_no_weight_is_beyond_the_largest(name):
-    """Nor, below it, other than without a bound."""
+    """And below it a weight is what it is without a bound."""
     losses = jnp.array([0.5, 2.0])
     weights = lambda **given: mtl.diagnostics.effective_weights(
         method := getattr(scalarization, name)(**given), method.init(2), losses
