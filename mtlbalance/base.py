@@ -131,11 +131,12 @@ def aggregator(
         ``"field.*"``, those of which each leaf has another entry per task that is kept so.
       last_weights: ``(state) -> weights`` of the last call, for a method that keeps them.
       reads_losses: whether a call without ``values`` is an error.
-      hides_nonfinite: whether weights might be finite where the Gramian is not: so that it shows, they are NaN there.
+      hides_nonfinite: whether the function might give finite weights for a Gramian that is not finite, as comparisons
+        and solvers do: the builder makes them NaN there. Not so where they do not depend on it, as the mean's.
       axis_name: mapped axis over which parameters are split, for the Gramian.
       per_task: as in :func:`scalarizer`.
-      given_weights: whether the weights are a hyperparameter, or a method's inside, as they are, finite or not, and may
-        be differentiated with respect to it; others are constants of differentiation.
+      given_weights: whether the weights are a hyperparameter's, or those of a method inside: they are passed on as they
+        are, finite or not, with their gradient. Others are constants of differentiation.
 
     Complex leaves reach the functions as :class:`~mtlbalance.complex_parts.ComplexParts`: two real leaves each.
 

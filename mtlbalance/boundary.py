@@ -72,7 +72,7 @@ def of_gramian(gramian_weighting, axis_name):
 
 
 def for_each_task(function, mask):
-    """A function of one task as one of all tasks."""
+    """A function of one task's arguments, mapped over those of all tasks."""
     if explicit_mesh(mask) is None:
         return jax.vmap(function)
     # Under vmap a mask on an Explicit mesh does not select among arrays that are split (JAX 0.10).

@@ -31,7 +31,7 @@ def add_up(parts: chex.ArrayTree, axis_name: Hashable | None) -> chex.Array | fl
 
 
 def split_over(x: chex.Array, axis_name: Hashable | None, path: tuple[Hashable, ...] = ()) -> tuple[Hashable, ...]:
-    """The axes among these over which an array is split; it is whole on every device along the others.
+    """The axes in ``axis_name`` over which an array is split; along the others every device has it whole.
 
     Args:
       x: a parameter, or what was made of it.
@@ -53,13 +53,13 @@ def split_over(x: chex.Array, axis_name: Hashable | None, path: tuple[Hashable, 
 
 
 def over_devices(reduction: Callable[..., chex.Array], x: chex.Array, axis_name: Hashable | None) -> chex.Array:
-    """A reduction of devices' numbers that may count a device often, such as :func:`jax.lax.pmax`."""
+    """A reduction over the devices for which one may count more than once, such as :func:`jax.lax.pmax`."""
     # Axis by axis: a number that varies over some of several axes only is refused by JAX.
     return reduce(reduction, axes_of(axis_name), x)
 
 
 def axes_of(axis_name: Hashable | None) -> tuple[Hashable, ...]:
-    """The single axes: there may be none, one or a tuple."""
+    """``axis_name`` as a tuple of single axes: a user gives none, one or several."""
     if axis_name is None:
         return ()
     return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)

@@ -67,7 +67,8 @@ def project_simplex(vector: chex.Array, mask: chex.Array) -> chex.Array:
     # below the largest is projected to 0.
     shift = jnp.where(jnp.abs(largest) > 1, largest, 0)
     least = jnp.where(shift == 0, largest, 0) - 2
-    below = jnp.where(mask, jnp.maximum(vector - shift, least), least)  # no longer, or adding them up might overflow
+    # Not further below, or adding them up might overflow.
+    below = jnp.where(mask, jnp.maximum(vector - shift, least), least)
     projected = optax.projections.projection_simplex(below).astype(vector.dtype)
     return nan_unless(jnp.all(jnp.isfinite(vector) | ~mask), projected)
 
@@ -151,10 +152,11 @@ def nonnegative(x: chex.Array) -> chex.Array:
 def held(
     x: chex.Array, bound: Callable[[chex.Array], chex.Array], returns: chex.Array
 ) -> tuple[chex.Array, chex.Array]:
-    """A learned number ``x`` and the same within its ``bound``, so that a descent beyond it finds back, or stays.
+    """A learned number ``x``, for its regularizer, and ``x`` within its ``bound``, to make a weight of.
 
-    Beyond the bound the second one is constant, but has the gradient that it has there. Where that does not lead back,
-    as ``returns`` says, neither has a gradient.
+    Beyond the bound the second one is the bound, and its gradient goes to ``x`` all the same: a descent that would
+    leave the bound inwards finds back. Where it would not, ``returns`` is false: neither has a gradient then, and ``x``
+    stays where it is.
     """
     # Of a constant: the gradient of a minimum is a product with 0, NaN where that to the bounded number overflows.
     bounded = bound(jax.lax.stop_gradient(x))
@@ -176,6 +178,11 @@ def reverse_gradient(x: chex.Array) -> chex.Array:
 def nan_unless(ok: chex.Array, x: chex.Array) -> chex.Array:
     """``x``, or NaN where ``ok`` is false: what was made of numbers that are not finite must not look as if it was."""
     return jnp.where(ok, x, jnp.nan)
+
+
+def all_finite(tree: chex.ArrayTree) -> chex.Array:
+    """Whether every number in a tree is finite; true for a tree without leaves."""
+    return jnp.all(jnp.array([True, *(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree))]))
 
 
 def finite(x: chex.Array) -> chex.Array:

@@ -102,7 +102,7 @@ def graddrop(
             return sum(map(kept, rows, leaks)).astype(x.dtype)
 
         leaves, treedef = jax.tree.flatten_with_path(jacobian)
-        drawn = [leaf(i, *x) for i, x in enumerate(leaves)]
+        drawn = [leaf(i, path, x) for i, (path, x) in enumerate(leaves)]
         return treedef.unflatten(drawn), count_seen(state, mask)
 
     return base.aggregator(init, apply=apply, per_task={"leak": leak})

@@ -30,6 +30,7 @@ from mtlbalance.hyperparameters import flatten, reject
 from mtlbalance.losses import like_losses, present_rows, read_mask, reject_number
 from mtlbalance.mapped_axes import manual_axes, types_tell
 from mtlbalance.names import names_of
+from mtlbalance.numerics import all_finite
 from mtlbalance.parameters import check_params_like
 
 
@@ -185,8 +186,7 @@ def value_and_grad(
             gradient = join_subsets(is_shared, gradient, plain)
 
         if method.after_gradient is not None:
-            finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gradient)]
-            new_state = method.after_gradient(state, new_state, jnp.all(jnp.array([True, *finite])))
+            new_state = method.after_gradient(state, new_state, all_finite(gradient))
         outputs = evaluated.losses, new_state
         outputs += (like_losses(weights, evaluated.losses),) if return_weights else ()
         outputs += (evaluated.aux,) if has_aux else ()
@@ -218,7 +218,8 @@ def _decide(method, state, point, present, restrict, rows, requested):
         evaluated = point.evaluated
         given = {"values": _vector(evaluated.named), "mask": mask}
         if not all(map(types_tell, manual_axes())):
-            # Nor what a transposed pull-back adds up over the devices: this raises if the method would have to know.
+            # Types do not tell what a transposed pull-back has added up over the devices, either: where the method has
+            # to know, its weighting raises for rows of these shapes.
             row = jax.eval_shape(lambda: point.pull(lambda pullback: restrict(pullback.row(0))))
             rows_like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((evaluated.values.size, *x.shape), x.dtype), row)
             jax.eval_shape(partial(method.weighting.apply, state, **given), rows_like)

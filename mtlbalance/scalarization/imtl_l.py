@@ -41,7 +41,8 @@ def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0, max_weight: chex.Num
       initial_log_scale: start of :math:`s`: one real number, or one per task (an array or a tree of the same names).
         May be traced.
       max_weight: the largest weight that a loss may have, above 0 and finite: a task whose loss is zero does not go
-        beyond it, and returns when it has a loss again. The default is that of a loss of 1e-12. May be traced.
+        beyond it, and returns when it has a loss again, if the optimizer is one as Adam: after a step of plain SGD its
+        weight is 0. The default is that of a loss of 1e-12. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`IMTLLState` and ``learned=("log_scale",)``.
@@ -63,7 +64,6 @@ def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0, max_weight: chex.Num
       Liu et al., `Towards Impartial Multi-Task Learning <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021,
       section 3.2.
     """
-
     check("max_weight", max_weight, POSITIVE)
 
     def init(shape, dtype):

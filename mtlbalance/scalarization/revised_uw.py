@@ -42,7 +42,8 @@ def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0, max_weight: chex.Num
       initial_sigma: start of :math:`\sigma`, not zero: one real number, or one per task (an array or a tree of the
         same names). May be traced.
       max_weight: the largest weight that a loss may have, above 0 and finite: a task whose loss is zero does not go
-        beyond it, and returns when it has a loss again. The default is that of a loss of 5e-17. May be traced.
+        beyond it, and returns when it has a loss again, if the optimizer is one as Adam: after a step of plain SGD its
+        weight is 0. The default is that of a loss of 5e-17. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`RevisedUWState` and ``learned=("sigma",)``.
@@ -64,7 +65,6 @@ def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0, max_weight: chex.Num
       Liebel and Körner, `Auxiliary Tasks in Multi-task Learning <https://arxiv.org/abs/1805.06334>`_, 2018;
       https://github.com/Mikoto10032/AutomaticWeightedLoss (third party).
     """
-
     check("max_weight", max_weight, POSITIVE)
 
     def init(shape, dtype):

@@ -71,7 +71,6 @@ def self_adaptive(
       McClenny and Braga-Neto, `Self-Adaptive Physics-Informed Neural Networks <https://arxiv.org/abs/2009.04544>`_,
       2023, with the mask :math:`m(\lambda) = \lambda^2`; https://github.com/levimcclenny/SA-PINNs.
     """
-
     check("max_weight", max_weight, POSITIVE)
 
     def init(shape, dtype):

@@ -52,7 +52,8 @@ def uw(
         May be traced.
       classification: which tasks are classifications: one boolean for all, or one per task.
       max_weight: the largest weight that a loss may have, above 0 and finite: a task whose loss is zero does not go
-        beyond it, and returns when it has a loss again. The default is that of a loss of 1e-12. May be traced.
+        beyond it, and returns when it has a loss again, if the optimizer is one as Adam: after a step of plain SGD its
+        weight is 0. The default is that of a loss of 1e-12. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`UWState` and ``learned=("log_var",)``.
@@ -78,7 +79,6 @@ def uw(
     for leaf in jax.tree.leaves(classification):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
             reject("classification", "booleans", f"dtype {jnp.result_type(leaf)}", TypeError)
-
     check("max_weight", max_weight, POSITIVE)
 
     def factor(shape, dtype):

@@ -15,10 +15,10 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
 
     The solution is :math:`d = g_1 + \sum_j \mu_j g_j` with the multipliers :math:`\mu \ge 0` of the constraints,
     which minimise :math:`\mu^\top G \mu / 2 - \sum_j \mu_j (\tau_j G_{jj} - G_{j1})`. Constraints that contradict each
-    other by more than rounding are dropped, all of them, as TorchJD does: there the multipliers' combination of unit
-    gradients vanishes, which is tested to the square root of ten rounding errors, or leaves progress lacking. Exact to
-    rounding times the multipliers' size, in units of the first norm and of :math:`\tau_j \|g_j\|`. The first gradient
-    is that of the first task present.
+    other by more than rounding are dropped, all of them, as TorchJD does: there a convex combination of their unit
+    gradients vanishes, or the multipliers', which is tested to the square root of ten rounding errors, or progress is
+    lacking after all. Exact to rounding times the multipliers' size, in units of the first norm and of
+    :math:`\tau_j \|g_j\|`. The first gradient is that of the first task present.
 
     Args:
       gramian: inner products of the tasks' gradients, shape ``[m, m]``, of any scale, the primary task first.
@@ -43,8 +43,9 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
     lacking = jnp.where(others, tau * norms - gramian[primary] / norms, 0)
     unit = jnp.max(jnp.abs(lacking))
     unit = jnp.where(unit == 0, 1, unit)
-    # Progress for all is possible unless a convex combination of their unit gradients vanishes. The multipliers would
-    # grow along it without bound, but how far depends on rounding. One program after the other: they need each other.
+    # Progress for all is possible unless a convex combination of their unit gradients vanishes. Along that the
+    # multipliers would grow without bound, and how far they get depends on rounding: so it is looked for first. The
+    # second program takes what the first one gives: side by side they might hang, see `mtlbalance.decompositions`.
     hull = simplex_qp(cosines, mask=others)
     hull_vanishes = (numerics.squared_length(cosines, hull) == 0) & (jnp.dot(hull, jnp.where(others, tau, 0)) > 0)
     multipliers = nonnegative_qp(cosines, jnp.where(hull_vanishes, 0, -lacking / unit), others)

@@ -151,7 +151,7 @@ def _after_gradient(*guards):
 
     def after_gradient(old, new, finite):
         parts = zip(guards, old, new, strict=True)
-        return ChainState(*(guard(old, new, finite) if guard else new for guard, old, new in parts))
+        return ChainState(*(guard(before, after, finite) if guard else after for guard, before, after in parts))
 
     return after_gradient if any(guards) else None
 

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base
+from mtlbalance import base, numerics
 from mtlbalance.contract import Rowwise
 from mtlbalance.mapped_axes import axes_of, over_devices, varying
 from mtlbalance.states import among, increment, is_in, select
@@ -79,6 +79,7 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
       nan [0 1] 1 [0 0]
     """
     check_method(method, "skip_nonfinite(learn(method, optimizer))")
+    # Compiled, as what the builders make is: a step need not be inside of jit.
     after_gradient = jax.jit(partial(_after_gradient, jacobian_shaped=method.jacobian_shaped, axis_name=axis_name))
     if isinstance(method, base.Scalarizer):
         axis_name = None  # its losses are the same on every device
@@ -87,7 +88,7 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
     def observe(state, values, mask):
         inner = method.observe(state.inner, values, mask=mask)
         ok = jnp.all(_finite_losses(values, mask))
-        ok &= _stays_finite(inner, state.inner, method.jacobian_shaped, axis_name)
+        ok &= _stays_finite(inner, state.inner, True, method.jacobian_shaped, axis_name)
         return state._replace(inner=select(ok, inner, state.inner))
 
     hooks = hooks_of(method) | {"observe": observe}
@@ -117,7 +118,7 @@ def _skip_aggregator(method, guard, hooks, axis_name):
     visits = visits_of(method)
 
     def nan_unless_finite(state, inner, output, finite):
-        state, ok = guard(state, inner, finite, _all_finite(output))
+        state, ok = guard(state, inner, finite, numerics.all_finite(output))
         return nan_tree_unless(ok, output), state
 
     def given(mask, finite):
@@ -176,21 +177,21 @@ def _guarded(inner, shape):
     return SkipNonfiniteState(inner, jnp.zeros(shape, jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def _advance(state, inner, finite, finite_output=True, *, jacobian_shaped, axis_name):
+def _advance(state, inner, finite, finite_output, *, jacobian_shaped, axis_name):
     """The state after a call in which the tasks in ``finite`` were so, and whether its inner state has moved."""
-    ok = jnp.all(finite) & _stays_finite(inner, state.inner, jacobian_shaped, axis_name, finite_output)
+    ok = jnp.all(finite) & _stays_finite(inner, state.inner, finite_output, jacobian_shaped, axis_name)
     inner = select(ok, inner, state.inner, new_anyway=jacobian_shaped)
     return SkipNonfiniteState(inner, increment(state.nonfinite, ~finite), increment(state.skipped, ~ok)), ok
 
 
 def _after_gradient(old, new, finite, *, jacobian_shaped, axis_name):
-    """The new state, or the old one with this call counted."""
+    """The state after a step: where its gradient was not finite the inner one from before, and the call counted."""
     ok = _everywhere(finite, axis_name, like=old.skipped)
     inner = select(ok, new.inner, old.inner, new_anyway=jacobian_shaped)
     return new._replace(inner=inner, skipped=jnp.where(ok, new.skipped, increment(old.skipped, ~ok)))
 
 
-def _stays_finite(new_state, state, jacobian_shaped, axis_name, ok=True):
+def _stays_finite(new_state, state, ok, jacobian_shaped, axis_name):
     """Whether all is ``ok``, and every finite number outside the Jacobian-shaped fields still so, on every device."""
     ok = jnp.asarray(ok)
     for (path, new), old in zip(jax.tree.leaves_with_path(new_state), jax.tree.leaves(state), strict=True):
@@ -206,10 +207,6 @@ def _everywhere(ok, axis_name, like=None):
     if like is not None:
         axes |= dict.fromkeys(varying(ok) - varying(like))
     return over_devices(jax.lax.psum, 1 - ok.astype(jnp.int32), tuple(axes)) == 0 if axes else ok
-
-
-def _all_finite(tree):
-    return jnp.all(jnp.array([True, *(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree))]))
 
 
 def _finite_losses(values, mask):

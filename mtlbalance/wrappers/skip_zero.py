@@ -79,7 +79,7 @@ def skip_zero(method: Method, *, axis_name: Hashable | None = None) -> Method:
     """
     check_method(method, "skip_zero(learn(method, optimizer))")
     if isinstance(method, base.Aggregator) and visits_of(method) is not None:
-        reject("method", "one that takes in all rows at every call", "one that does not: a row's turn comes unseen")
+        reject("method", "one that takes in all rows at every call", "one whose rows have turns")
 
     def observe(state, values, mask):
         mask = mask & ~state.was_zero & ~_zero_losses(values, mask)
@@ -146,7 +146,6 @@ def _skip_aggregator(method, hooks, axis_name):
         gramian_weighting=of_gramian and without(of_gramian.apply, in_gramian),
         rowwise=rowwise and Rowwise(visit, after_visits(rowwise.weigh), after_visits(rowwise.finish)),
         jacobian_shaped=within("inner", method.jacobian_shaped),
-        hides_nonfinite=False,
         given_weights=True,
         **hooks,
     )

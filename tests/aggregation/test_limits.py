@@ -145,8 +145,10 @@ def test_simplex_steps_keep_their_total_under_a_mask(scale):
     gradient, state = moco.apply(moco.init(rows.shape), rows, mask=mask)
     np.testing.assert_allclose(gradient, rows[0], rtol=1e-6)
     np.testing.assert_allclose(state.weights[:2], [0.5, 0.5])
-    uneven = modo.init(rows.shape)._replace(weights=jnp.array([0.7, 0.3, 0.0]))  # of total 1, drawn together by rho
-    np.testing.assert_allclose(modo.weighting.apply(uneven, rows)[0][:2], [0.7 - 0.02, 0.3 + 0.02], atol=0.021)
+    uneven = modo.init(rows.shape)._replace(weights=jnp.array([0.7, 0.3, 0.0]))
+    weights, _ = modo.weighting.apply(uneven, rows, mask=mask)
+    # Drawn together by rho, if only a little: that is lost in rounding beside long gradients.
+    np.testing.assert_allclose(weights, [0.698, 0.302, 0], atol=2.5e-3)
     assert np.all(project_simplex(scale**2 * jnp.array([3.0, 3.0, jnp.nan]), mask) == jnp.array([0.5, 0.5, 0]))
 
 
@@ -157,6 +159,5 @@ def test_imtl_g_of_dependent_gradients_whatever_their_norms():
         v = np.linalg.pinv(rows @ rows.T, rcond=1e-14, hermitian=True) @ np.linalg.norm(rows, axis=1)
         expected = v / np.sum(v) @ rows
         error = gradient_of(aggregation.imtl_g(), rows) - expected
-        assert np.linalg.norm(error) <= 1e-4 * np.linalg.norm(expected), (
-            seed
-        )  # rounding, which the condition multiplies
+        # Of rounding, which the condition multiplies.
+        assert np.linalg.norm(error) <= 1e-4 * np.linalg.norm(expected), seed
