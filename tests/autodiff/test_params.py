@@ -40,7 +40,7 @@ def _init(method, params):
     return method.init(N_TASKS if isinstance(method, mtl.Scalarizer) else (N_TASKS, params))
 
 
-# A product of matrices rounds twice as much from XLA 0.11 on: two of JAX's own ways to a Jacobian differ by this.
+# With jaxlib 0.12 products of matrices round twice as much as with 0.10: two of JAX's own ways differ by this.
 ROUNDING = 1e-6 if jaxlib.version.__version_info__ < (0, 11) else 2e-6
 
 
