@@ -28,9 +28,11 @@ def _in_pieces(multiplications: int) -> Callable[..., Any]:
         def pieces(matrices):
             *batch, m, _ = matrices.shape
             size = max(1, _PIECE // max(1, multiplications * m**3))
-            if math.prod(batch) <= size:
+            # Of a batch whose size is not known, in an exported program, one at a time.
+            known = all(isinstance(n, int) for n in batch)
+            if known and math.prod(batch) <= size:
                 return one_piece(matrices)
-            outputs = jax.lax.map(one_piece, jnp.reshape(matrices, (-1, m, m)), batch_size=size)
+            outputs = jax.lax.map(one_piece, jnp.reshape(matrices, (-1, m, m)), batch_size=size if known else None)
             return jax.tree.map(lambda x: jnp.reshape(x, (*batch, *x.shape[1:])), outputs)
 
         @one_piece.def_vmap

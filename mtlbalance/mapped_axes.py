@@ -77,6 +77,20 @@ def varying(x: chex.Array) -> frozenset[Hashable]:
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # jax 0.8, and since 0.10
 
 
+def varying_as(tree: chex.ArrayTree, *like: chex.ArrayTree) -> chex.ArrayTree:
+    """The same numbers, of a type that varies over every axis over which an array of ``like`` does.
+
+    Loops ask it of what they start with, pull-backs of what they are given, where devices train each on its own.
+    """
+    axes = set().union(*map(varying, jax.tree.leaves(like)))
+
+    def cast(x):
+        missing = tuple(axes - varying(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
 def types_tell(name: Hashable) -> bool:
     """Whether types tell what varies over a mapped axis; there is nothing to tell of one device."""
     return jax.lax.axis_size(name) == 1 or name in varying(jax.lax.axis_index(name))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import NONNEGATIVE, check, check_int, preference, reject
+from mtlbalance.mapped_axes import varying_as
 from mtlbalance.solvers import cagrad_dual, dual_cone
 from mtlbalance.states import count_seen, init_seen
 
@@ -79,7 +80,7 @@ def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | Non
         weights = mean + c * mean_norm / jnp.where(vanishes, 1, norm) * w
         # Under vmap both branches are computed: for zeros the solver has nothing to do.
         project = lambda: dual_cone(gramian, jnp.where(vanishes, mean, 0), mask)
-        nearest = jax.lax.cond(vanishes, project, lambda: jnp.zeros_like(mean))
+        nearest = jax.lax.cond(vanishes, project, lambda: varying_as(jnp.zeros_like(mean), gramian, vanishes))
         weights = jnp.where(vanishes, nearest, weights)
         weights = jnp.where(c == 0, mean, weights)
         return weights / (1, 1 + c**2, 1 + c)[rescale], count_seen(state, mask)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, check, check_key, key_impl, new_key_data
+from mtlbalance.mapped_axes import varying_as
 from mtlbalance.states import count_seen, random_orders, zero_counts
 
 # How long a turned gradient may be, in lengths of what it was.
@@ -127,7 +128,7 @@ def gradvac(
                 return coefficients, norm, targets.at[j].set(jnp.where(meets, new_target, target))
 
             start = jax.nn.one_hot(i, m, dtype=gramian.dtype), norms[i], targets
-            coefficients, _, targets = jax.lax.fori_loop(0, m, meet, start)
+            coefficients, _, targets = jax.lax.fori_loop(0, m, meet, varying_as(start, gramian, targets, order))
             return coefficients, targets
 
         def shortened(coefficients, norm_before):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.hyperparameters import check_key, key_impl
+from mtlbalance.mapped_axes import varying_as
 from mtlbalance.states import count_seen, init_random, random_orders
 
 
@@ -66,7 +67,7 @@ def pcgrad(key: int | chex.PRNGKey = 0, *, axis_name: Hashable | None = None) ->
                 conflict = (product < 0) & (squares[j] > 0) & (j != i)
                 return coefficients.at[j].add(jnp.where(conflict, -product / squares[j], 0))
 
-            return jax.lax.fori_loop(0, m, meet, jax.nn.one_hot(i, m, dtype=gramian.dtype))
+            return jax.lax.fori_loop(0, m, meet, varying_as(jax.nn.one_hot(i, m, dtype=gramian.dtype), gramian, order))
 
         orders, state = random_orders(state, key_impl(key), m)
         coefficients = jax.vmap(project)(jnp.arange(m), orders)

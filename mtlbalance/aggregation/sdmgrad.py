@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import DECAY, NONNEGATIVE, POSITIVE, check, check_int, preference
+from mtlbalance.mapped_axes import varying_as
 
 
 class SDMGradState(NamedTuple):
@@ -112,7 +113,7 @@ def sdmgrad(
             return numerics.simplex_step(weights, lr * velocity, mask), velocity
 
         start = numerics.normalize(state.weights, mask), jnp.zeros_like(preferred)
-        weights, _ = jax.lax.fori_loop(0, n_iter, step, start)
+        weights, _ = jax.lax.fori_loop(0, n_iter, step, varying_as(start, scaled, start))
         state = SDMGradState(jnp.where(mask, weights, state.weights))
         return (weights + lambda_ * preferred) / (1 + lambda_), state
 

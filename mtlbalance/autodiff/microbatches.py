@@ -10,6 +10,7 @@ from mtlbalance.autodiff.loops import scan
 from mtlbalance.autodiff.point import Evaluated, Point
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import as_counted, is_counted, read_labelled, wide
+from mtlbalance.mapped_axes import varying_as
 
 
 def of_microbatches(point_of: Callable[..., Point], args: Any, n: int, axis: int) -> Point:
@@ -35,6 +36,7 @@ def of_microbatches(point_of: Callable[..., Point], args: Any, n: int, axis: int
         dtypes, _ = jax.eval_shape(part_of, first)
         # With its sharding, which on an Explicit mesh is part of the carry's type.
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype), device=x.sharding), dtypes)
+        start = jax.tree.map(varying_as, start, dtypes)
 
         def step(total, part):
             new, aux = part_of(part)

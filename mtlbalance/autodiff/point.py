@@ -11,6 +11,7 @@ from mtlbalance.autodiff.loops import map_rows
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import check_int, is_number, reject
 from mtlbalance.losses import as_counted, is_counted, like_losses, present_rows, read_labelled, read_losses
+from mtlbalance.mapped_axes import varying_as
 from mtlbalance.meshes import with_whole_tasks
 
 
@@ -219,7 +220,7 @@ def _check_no_aux(losses):
 def _weighted(pull, values, params):
     def weighted(weights, present=None):
         del present  # one backward pass for all: what is not finite in an absent task's comes through
-        (gradient,) = pull(jnp.reshape(weights, values.shape).astype(values.dtype))
+        (gradient,) = pull(varying_as(jnp.reshape(weights, values.shape).astype(values.dtype), values))
         return _without_float0(gradient, params)
 
     return weighted

@@ -28,7 +28,7 @@ from mtlbalance.contract import Aggregator, Scalarizer, weights_of
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import flatten, reject
 from mtlbalance.losses import like_losses, present_rows, read_mask, reject_number
-from mtlbalance.mapped_axes import manual_axes, types_tell
+from mtlbalance.mapped_axes import manual_axes, types_tell, varying_as
 from mtlbalance.names import names_of
 from mtlbalance.numerics import all_finite
 from mtlbalance.parameters import check_params_like
@@ -271,8 +271,9 @@ def _decide_by_visits(rowwise, state, point, mask, restrict):
         state, statistic = visit(indices[n], state)
         return state, jax.tree.map(lambda all, one: all.at[indices[n]].set(one), statistics, statistic)
 
-    _, statistic = jax.eval_shape(visit, 0, state)
-    start = jax.tree.map(lambda x: jnp.zeros((n_tasks, *x.shape), x.dtype), statistic)
+    visited, statistic = jax.eval_shape(visit, 0, state)
+    state = jax.tree.map(varying_as, state, visited)
+    start = jax.tree.map(lambda x: varying_as(jnp.zeros((n_tasks, *x.shape), x.dtype), x), statistic)
     state, statistics = fold(step, n_visits, (state, start), given=given)
     if rowwise.weigh is not None:
         weights, state = rowwise.weigh(state, statistics, **given)

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from mtlbalance.mapped_axes import varying_as
 from mtlbalance.solvers.interior_point import nonnegative_qp
 
 # The value is flat in the length at its best: one that agrees with itself to 1e-5 leaves it exact to rounding.
@@ -67,7 +68,8 @@ def cagrad_dual(gramian: chex.Array, c: chex.Numeric, mask: chex.Array | None = 
         return x, jnp.log2(jnp.maximum(square, jnp.finfo(dtype).tiny)) / 2 - log_t  # how much longer than t
 
     # A combination shorter than 1e-5 of the unit counts as vanishing.
-    x = _search(weigh, jnp.asarray(jnp.log2(1e-5), dtype), -jnp.log2(jnp.min(row)), jnp.zeros_like(row))
+    x = varying_as(jnp.zeros_like(row), matrix)
+    x = _search(weigh, jnp.asarray(jnp.log2(1e-5), dtype), -jnp.log2(jnp.min(row)), x)
     weights = jnp.where(present, row * x, 0)
     return weights / jnp.where(jnp.any(present), jnp.sum(weights), 1)
 
@@ -94,5 +96,5 @@ def _search(weigh, low, high, x):
 
     # The excess at the bounds is not known: with these the first trial is their middle.
     one = jnp.ones_like(low)
-    start = (low, high), (one, -one), jnp.array(True), x, one, 0
-    return jax.lax.while_loop(unfinished, step, start)[3]
+    start = varying_as(((low, high), (one, -one), jnp.array(True), x, one), x)
+    return jax.lax.while_loop(unfinished, step, (*start, 0))[3]

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 
+from mtlbalance.mapped_axes import varying_as
+
 # Generic problems take 4 to 12, those with gradients that depend on each other up to all.
 _MOST_ITERATIONS = 30
 
@@ -85,7 +87,8 @@ def nonnegative_qp(
     surplus = jnp.where(mask, gradient - price * coefficients, 0)
     z = jnp.where(mask, jnp.maximum(surplus, 0) + jnp.max(jnp.abs(surplus)) / 10, 0)
     unfinished = lambda carry: (carry[0] < _MOST_ITERATIONS) & carry[1]
-    *_, (x, _, _) = jax.lax.while_loop(unfinished, step, (0, True, jnp.ones((), dtype), (x, z, price)))
+    settling, iterate = varying_as(((jnp.array(True), jnp.ones((), dtype)), (x, z, price)), surplus)
+    *_, (x, _, _) = jax.lax.while_loop(unfinished, step, (0, *settling, iterate))
     x = jnp.where(x > eps, x, 0)
     return jnp.where(mask, jnp.where(jnp.all(jnp.isfinite(surplus)), x, jnp.nan), 0)
 

@@ -47,10 +47,13 @@ def priority_constrained(gramian: chex.Array, tau: chex.Numeric, mask: chex.Arra
     # multipliers would grow without bound, and how far they get depends on rounding: so it is looked for first. The
     # second program takes what the first one gives: side by side they might hang, see `mtlbalance.decompositions`.
     hull = simplex_qp(cosines, mask=others)
-    hull_vanishes = (numerics.squared_length(cosines, hull) == 0) & (jnp.dot(hull, jnp.where(others, tau, 0)) > 0)
+    # An interior point gives all of them some of the weight: what is rounding demands nothing.
+    asking = others & (tau > 0)
+    in_hull = hull > (10 * jnp.finfo(gramian.dtype).eps) ** 0.5 * jnp.max(hull)
+    hull_vanishes = (numerics.squared_length(cosines, hull) == 0) & jnp.any(asking & in_hull)
     multipliers = nonnegative_qp(cosines, jnp.where(hull_vanishes, 0, -lacking / unit), others)
     # Without shares they never contradict each other: then no step at all satisfies them.
-    demanding = jnp.any(lacking > 0) & jnp.any(tau > 0)
+    demanding = jnp.any(lacking > 0) & jnp.any(asking)
     combination_vanishes = hull_vanishes | (numerics.squared_length(cosines, multipliers) == 0)
     # Where rounding has made the matrix indefinite, the solver stops long before the multipliers are so long.
     missing = jnp.max(lacking / unit - jnp.dot(cosines, multipliers, precision="highest"), where=others, initial=0)

@@ -6,11 +6,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
+from tests.catalogue import AGGREGATORS, SCALARIZERS
 
 pytestmark = pytest.mark.unoptimized
 
@@ -87,6 +89,69 @@ def test_what_types_do_not_tell_is_refused(name, rows):
 def test_the_gramian_is_that_of_all_parts(rows):
     expected = mtl.value_and_gramian(losses)(PARAMS, *BATCH)
     found = on_eight_devices(mtl.value_and_gramian(losses_of_parts, rows=rows))(PARAMS, *BATCH)
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), **SAME)
+
+
+# Each device its own training, by types that tell (``check_vma=True``, the default).
+
+OWN = {key: RNG.normal(size=(8, *shape)).astype(np.float32) for key, shape in {"w": (16, 5), "scale": (5,)}.items()}
+MANY_BATCHES = tuple(np.stack([part * factor for factor in np.linspace(0.5, 1, 8, dtype=np.float32)]) for part in BATCH)
+
+
+def on_their_own(method, **options):
+    """Two steps of many trainings, as a function of one."""
+    grad_fn = mtl.value_and_grad(losses, method, **options)
+
+    def train(params, *batch):
+        (_, state), gradient = grad_fn(params, grad_fn.init(params, *batch), *batch)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+        return grad_fn(params, state, *batch)[1]
+
+    return train
+
+
+def one_on_each(train):
+    """Eight trainings on eight devices."""
+    mesh = jax.make_mesh((8,), ("seed",), (AxisType.Auto,))
+
+    def own(*given):
+        return jax.tree.map(lambda x: x[None], train(*jax.tree.map(lambda x: x[0], given)))
+
+    spec = PartitionSpec("seed")
+    return jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec))
+
+
+def test_every_method_trains_on_each_device_on_its_own():
+    for case in SCALARIZERS + AGGREGATORS:
+        method = case.make()
+        method = mtl.learn(method, optax.sgd(0.1)) if method.learned else method
+        jax.eval_shape(one_on_each(on_their_own(method)), OWN, *MANY_BATCHES)
+
+
+WAYS = {
+    "two_pass": (aggregation.cagrad, {"rows": "two_pass"}),
+    "1": (aggregation.upgrad, {"rows": 1}),
+    "stream": (aggregation.excess_mtl, {"rows": "stream"}),
+    "stream-one": (aggregation.m_config, {"rows": "stream"}),
+    "microbatches": (aggregation.db_mtl, {"microbatches": 2}),
+    "microbatches-scalar": (scalarization.famo, {"microbatches": 2}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.by_default("1", "microbatches")
+def test_each_device_trains_as_one_of_many(way):
+    make, options = WAYS[way]
+    train = on_their_own(make(), **options)
+    expected, found = jax.vmap(train)(OWN, *MANY_BATCHES), one_on_each(train)(OWN, *MANY_BATCHES)
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=1e-3, atol=1e-5)
+
+
+def test_micro_batches_of_parts():
+    one = mtl.value_and_grad(losses, aggregation.upgrad(), microbatches=3)
+    parts = mtl.value_and_grad(losses_of_parts, aggregation.upgrad(axis_name="x"), microbatches=3)
+    state = one.init(PARAMS, *BATCH)
+    expected, found = jax.jit(one)(PARAMS, state, *BATCH), on_eight_devices(parts, state)(PARAMS, state, *BATCH)
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), **SAME)
 
 

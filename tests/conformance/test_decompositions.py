@@ -4,9 +4,11 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 import mtlbalance as mtl
+from mtlbalance import aggregation
 
 DECOMPOSE = {"cholesky", "eig", "eigh", "geqrf", "householder_product", "lu", "svd", "triangular_solve"}
 CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "remat"}
@@ -54,6 +56,15 @@ def test_two_decompositions_are_found_where_they_are():
     assert side_by_side(jax.make_jaxpr(lambda x: both(both(x)))(one)) == [("eigh", "cholesky")] * 2
     assert not side_by_side(jax.make_jaxpr(branches)(one))
     assert len(side_by_side(jax.make_jaxpr(jax.vmap(branches))(batch))) == 1  # both run
+
+
+def test_a_sweep_of_any_size_is_exported():
+    method = aggregation.imtl_g()
+    sweep = jax.vmap(lambda rows: method.apply(method.init((3, 5)), rows)[0])
+    shape = jax.export.symbolic_shape("n, 3, 5")
+    exported = jax.export.export(jax.jit(sweep))(jax.ShapeDtypeStruct(shape, jnp.float32))
+    rows = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
+    np.testing.assert_allclose(exported.call(rows), sweep(rows), rtol=1e-4, atol=1e-5)
 
 
 def test_no_two_decompositions_stand_side_by_side(aggregator):

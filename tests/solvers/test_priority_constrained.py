@@ -137,6 +137,28 @@ def test_contradicting_constraints_are_dropped(factor):
     np.testing.assert_allclose(rows[1:] @ (weights @ rows), [0, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("pair", [(0.0, 0.0), (0.02, 0.0), (0.0, 0.5)])
+def test_opposite_gradients_without_shares_leave_the_others_theirs(pair):
+    """Two opposite gradients: what is left for the third is across them. With a share for either all are dropped."""
+    rows = np.array([[1.0, 2.0, -1.0], [3.0, 0.0, 0.0], [-0.5, 0.0, 0.0], [1.0, 0.0, 2.0]])
+    weights = np.asarray(SOLVE(jnp.asarray(rows @ rows.T, jnp.float32), jnp.array([*pair, 0.4])), float)
+    # Across the pair the third is (0, 0, 2): its progress of 0.4 * 5 needs d = (0, 2, 1).
+    expected = rows[0] if any(pair) else [0.0, 2.0, 1.0]
+    np.testing.assert_allclose(weights @ rows, expected, atol=1e-5)
+
+
+def test_shares_of_absent_tasks_and_of_zero_gradients_demand_nothing():
+    rows = np.random.default_rng(0).normal(size=(60, 5, 5))
+    # Gradients so nearly opposite that the solver stops before their multipliers are long enough.
+    rows[:, 2] = 1e-4 * rows[:, 2] - rows[:, 1]
+    rows[:, 4] = 0
+    matrices = jnp.asarray(rows @ rows.swapaxes(1, 2), jnp.float32)
+    mask = jnp.ones((60, 5), bool).at[:, 3].set(False)
+    of_others = BATCH(matrices, jnp.array([0.0, 0.0, 0.7, 0.7]), mask)
+    np.testing.assert_array_equal(of_others, BATCH(matrices, jnp.zeros(4), mask))
+    assert jnp.all(jnp.isfinite(of_others))
+
+
 def test_one_task_and_none():
     np.testing.assert_array_equal(SOLVE(jnp.full((1, 1), 4.0), 0.02), [1.0])
     np.testing.assert_array_equal(SOLVE(jnp.zeros((3, 3)), 0.02), [1.0, 0.0, 0.0])
