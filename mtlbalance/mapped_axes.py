@@ -86,7 +86,11 @@ def varying_as(tree: chex.ArrayTree, *like: chex.ArrayTree) -> chex.ArrayTree:
 
     def cast(x):
         missing = tuple(axes - varying(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+        if not missing:
+            return x
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(x, missing, to="varying")
+        return jax.lax.pvary(x, missing)  # jax 0.8.0
 
     return jax.tree.map(cast, tree) if axes else tree
 
