@@ -25,3 +25,11 @@ def with_whole_tasks(x: chex.Array, n_axes: int | None = None) -> chex.Array:
         return x
     n = x.ndim if n_axes is None else n_axes
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*[None] * n, *spec[n:])))
+
+
+def with_tasks_as(x: chex.Array, like: chex.Array) -> chex.Array:
+    """An array whose first axis, of tasks, lies as that of another one, if the types say how."""
+    mesh, first = explicit_mesh(like), jax.typeof(like).sharding.spec[:1]
+    if mesh is None or not any(first):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*first, *[None] * (x.ndim - 1))))

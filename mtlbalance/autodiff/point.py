@@ -12,7 +12,7 @@ from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import check_int, is_number, reject
 from mtlbalance.losses import as_counted, is_counted, like_losses, present_rows, read_labelled, read_losses
 from mtlbalance.mapped_axes import varying_as
-from mtlbalance.meshes import with_whole_tasks
+from mtlbalance.meshes import with_tasks_as, with_whole_tasks
 
 
 class Evaluated(NamedTuple):
@@ -103,7 +103,8 @@ def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Point
         values, outputs = jax.vmap(value_of, (None, 0))(params, tasks)
         return with_whole_tasks(values), outputs
 
-    tasks = args, totals
+    # The totals have come to all devices, and go back to where each task's data is.
+    tasks = args, jax.tree.map(lambda x: with_tasks_as(x, jax.tree.leaves(args)[0]), totals)
     values, pull, outputs = jax.vjp(values_of, params, has_aux=True)
     # Side by side the tasks may lie on several devices, one after the other they come to all.
     on_all = jax.tree.map(lambda x: with_whole_tasks(jnp.asarray(x), 1), tasks)

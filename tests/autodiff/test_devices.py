@@ -178,6 +178,7 @@ STEPS = {
     "upgrad-task_axis": (aggregation.upgrad, {"task_axis": 0}),
     "upgrad-task_axis-1": (aggregation.upgrad, {"task_axis": 0, "rows": 1}),
     "upgrad-task_axis-2": (aggregation.upgrad, {"task_axis": 0, "rows": 2}),
+    "upgrad-task_axis-microbatches": (aggregation.upgrad, {"task_axis": 0, "microbatches": 2}),
     "excess_mtl-stream": (aggregation.excess_mtl, {"rows": "stream"}),
     "excess_mtl-task_axis-stream": (aggregation.excess_mtl, {"task_axis": 0, "rows": "stream"}),
     "m_config-task_axis": (aggregation.m_config, {"task_axis": 0}),
