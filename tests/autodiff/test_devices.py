@@ -178,7 +178,6 @@ STEPS = {
     "upgrad-task_axis": (aggregation.upgrad, {"task_axis": 0}),
     "upgrad-task_axis-1": (aggregation.upgrad, {"task_axis": 0, "rows": 1}),
     "upgrad-task_axis-2": (aggregation.upgrad, {"task_axis": 0, "rows": 2}),
-    "upgrad-task_axis-microbatches": (aggregation.upgrad, {"task_axis": 0, "microbatches": 2}),
     "excess_mtl-stream": (aggregation.excess_mtl, {"rows": "stream"}),
     "excess_mtl-task_axis-stream": (aggregation.excess_mtl, {"task_axis": 0, "rows": "stream"}),
     "m_config-task_axis": (aggregation.m_config, {"task_axis": 0}),
@@ -195,5 +194,17 @@ def test_tasks_on_several_devices(name, kind):
     grad_fn = mtl.value_and_grad(loss_of_one if "task_axis" in options else losses_of_tasks, make(), **options)
     expected = jax.jit(grad_fn)(PARAMS, grad_fn.init(PARAMS, DATA), DATA)
     params, data = jax.tree.map(put, PARAMS), put(DATA, "tasks")
+    found = jax.jit(grad_fn)(params, grad_fn.init(params, data), data)
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), **SAME)
+
+
+def test_microbatches_of_tasks_on_several_devices():
+    """On an Explicit mesh the sums over all micro-batches go back to where each task's data is."""
+    batches = RNG.normal(size=(4, 6, 16)).astype(np.float32)
+    loss = lambda params, x: jnp.mean(jax.vmap(lambda one: loss_of_one(params, one))(x))
+    grad_fn = mtl.value_and_grad(loss, aggregation.upgrad(), task_axis=0, microbatches=2)
+    expected = jax.jit(grad_fn)(PARAMS, grad_fn.init(PARAMS, batches), batches)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(MESHES["Explicit"], PartitionSpec(*spec)))
+    params, data = jax.tree.map(put, PARAMS), put(batches, "tasks")
     found = jax.jit(grad_fn)(params, grad_fn.init(params, data), data)
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), **SAME)
