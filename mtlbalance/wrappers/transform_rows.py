@@ -1,6 +1,7 @@
 """Transform rows: any optax transformation on each task's gradient, before the aggregator."""
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple
 
 import chex
@@ -13,6 +14,7 @@ from mtlbalance import base
 from mtlbalance.complex_parts import join, split
 from mtlbalance.contract import Rowwise, check_is_method
 from mtlbalance.hyperparameters import reject
+from mtlbalance.mapped_axes import varying
 from mtlbalance.states import among, on_mesh, read_optimizer, zeros_params
 from mtlbalance.wrappers.plumbing import check_method, hooks_of, nan_tree_unless, visits_of, with_guard_of, within
 
@@ -112,22 +114,25 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
 
     def apply(state, jacobian, values, mask):
         given = state.transformation, _wide(jacobian), taken_in(state, mask), values
-        rows, rows_state, ok = jax.vmap(lambda *given: _transform(transformation, *given))(*given)
+        rows, rows_state, finite = jax.vmap(lambda *given: _transform(transformation, *given))(*given)
         gradient, inner = aggregator.apply(state.inner, rows, values=values, mask=mask)
-        return nan_tree_unless(jnp.all(ok), gradient), TransformRowsState(inner, rows_state)
+        return _nan_unless(finite, gradient), TransformRowsState(inner, rows_state)
 
     def visit(state, i, row, values, mask):
         value = None if values is None else values[i]
         old = _entries(state.transformation, i)
-        row, new, ok = _transform(transformation, old, _wide(row), taken_in(state, mask)[i], value)
+        row, new, finite = _transform(transformation, old, _wide(row), taken_in(state, mask)[i], value)
         put = lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, i, 0)
         inner, statistic = aggregator.rowwise.visit(state.inner, i, row, values=values, mask=mask)
-        return TransformRowsState(inner, jax.tree.map(put, state.transformation, new)), (statistic, ~ok)
+        return TransformRowsState(inner, jax.tree.map(put, state.transformation, new)), (
+            statistic,
+            [~ok for ok in finite],
+        )
 
     def finish(state, statistics, values, mask):
-        statistics, spoilt = statistics
+        statistics, spoilt = statistics  # zeros of what is not visited
         gradient, inner = aggregator.rowwise.finish(state.inner, statistics, values=values, mask=mask)
-        return nan_tree_unless(~jnp.any(spoilt), gradient), state._replace(inner=inner)
+        return _nan_unless([~x for x in spoilt], gradient), state._replace(inner=inner)
 
     combines = aggregator.rowwise is not None and aggregator.rowwise.finish is not None
     method = base.aggregator(
@@ -163,15 +168,25 @@ def update_row(
 
 
 def _transform(transformation, state, row, present, value):
-    """As :func:`update_row`; and whether what is remembered of a task present is finite, if it started so.
+    """As :func:`update_row`; and whether what each leaf remembers of a task present is finite, if it started so.
 
     Where it is not, as Adam's squares of a long gradient, the update may be zero for ever after.
     """
     extra_args, row = {} if value is None else {"value": value}, join(row)
     new_row, state = update_row(transformation, state, row, present, None, **extra_args)
     remembered = zip(jax.tree.leaves(state), jax.tree.leaves(transformation.init(row)), strict=True)
-    finite = [jnp.all(jnp.isfinite(x) | ~jnp.isfinite(start)) for x, start in remembered if _is_inexact(x)]
-    return split(new_row), state, jnp.all(jnp.array([True, *finite])) | ~present
+    is_finite = lambda x, start: jnp.all(jnp.isfinite(x) | ~jnp.isfinite(start)) | ~present
+    return split(new_row), state, [is_finite(x, start) for x, start in remembered if _is_inexact(x)]
+
+
+def _nan_unless(finite, gradient):
+    """The gradient; NaN unless all are, but for what is split over devices beside a parameter that each has whole."""
+
+    def leaf(x):
+        known = [jnp.all(ok) for ok in finite if varying(ok) <= varying(x)]
+        return nan_tree_unless(reduce(jnp.logical_and, known, jnp.array(True)), x)
+
+    return jax.tree.map(leaf, gradient)
 
 
 def _entries(state, i):
