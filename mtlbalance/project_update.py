@@ -7,7 +7,7 @@ import optax
 from mtlbalance.boundary import check_rows_of
 from mtlbalance.complex_parts import join_like, split
 from mtlbalance.gramian import combine, gramian, total
-from mtlbalance.hyperparameters import check_int, reject
+from mtlbalance.hyperparameters import check_int, flatten, reject
 from mtlbalance.names import check_task, index_of, names_of, with_names
 from mtlbalance.parameters import check_params_like
 from mtlbalance.solvers import priority_constrained
@@ -59,7 +59,7 @@ def project_update(n_tasks: int, protect: int | str | None = None) -> optax.Grad
             reject("jacobian", "the gradients of the tasks, as in update(grads, state, params, jacobian=...)", "none")
         check_params_like("updates", updates, jacobian, skip=1)
         check_rows_of(jacobian, n_tasks, updates)
-        limits = jnp.ones(n_tasks, bool) if mask is None else _flat(mask)
+        limits = jnp.ones(n_tasks, bool) if mask is None else flatten("mask", mask)
         if protect is not None:
             with with_names(names_of(values)):
                 limits &= jnp.arange(n_tasks) == index_of("protect", protect)
@@ -81,7 +81,3 @@ def _project(descent, rows, products, limits):
     with_descent = jnp.block([[square[None, None], along[None, :]], [along[:, None], products]])
     multipliers = priority_constrained(with_descent, 0.0, jnp.append(True, limits))[1:]
     return jax.tree.map(lambda d, g: d + g.astype(d.dtype), descent, combine(multipliers, rows))
-
-
-def _flat(mask):
-    return jnp.concatenate([jnp.ravel(jnp.asarray(leaf, bool)) for leaf in jax.tree.leaves(mask)])

@@ -54,7 +54,7 @@ def clip(lower: chex.Numeric, upper: chex.Numeric) -> optax.GradientTransformati
       A transformation without state.
 
     Raises:
-      ValueError: if a bound is NaN, or ``upper`` below ``lower``.
+      ValueError: if a bound is not finite, or ``upper`` below ``lower``.
 
     Example:
       >>> import jax.numpy as jnp

@@ -119,6 +119,21 @@ def test_wrappers_stand_around_it(wrap):
     chex.assert_trees_all_close(weights, weights_and_state(bare, bare.init(LOSSES), LOSSES)[0], rtol=1e-6)
 
 
+def test_guards_inside_hear_of_a_steps_gradient():
+    """The losses are finite, and the gradient of a root at zero is not."""
+    guarded = {"bc": mtl.skip_nonfinite(scalarization.uw_so()), "pde": scalarization.sum()}
+    method = mtl.nested(mtl.skip_nonfinite(scalarization.famo()), guarded)
+    grad_fn = mtl.value_and_grad(lambda x: {"bc": jnp.stack([jnp.sqrt(x), x + 1]), "pde": x[None] + 2}, method)
+    start = grad_fn.init(jnp.array(1.0))
+    _, state = grad_fn(jnp.array(0.0), start)[0]
+    assert state.inner["bc"].skipped == state.outer.skipped == 1
+    chex.assert_trees_all_equal(
+        (state.inner["bc"].inner, state.outer.inner), (start.inner["bc"].inner, start.outer.inner)
+    )
+    _, state = grad_fn(jnp.array(4.0), state)[0]
+    assert state.inner["bc"].skipped == state.outer.skipped == 1
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -11,7 +11,7 @@ from mtlbalance.contract import Rowwise, check_is_method, weights_of
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import broadcast_to_rows
 from mtlbalance.states import select
-from mtlbalance.wrappers.plumbing import nan_tree_unless, within
+from mtlbalance.wrappers.plumbing import nan_tree_unless, told, within
 
 
 class ChainState(NamedTuple):
@@ -143,17 +143,16 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         jacobian_shaped=within("aggregator", aggregator.jacobian_shaped),
         reads_losses=True,
         given_weights=True,
-    )._replace(after_gradient=_after_gradient(scalarizer.after_gradient, aggregator.after_gradient))
+    )._replace(after_gradient=_after_gradient(scalarizer, aggregator))
 
 
-def _after_gradient(*guards):
+def _after_gradient(*parts):
     """What tells each part that wants to know whether a step's gradient was finite; ``None`` if none does."""
 
     def after_gradient(old, new, finite):
-        parts = zip(guards, old, new, strict=True)
-        return ChainState(*(guard(before, after, finite) if guard else after for guard, before, after in parts))
+        return ChainState(*(told(part, *states, finite) for part, *states in zip(parts, old, new, strict=True)))
 
-    return after_gradient if any(guards) else None
+    return after_gradient if any(part.after_gradient for part in parts) else None
 
 
 def _scale_rows(weights, rows):

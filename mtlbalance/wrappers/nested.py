@@ -10,11 +10,11 @@ import numpy as np
 
 from mtlbalance import base
 from mtlbalance.contract import check_is_method
+from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import reject
-from mtlbalance.losses import broadcast_to_rows
 from mtlbalance.names import Names, groups_of, with_names
-from mtlbalance.states import increment, zero_counts
-from mtlbalance.wrappers.plumbing import check_method
+from mtlbalance.states import count_seen, zero_counts
+from mtlbalance.wrappers.plumbing import check_method, told
 
 
 class NestedState(NamedTuple):
@@ -52,7 +52,7 @@ def nested(
 
     Returns:
       A method of the family of ``outer`` with state :class:`NestedState`. The hooks act on all methods; ``outer``
-      observes the groups' scalars.
+      observes the groups' scalars. :func:`amortize` goes around it.
 
     Raises:
       TypeError: if a method is of the wrong family.
@@ -101,11 +101,9 @@ def nested(
         results = each(call)
         present = each(lambda name, places, method: jnp.any(mask[places]))
         stack = lambda x: jnp.stack([x[name] for name in names.entries])
-        return (
-            stack({name: scalar for name, (scalar, _) in results.items()}),
-            stack(present),
-            state._replace(seen=increment(state.seen, mask), inner={name: new for name, (_, new) in results.items()}),
-        )
+        groups = stack({name: scalar for name, (scalar, _) in results.items()})
+        new_state = state._replace(inner={name: new for name, (_, new) in results.items()})
+        return groups, stack(present), count_seen(new_state, mask)
 
     def observe(state, values, mask):
         groups, present, _ = scalars(state, values, mask)
@@ -118,7 +116,13 @@ def nested(
         ended = {name: inner[name].end_epoch(state.inner[name]) for name in names.entries}
         return state._replace(inner=ended, outer=outer.end_epoch(state.outer))
 
+    def after_gradient(old, new, finite):
+        states = {name: told(inner[name], old.inner[name], new.inner[name], finite) for name in names.entries}
+        return new._replace(inner=states, outer=told(outer, old.outer, new.outer, finite))
+
     hooks = {"observe": observe, "end_epoch": end_epoch}
+    is_guarded = any(method.after_gradient for method in (outer, *inner.values()))
+    guard = {"after_gradient": after_gradient if is_guarded else None}
     if isinstance(outer, base.Scalarizer):
 
         def init(shape, dtype):
@@ -130,8 +134,8 @@ def nested(
             scalar, outer_state = over_groups(outer.apply, state.outer, groups, mask=present)
             return scalar, new_state._replace(outer=outer_state)
 
-        return base.scalarizer(init, apply, **hooks)
-    return _nested_aggregator(outer, len(inner), start, scalars, over_groups, hooks)
+        return base.scalarizer(init, apply, **hooks)._replace(**guard)
+    return _nested_aggregator(outer, len(inner), start, scalars, over_groups, hooks)._replace(**guard)
 
 
 def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):
@@ -139,7 +143,7 @@ def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):
         groups = over_groups(outer.init, (n_groups, params))
         return NestedState(zero_counts(m), start((m,), dtype), groups)
 
-    def of_groups(weigh, combine):
+    def of_groups(weigh, of_group):
         def weigh_nested(state, statistic, values, mask):
             values = jax.lax.stop_gradient(values)
 
@@ -151,7 +155,7 @@ def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):
             # The weight of each loss in each group.
             inside = jax.vmap(lambda one: pullback(one)[0])(jnp.eye(n_groups, dtype=groups.dtype))
             weights, outer_state = over_groups(
-                weigh, state.outer, combine(inside, statistic), values=groups, mask=present
+                weigh, state.outer, of_group(inside, statistic), values=groups, mask=present
             )
             weights = jnp.matmul(jnp.where(present, weights, 0), inside, precision="highest")
             return weights, new_state._replace(outer=outer_state)
@@ -159,8 +163,7 @@ def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):
         return weigh and weigh_nested
 
     def combine_rows(inside, jacobian):
-        add_up = lambda row: jax.tree.map(lambda x: jnp.sum(broadcast_to_rows(row, x) * x, axis=0), jacobian)
-        return jax.vmap(add_up)(inside)
+        return jax.vmap(lambda weights: combine(weights, jacobian))(inside)
 
     def combine_gramian(inside, gramian):
         return jnp.linalg.multi_dot([inside, gramian, inside.T], precision="highest")

@@ -48,13 +48,18 @@ def hooks_of(method: Method, seen: Callable[..., Any] = all_of) -> dict[str, Any
     return {"end_epoch": end_epoch, "observe": observe, "last_weights": last_weights}
 
 
+def told(method: Any, old: Any, new: Any, finite: chex.Array) -> Any:
+    """A part's state after a step whose gradient was ``finite``, or not: the new one, unless the part is a guard."""
+    return method.after_gradient(old, new, finite) if method.after_gradient else new
+
+
 def with_guard_of(method: Any, wrapper: Any) -> Any:
     """The wrapper, which hears of a step's gradient if the wrapped method does."""
     if method.after_gradient is None:
         return wrapper
 
     def after_gradient(old, new, finite):
-        return new._replace(inner=method.after_gradient(old.inner, new.inner, finite))
+        return new._replace(inner=told(method, old.inner, new.inner, finite))
 
     return wrapper._replace(after_gradient=after_gradient)
 

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
 
 from mtlbalance import base
 from mtlbalance.hyperparameters import NONNEGATIVE, per_task
-from mtlbalance.names import by_group
+from mtlbalance.names import by_group, names_of
 from mtlbalance.wrappers.plumbing import Method, check_method, reweighted
 
 
@@ -67,7 +66,7 @@ def prioritize(method: Method, prior: chex.ArrayTree | Callable[[chex.Array], ch
     read = lambda prior, shape, dtype: per_task("prior", by_group("prior", prior), shape, dtype, bound=NONNEGATIVE)
 
     def start(shape, dtype, inner):
-        if not is_schedule and not jax.tree.structure(prior).num_nodes > 1:  # names come with the losses
+        if not is_schedule and not names_of(prior).entries:  # else it waits for the losses' names
             read(prior, shape, dtype)
         return PrioritizeState(inner, jnp.zeros((), jnp.int32) if is_schedule else None)
 
