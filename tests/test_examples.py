@@ -24,6 +24,7 @@ TINY = {
     "instance_wise": (["--epochs", "1"], "Losses of single examples and tasks"),
     "grouping": (["--epochs", "1"], "On the test images"),
     "recurrent": (["--epochs", "1"], "On the test images, by rows read"),
+    "two_stages": (["--steps", "5"], "How far the network is off"),
     "mixed_precision": (["--epochs", "1"], "On the test images, and in the gradients"),
 }
 WITHOUT_PICTURE = ("minimal", "mixed_precision")
