@@ -68,8 +68,7 @@ def pytest_xdist_make_scheduler(config, log):
             method = re.match(
                 r"tests/conformance/.*\b((scalarization|aggregation)-((skip|amortize|chain)-)*\w+)", nodeid
             )
-            file = nodeid.split("::")[0]
-            return f"{file if 'test_hostile' in file else ''} {method[1]}" if method else file
+            return method[1] if method else nodeid.split("::")[0]
 
     config.option.loadscopereorder = False  # the small groups last, so that the processes end together
     return Scheduler(config, log)
@@ -104,8 +103,12 @@ def forget_compiled_programs():
 
 @pytest.fixture(autouse=True)
 def optimized_unless_marked(request):
-    """``unoptimized`` marks what tests equations, and not what fusing makes of them: half as long to compile."""
-    unoptimized = request.node.get_closest_marker("unoptimized") is not None
+    """``unoptimized`` marks what tests equations, and not what fusing makes of them: half as long to compile.
+
+    Not where programs are compiled as users' are.
+    """
+    as_users = f"{EMITTERS}=true" in os.environ.get("XLA_FLAGS", "")
+    unoptimized = not as_users and request.node.get_closest_marker("unoptimized") is not None
     if unoptimized != jax.config.read("jax_disable_most_optimizations"):
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", unoptimized)

@@ -13,6 +13,8 @@ from mtlbalance import diagnostics
 from mtlbalance.losses import broadcast_to_rows
 from tests.conformance.helpers import Built, by_rows, scalar_and_gradient
 
+pytestmark = pytest.mark.unoptimized  # `.ci/run` has a run with all optimizations
+
 LOSSES = {
     "zero": jnp.zeros(3),
     "tiny": jnp.full(3, 1e-30),
