@@ -14,7 +14,7 @@ from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import reject
 from mtlbalance.names import Names, groups_of, with_names
 from mtlbalance.states import count_seen, zero_counts
-from mtlbalance.wrappers.plumbing import check_method, told
+from mtlbalance.wrappers.plumbing import check_method, state_after
 
 
 class NestedState(NamedTuple):
@@ -117,8 +117,8 @@ def nested(
         return state._replace(inner=ended, outer=outer.end_epoch(state.outer))
 
     def after_gradient(old, new, finite):
-        states = {name: told(inner[name], old.inner[name], new.inner[name], finite) for name in names.entries}
-        return new._replace(inner=states, outer=told(outer, old.outer, new.outer, finite))
+        states = {name: state_after(inner[name], old.inner[name], new.inner[name], finite) for name in names.entries}
+        return new._replace(inner=states, outer=state_after(outer, old.outer, new.outer, finite))
 
     hooks = {"observe": observe, "end_epoch": end_epoch}
     is_guarded = any(method.after_gradient for method in (outer, *inner.values()))
@@ -174,6 +174,6 @@ def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):
         weighting=of_groups(outer.weighting.apply, combine_rows),
         gramian_weighting=of_groups(of_gramian and of_gramian.apply, combine_gramian),
         reads_losses=True,
-        hides_nonfinite=False,
+        nan_if_nonfinite=False,
         **hooks,
     )

@@ -48,18 +48,18 @@ def hooks_of(method: Method, seen: Callable[..., Any] = all_of) -> dict[str, Any
     return {"end_epoch": end_epoch, "observe": observe, "last_weights": last_weights}
 
 
-def told(method: Any, old: Any, new: Any, finite: chex.Array) -> Any:
-    """A part's state after a step whose gradient was ``finite``, or not: the new one, unless the part is a guard."""
+def state_after(method: Any, old: Any, new: Any, finite: chex.Array) -> Any:
+    """A method's state after a step whose gradient was ``finite``, or not: the new one, unless it has a guard."""
     return method.after_gradient(old, new, finite) if method.after_gradient else new
 
 
-def with_guard_of(method: Any, wrapper: Any) -> Any:
-    """The wrapper, which hears of a step's gradient if the wrapped method does."""
+def forward_after_gradient(method: Any, wrapper: Any) -> Any:
+    """The wrapper with the hook ``after_gradient``, if the wrapped method has it."""
     if method.after_gradient is None:
         return wrapper
 
     def after_gradient(old, new, finite):
-        return new._replace(inner=told(method, old.inner, new.inner, finite))
+        return new._replace(inner=state_after(method, old.inner, new.inner, finite))
 
     return wrapper._replace(after_gradient=after_gradient)
 
@@ -125,10 +125,10 @@ def reweighted(
     hooks = hooks_of(method, seen) | {"last_weights": last_weights, "per_task": per_task}
     change = _if_finite(change)
     if isinstance(method, Scalarizer):
-        return with_guard_of(method, _reweighted_scalarizer(method, start, change, hooks, keeps_scalar, seen))
+        return forward_after_gradient(method, _reweighted_scalarizer(method, start, change, hooks, keeps_scalar, seen))
     # Weights that are looked at only are what they are inside.
-    hooks |= {"given_weights": keeps_scalar}
-    return with_guard_of(method, _reweighted_aggregator(method, start, change, hooks, seen))
+    hooks |= {"stop_gradient": not keeps_scalar}
+    return forward_after_gradient(method, _reweighted_aggregator(method, start, change, hooks, seen))
 
 
 def _if_finite(change):
@@ -175,6 +175,6 @@ def _reweighted_aggregator(method, start, change, hooks, seen):
         gramian_weighting=method.gramian_weighting and changed(method.gramian_weighting.apply),
         rowwise=method.rowwise and rows_of(method, changed(method.rowwise.weigh), seen),
         jacobian_shaped=within("inner", method.jacobian_shaped),
-        hides_nonfinite=False,
+        nan_if_nonfinite=False,
         **hooks,
     )

@@ -12,7 +12,7 @@ import optax
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import FINITE, check, reject
 from mtlbalance.names import positions_of
-from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, reweighted, with_guard_of
+from mtlbalance.wrappers.plumbing import Method, check_method, forward_after_gradient, hooks_of, reweighted
 
 
 class RegularizeState(NamedTuple):
@@ -110,7 +110,7 @@ def regularize(
     last_weights = method.last_weights and last_weights
     hooks = hooks_of(method, seen) | {"last_weights": last_weights}
     regularized: Any = (
-        with_guard_of(method, base.scalarizer(init, apply, **hooks))
+        forward_after_gradient(method, base.scalarizer(init, apply, **hooks))
         if isinstance(method, base.Scalarizer)
         else reweighted(method, start, weigh, last_weights=last_weights, seen=seen)
     )

@@ -16,7 +16,14 @@ from mtlbalance.contract import Rowwise, check_is_method
 from mtlbalance.hyperparameters import reject
 from mtlbalance.mapped_axes import varying
 from mtlbalance.states import among, on_mesh, read_optimizer, zeros_params
-from mtlbalance.wrappers.plumbing import check_method, hooks_of, nan_tree_unless, visits_of, with_guard_of, within
+from mtlbalance.wrappers.plumbing import (
+    check_method,
+    forward_after_gradient,
+    hooks_of,
+    nan_tree_unless,
+    visits_of,
+    within,
+)
 
 # Parameters of several ranks, and some so large that what is kept of large ones in another form is so here.
 _SOME_PARAMS = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in {"w": (512, 512), "b": (3,)}.items()}
@@ -142,7 +149,7 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
         jacobian_shaped=within("inner", aggregator.jacobian_shaped) + _fields_by_task(transformation),
         **hooks_of(aggregator) | {"last_weights": None},
     )
-    return with_guard_of(aggregator, method)
+    return forward_after_gradient(aggregator, method)
 
 
 def init_rows(transformation: Any, params: chex.ArrayTree, m: int) -> chex.ArrayTree:
