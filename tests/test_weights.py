@@ -196,6 +196,22 @@ def test_frozen_weights_are_those_of_the_state():
         mtl.freeze(scalarization.uw_so(), scalarization.uw_so().init(2))
 
 
+def test_frozen_weights_are_for_the_losses_that_they_were_made_for():
+    """A count is read, and neither other names nor another number of losses are taken without a word."""
+    method = scalarization.geometric_mean()
+    counted = lambda total, count: mtl.Counted(jnp.array(total), jnp.array(count))
+    losses = {"a": counted(2.0, 2), "b": counted(8.0, 2), "none": counted(0.0, 0)}
+    frozen = mtl.freeze(method, method.init(losses), losses)
+    scalar, _ = frozen.apply(frozen.init(losses), {"a": 1.0, "b": 6.0, "none": 5.0})
+    np.testing.assert_allclose(scalar, 2.5, rtol=1e-6)  # with weights (1, 1/4, 0)
+    with pytest.raises(ValueError, match=r"weights: .*\['a', 'b', 'c'\]"):
+        frozen.init({"a": 1.0, "b": 6.0, "c": 5.0})
+    kept = mtl.amortize(aggregation.mgda())
+    for m, n in (2, 3), (1, 3):
+        with pytest.raises(ValueError, match=rf"losses: expected .* frozen weights, shape \({m},\), .*\({n},\)"):
+            mtl.freeze(kept, kept.init((m, 2))).init(n)
+
+
 def test_a_line_search_sees_one_function():
     """Adam with a method, then L-BFGS with its weights as they are then."""
     targets = {"near": 1.0, "far": 30.0}

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.contract import Rowwise, check_is_method, weights_of
-from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import broadcast_to_rows
 from mtlbalance.states import select
-from mtlbalance.wrappers.plumbing import nan_tree_unless, state_after, within
+from mtlbalance.wrappers.plumbing import check_method, nan_tree_unless, state_after, within
 
 
 class ChainState(NamedTuple):
@@ -74,9 +73,7 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
     """
     check_is_method("scalarizer", scalarizer, "a Scalarizer", base.Scalarizer)
     check_is_method("aggregator", aggregator, "an Aggregator", base.Aggregator)
-    if scalarizer.learned:
-        expected = "a method with nothing left to learn, as in chain(learn(scalarizer, optimizer), aggregator)"
-        reject("scalarizer", expected, f"learned={scalarizer.learned}")
+    check_method(scalarizer, "chain(learn(scalarizer, optimizer), aggregator)", argument="scalarizer")
 
     def init(m, params, dtype):
         return ChainState(scalarizer.init(jax.ShapeDtypeStruct((m,), dtype)), aggregator.init((m, params)))

@@ -69,14 +69,15 @@ def nested(
       >>> print(f"{scalar:.1f}")  # of 2 and 8
       4.0
     """
-    check_method(outer, "nested(learn(outer, optimizer), inner)", makes_weights=True)
+    check_method(outer, "nested(learn(outer, optimizer), inner)", makes_weights=True, argument="outer")
     if outer.jacobian_shaped:
         reject("outer", "an aggregator that remembers no gradients", f"jacobian_shaped={outer.jacobian_shaped}")
     if not isinstance(inner, Mapping) or not inner:
         reject("inner", 'a dict from groups to scalarizers, such as {"pde": scalarization.mean()}', f"{inner!r}")
     for name, method in inner.items():
-        check_is_method(f"inner[{name!r}]", method, "a Scalarizer", base.Scalarizer)
-        check_method(method, f"inner={{{name!r}: learn(...)}}")
+        argument = f"inner[{name!r}]"
+        check_is_method(argument, method, "a Scalarizer", base.Scalarizer)
+        check_method(method, f"inner={{{name!r}: learn(method, optimizer)}}", argument=argument)
     names = Names(tuple(sorted(inner)), len(inner))
 
     def each(function):

@@ -20,13 +20,13 @@ from mtlbalance.states import increment, select
 Method = TypeVar("Method", Scalarizer, Aggregator)
 
 
-def check_method(method: Any, usage: str, *, makes_weights: bool = False) -> None:
+def check_method(method: Any, usage: str, *, makes_weights: bool = False, argument: str = "method") -> None:
     """Raises unless this is a method with nothing left to learn, as in ``usage``, and makes weights if it must."""
-    check_is_method("method", method, "a Scalarizer or an Aggregator", Scalarizer, Aggregator)
+    check_is_method(argument, method, "a Scalarizer or an Aggregator", Scalarizer, Aggregator)
     if method.learned:
-        reject("method", f"a method with nothing left to learn, as in {usage}", f"learned={method.learned}")
+        reject(argument, f"a method with nothing left to learn, as in {usage}", f"learned={method.learned}")
     if makes_weights and isinstance(method, Aggregator) and method.weighting is None:
-        reject("method", "an aggregator that makes weights", "one without a weighting")
+        reject(argument, "an aggregator that makes weights", "one without a weighting")
 
 
 def all_of(state: Any, mask: chex.Array) -> chex.Array:

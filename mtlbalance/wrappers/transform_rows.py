@@ -106,7 +106,7 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
       ``src/optimizer/multiadam.py``.
     """
     check_is_method("aggregator", aggregator, "an Aggregator", base.Aggregator)
-    check_method(aggregator, "transform_rows(aggregator, transformation)")
+    check_method(aggregator, "transform_rows(aggregator, transformation)", argument="aggregator")
     transformation = read_optimizer(transformation, "transformation", "an optax one, such as optax.scale_by_adam()")
     _check_needs_no_params(transformation)
     visits = visits_of(aggregator)
