@@ -73,6 +73,28 @@ def test_one_protected_task_is_a_half_space():
     np.testing.assert_array_equal(absent["w"], updates["w"])
 
 
+def test_an_absent_task_is_not_protected_whatever_stands_in_its_row():
+    jacobian = jnp.array([[1.0, 0.0], [jnp.nan, jnp.inf]])
+    updates, link = jnp.array([2.0, 5.0]), mtl.project_update(2)
+    counted = {"here": 1.0, "none": mtl.Counted(jnp.array(0.0), jnp.array(0))}
+    named_mask = {"here": jnp.array(True), "none": jnp.array(False)}
+    for given in (
+        {"mask": jnp.array([True, False])},
+        {"values": counted},
+        {"task_losses": counted},
+        {"values": {"here": 1.0, "none": 1.0}, "mask": named_mask},
+    ):
+        found, _ = link.update(updates, optax.EmptyState(), jacobian=jacobian, **given)
+        np.testing.assert_allclose(found, [0.0, 5.0], atol=1e-6)
+
+
+def test_one_jacobian_serves_an_aggregator_at_the_start_of_the_chain_too():
+    jacobian, params = jnp.array([[4.0, 0.0], [-1.0, 1.0]]), jnp.zeros(2)
+    optimizer = optax.chain(mtl.aggregate(aggregation.upgrad(), 2), optax.adam(0.1), mtl.project_update(2))
+    found, _ = optimizer.update(jacobian.sum(0), optimizer.init(params), params, jacobian=jacobian)
+    assert jnp.max(jacobian @ found) <= 1e-6
+
+
 def test_opposite_gradients_leave_nothing_along_them():
     link, jacobian = mtl.project_update(2), jnp.array([[1.0, 0.0], [-3.0, 0.0]])
     found, _ = link.update(jnp.array([2.0, 5.0]), optax.EmptyState(), jacobian=jacobian)
@@ -93,6 +115,8 @@ def test_complex_parameters():
         ({}, "jacobian: expected the gradients of the tasks"),
         ({"jacobian": jnp.ones((3, 2))}, "jacobian: .*2"),
         ({"jacobian": jnp.ones((2, 5))}, "updates: expected shape"),
+        ({"jacobian": jnp.ones((2, 2)), "mask": jnp.ones(3, bool)}, "mask: expected"),
+        ({"jacobian": jnp.ones((2, 2)), "values": jnp.ones(3)}, "values: expected"),
     ],
 )
 def test_errors_name_what_is_wrong(given, message):

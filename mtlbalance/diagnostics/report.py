@@ -87,7 +87,7 @@ def report(
       train/alignment -0.60
     """
     if clashes := sorted(_OWN & per_task.keys()):
-        due = f"another name than what the report has itself (the arguments: {['weights', 'gramian', 'jacobian']})"
+        due = "another word: the report has this one itself, of 'losses', 'weights', 'gramian' or 'jacobian'"
         reject(clashes[0], due, f"{clashes[0]}=")
     if jacobian is not None:
         if gramian is not None:

@@ -36,7 +36,8 @@ def regularize(
     .. math:: L = \mathrm{method}(L_i,\ i \text{ a task}) + \sum_{k \text{ a term}} c_k L_k
 
     The terms stand among the losses, and the method never sees them: they are absent for it. Balanced as a task, what
-    is there to hold the others back may win: many methods raise the weight of what is small or does not fall.
+    is there to hold the others back may win: many methods raise the weight of what is small or does not fall. With an
+    aggregator a term costs what a task does, a row of the Jacobian.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
