@@ -86,7 +86,7 @@ def regularize(
             weights, are_terms = jnp.where(here, weight, weights), are_terms | here
         return weights, are_terms & mask
 
-    def seen(state, mask):
+    def visible(state, mask):
         return mask & ~weights_of_terms(state, mask, jnp.float32)[1]
 
     def advanced(state):
@@ -109,10 +109,10 @@ def regularize(
         return start(shape, dtype, method.init(jax.ShapeDtypeStruct(shape, dtype)))
 
     last_weights = method.last_weights and last_weights
-    hooks = hooks_of(method, seen) | {"last_weights": last_weights}
+    hooks = hooks_of(method, visible) | {"last_weights": last_weights}
     regularized: Any = (
         forward_after_gradient(method, base.scalarizer(init, apply, **hooks))
         if isinstance(method, base.Scalarizer)
-        else reweighted(method, start, weigh, last_weights=last_weights, seen=seen)
+        else reweighted(method, start, weigh, last_weights=last_weights, visible=visible)
     )
     return regularized

@@ -130,14 +130,13 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
         old = _entries(state.transformation, i)
         row, new, finite = _transform(transformation, old, _wide(row), taken_in(state, mask)[i], value)
         put = lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, i, 0)
+        transformation_state = jax.tree.map(put, state.transformation, new)
         inner, statistic = aggregator.rowwise.visit(state.inner, i, row, values=values, mask=mask)
-        return TransformRowsState(inner, jax.tree.map(put, state.transformation, new)), (
-            statistic,
-            [~ok for ok in finite],
-        )
+        spoilt = [~ok for ok in finite]  # so that the zeros which stand for what is not visited say that it is not
+        return TransformRowsState(inner, transformation_state), (statistic, spoilt)
 
     def finish(state, statistics, values, mask):
-        statistics, spoilt = statistics  # zeros of what is not visited
+        statistics, spoilt = statistics
         gradient, inner = aggregator.rowwise.finish(state.inner, statistics, values=values, mask=mask)
         return _nan_unless([~x for x in spoilt], gradient), state._replace(inner=inner)
 
