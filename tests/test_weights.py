@@ -170,9 +170,12 @@ def test_errors_name_what_is_wrong(make, message):
         make().apply(make().init(losses), losses)
 
 
-def test_what_is_no_transformation_is_refused():
+def test_what_is_no_transformation_and_no_task_is_refused():
     with pytest.raises(TypeError, match=r"transformation: expected an optax transformation.*the function ema"):
         mtl.transform_weights(scalarization.sum(), optax.ema)
+    for index in -1, 2:
+        with pytest.raises(ValueError, match=rf"terms: expected .*{index}"):
+            mtl.regularize(scalarization.sum(), {index: 1.0}).init(2)
     with pytest.raises(ValueError, match="upper: expected at least lower"):
         weights.clip(2.0, 1.0)
 
