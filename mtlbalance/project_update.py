@@ -1,5 +1,7 @@
 """The last link of an optax chain: an update that hurts no task to first order."""
 
+from collections.abc import Hashable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,7 +18,9 @@ from mtlbalance.states import init_seen
 from mtlbalance.transforms import losses_of
 
 
-def project_update(n_tasks: int, protect: int | str | None = None) -> optax.GradientTransformationExtraArgs:
+def project_update(
+    n_tasks: int, protect: int | str | None = None, *, axis_name: Hashable | None = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Projects an update on the cone of those that raise no task's loss to first order.
 
     .. math:: \min_v \lVert v - u \rVert \quad\text{where}\quad g_i^\top v \le 0 \text{ for every task } i
@@ -36,6 +40,8 @@ def project_update(n_tasks: int, protect: int | str | None = None) -> optax.Grad
       n_tasks: the number of tasks, at least 1.
       protect: one task alone, by its name, or by its index where losses have no names: then v is the projection on a
         half-space. All tasks by default.
+      axis_name: under :func:`jax.shard_map`, the axis over which parameters are split, as in
+        :func:`mtlbalance.gramian.gramian`.
 
     Returns:
       A transformation without state.
@@ -70,21 +76,27 @@ def project_update(n_tasks: int, protect: int | str | None = None) -> optax.Grad
         if protect is not None:
             with with_names(names_of(values)):
                 limits &= jnp.arange(n_tasks) == index_of("protect", protect)
-        rows, descent = split(present_rows(jacobian, present)), split(jax.tree.map(lambda u: -jnp.conj(u), updates))
+        rows = _wide(split(present_rows(jacobian, present)))
+        descent = _wide(split(jax.tree.map(lambda u: -jnp.conj(u), updates)))
         # Twice: of an update that all but vanishes the first leaves what is rounding beside the one that was given.
-        products = gramian(rows)
+        products = gramian(rows, axis_name=axis_name)
         for _ in range(2):
-            descent = _project(descent, rows, products, limits)
+            descent = _project(descent, rows, products, limits, axis_name)
         descent = join_like(descent, updates)
         return jax.tree.map(lambda d, u: -jnp.conj(d).astype(u.dtype), descent, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def _project(descent, rows, products, limits):
+def _project(descent, rows, products, limits, axis_name):
     """The nearest direction along which none of these rows decreases."""
-    along = jax.vmap(lambda row: total(jax.tree.map(jnp.multiply, row, descent)))(rows)
-    square = total(jax.tree.map(jnp.square, descent))
+    along = jax.vmap(lambda row: total(jax.tree.map(jnp.multiply, row, descent), axis_name))(rows)
+    square = total(jax.tree.map(jnp.square, descent), axis_name)
     with_descent = jnp.block([[square[None, None], along[None, :]], [along[:, None], products]])
     multipliers = priority_constrained(with_descent, 0.0, jnp.append(True, limits))[1:]
     return jax.tree.map(lambda d, g: d + g.astype(d.dtype), descent, combine(multipliers, rows))
+
+
+def _wide(tree):
+    """In float32 or wider: a narrow row would be rounded on its way into the update."""
+    return jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), tree)

@@ -109,6 +109,29 @@ def test_complex_parameters():
     assert jnp.max(jnp.real(jacobian @ found)) <= 1e-5
 
 
+def test_parameters_that_are_split_over_devices():
+    rng = np.random.default_rng(0)
+    jacobian, updates = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 64), (64,)))
+    projected = lambda link: lambda updates, jacobian: link.update(updates, optax.EmptyState(), jacobian=jacobian)[0]
+    spec, mesh = jax.sharding.PartitionSpec, jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    call = jax.shard_map(
+        projected(mtl.project_update(3, axis_name="x")),
+        mesh=mesh,
+        in_specs=(spec("x"), spec(None, "x")),
+        out_specs=spec("x"),
+    )
+    expected = projected(mtl.project_update(3))(updates, jacobian)
+    np.testing.assert_allclose(jax.jit(call)(updates, jacobian), expected, atol=1e-5)
+
+
+def test_narrow_gradients_are_not_rounded_into_a_wide_update():
+    rng = np.random.default_rng(0)
+    jacobian, updates = jnp.asarray(rng.normal(size=(3, 64)), jnp.bfloat16), jnp.asarray(rng.normal(size=64), "float32")
+    found, _ = mtl.project_update(3).update(updates, optax.EmptyState(), jacobian=jacobian)
+    assert found.dtype == jnp.float32
+    assert jnp.max(relative_products(found, jacobian.astype(jnp.float32))) <= 1e-6
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
