@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-import report
+import show
 from digits import TASKS, draw_pairs, evaluate, init_params, load_data, task_losses
 from tqdm import tqdm
 
@@ -164,14 +164,14 @@ def print_table(models, metrics, milliseconds, conflicts):
     for name, found in metrics.items():
         _, _, grouping, groups = models[name]
         share = f"{np.mean([conflicts[name][grouping][group] for group in groups]):.0%}"
-        rows.append((name, *report.format_scores(found), f"{len(groups)}", share, f"{milliseconds[name]:.2f}"))
-    caption = f"{report.ABOUT_SCORES} groups: parameters with a decision of their own. conflicts: how often two tasks' "
+        rows.append((name, *show.format_scores(found), f"{len(groups)}", share, f"{milliseconds[name]:.2f}"))
+    caption = f"{show.ABOUT_SCORES} groups: parameters with a decision of their own. conflicts: how often two tasks' "
     caption += (
         "gradients conflict in these groups (equal weights: in the whole model) of this training, over all pairs "
     )
     caption += f"of tasks and {WATCHED_BATCHES} batches after every epoch."
-    columns = ("balanced", *report.SCORES, "groups", "conflicts", "ms/step")
-    report.print_table("On the test images", columns, rows, caption)
+    columns = ("balanced", *show.SCORES, "groups", "conflicts", "ms/step")
+    show.print_table("On the test images", columns, rows, caption)
 
 
 def draw_conflicts(conflicts, output):
@@ -179,11 +179,11 @@ def draw_conflicts(conflicts, output):
     curves = {"whole model": conflicts["whole model"]["all"], **conflicts["each layer"]}
     size = {"figsize": (9.6, 3.5), "sharex": True, "sharey": True}
     subject = "Where and when the tasks conflict, with equal weights"
-    with report.picture(output, subject, 1, len(TASKS), **size) as (fig, axes):
+    with show.picture(output, subject, 1, len(TASKS), **size) as (fig, axes):
         for pair, (ax, i, j) in enumerate(zip(axes, *PAIRS, strict=True)):
             shares = {name: found[..., pair].mean(axis=1) for name, found in curves.items()}
             epochs, title = 1 + np.arange(len(shares[LAST])), f"{TASKS[i]} and {TASKS[j]}"
-            report.draw_curves(ax, epochs, shares, ["0.7", "C0", "C1"], title=title, ylim=(-0.03, 1))
+            show.draw_curves(ax, epochs, shares, ["0.7", "C0", "C1"], title=title, ylim=(-0.03, 1))
             ax.yaxis.set_major_formatter("{x:.0%}")
         axes[0].set_ylabel("batches with a conflict")
         axes[-1].legend()
@@ -191,7 +191,7 @@ def draw_conflicts(conflicts, output):
 
 
 def main(argv=None):
-    args = report.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
+    args = show.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
 
     train_digits, test_pairs = load_data()
     init_key, data_key = jax.random.split(jax.random.key(args.seed))

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
+import show
 from digits import draw_pairs, init_params, load_data, predict
 from tqdm import tqdm
 
@@ -126,7 +126,7 @@ def print_table(records):
     caption = "worst test: mean of the largest tenth of the test losses. train: in the last epoch. raised: the part of "
     caption += "a batch's loss that is in examples and tasks whose loss rises along the negative gradient, or along "
     caption += "Adam's step; mean of all steps. One seed: the docstring says what held on three."
-    report.print_table("Losses of single examples and tasks", columns, rows, caption)
+    show.print_table("Losses of single examples and tasks", columns, rows, caption)
 
 
 def draw_weights(ax, losses, weights, epoch):
@@ -147,21 +147,21 @@ def draw(records, output):
     """The test losses, how much of the training loss goes against the gradient, and the weights."""
     raised = {name: 100 * record["by gradient"].mean(axis=1) for name, record in records.items()}
     balanced, epochs = records["UPGrad 16x2"], np.arange(len(raised["mean"]) + 1)
-    with report.picture(output, "The losses and the weights", 1, 4, figsize=(12, 3.3)) as (_, axes):
+    with show.picture(output, "The losses and the weights", 1, 4, figsize=(12, 3.3)) as (_, axes):
         titles = {"test mean": "test loss", "test worst": "worst tenth of the test losses"}
         for ax, (key, title), ticks in zip(axes, titles.items(), ((0.1, 0.2, 0.5, 1, 2), (1, 2, 3)), strict=False):
-            report.draw_curves(ax, epochs, {name: record[key] for name, record in records.items()}, yscale="log")
+            show.draw_curves(ax, epochs, {name: record[key] for name, record in records.items()}, yscale="log")
             ax.set_yticks(ticks, ticks)
             ax.minorticks_off()
             ax.set_title(title, fontsize=10)
-        report.draw_curves(axes[2], epochs[1:], raised, ylim=(0, None))
+        show.draw_curves(axes[2], epochs[1:], raised, ylim=(0, None))
         axes[2].set_title("% of the batch's loss that a step along\nthe negative gradient raises", fontsize=10)
         axes[0].legend(fontsize=8)
         draw_weights(axes[3], balanced["losses"], balanced["weights"], min(SHOWN_EPOCH, len(raised["mean"])) - 1)
 
 
 def main(argv=None):
-    args = report.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
+    args = show.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
 
     train_digits, test_pairs = load_data()
     init_key, data_key = jax.random.split(jax.random.key(args.seed))

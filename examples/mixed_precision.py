@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import report
+import show
 from digits import TASKS, draw_pairs, evaluate, init_params, load_data, losses_of, predict
 from tqdm import tqdm
 
@@ -147,20 +147,18 @@ def lost_entries(params, batch, scale, dtype):
 
 
 def print_table(rows):
-    columns = "network in", *report.SCORES, *(f"lost: {task}" for task in TASKS), "factor", "skipped"
-    caption = (
-        f"{report.ABOUT_SCORES} lost: after training, the share of the entries of a task's gradient that are zero, "
-    )
+    columns = "network in", *show.SCORES, *(f"lost: {task}" for task in TASKS), "factor", "skipped"
+    caption = f"{show.ABOUT_SCORES} lost: after training, the share of the entries of a task's gradient that are zero, "
     caption += "but not in float32. factor: of the loss scale, at the end."
     cells = []
     for name, (metrics, lost, factor, skipped) in rows.items():
         shares = [f"{lost[task]:.1%}" for task in TASKS]
-        cells.append([name, *report.format_scores(metrics), *shares, f"2^{jnp.log2(factor):.0f}", f"{skipped}"])
-    report.print_table("On the test images, and in the gradients", columns, cells, caption, width=110)
+        cells.append([name, *show.format_scores(metrics), *shares, f"2^{jnp.log2(factor):.0f}", f"{skipped}"])
+    show.print_table("On the test images, and in the gradients", columns, cells, caption, width=110)
 
 
 def main(argv=None):
-    args = report.arguments(__doc__, seed=0, epochs=12).parse_args(argv)
+    args = show.arguments(__doc__, seed=0, epochs=12).parse_args(argv)
 
     train_digits, test_pairs = load_data()
     init_key, data_key, batch_key = jax.random.split(jax.random.key(args.seed), 3)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-import report
+import show
 from digits import TASKS, draw_pairs, evaluate, init_params, load_data, task_losses
 from tqdm import tqdm
 
@@ -44,7 +44,7 @@ def running_scale(decay=0.99):
 
 
 def main(argv=None):
-    args = report.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
+    args = show.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
     digits, test_pairs = load_data()
     init_key, data_key = jax.random.split(jax.random.key(args.seed))
     method, optimizer = running_scale(), optax.adam(1e-3)
@@ -63,11 +63,11 @@ def main(argv=None):
         carry, weights = run_epoch(carry, epoch_key)
         history.append(jax.tree.map(jnp.mean, weights))
 
-    scores = report.format_scores(evaluate(carry[0], test_pairs))
-    report.print_table("On the test images", ("method", *report.SCORES), [("yours", *scores)], report.ABOUT_SCORES)
-    with report.picture(args.output, "The weights over training", figsize=(4.8, 3.2)) as (_, ax):
+    scores = show.format_scores(evaluate(carry[0], test_pairs))
+    show.print_table("On the test images", ("method", *show.SCORES), [("yours", *scores)], show.ABOUT_SCORES)
+    with show.picture(args.output, "The weights over training", figsize=(4.8, 3.2)) as (_, ax):
         curves = jax.tree.map(lambda *means: jnp.stack(means), *history)
-        report.draw_curves(ax, jnp.arange(1, args.epochs + 1), curves, ylabel="weight", yscale="log")
+        show.draw_curves(ax, jnp.arange(1, args.epochs + 1), curves, ylabel="weight", yscale="log")
         ax.legend(title="task")
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
+import show
 from tqdm import tqdm
 
 from mtlbalance import scalarization
@@ -111,7 +111,7 @@ def print_table(points):
     rows = [[name, *(cell for front in POWERS for cell in format_front(name, front))] for name in METHODS]
     caption = "In brackets: the share of what the whole front has. between: how many of the "
     caption += f"{N_PREFERENCES} points lie between the ends of the front, with both losses above {MARGIN}."
-    report.print_table("Hypervolume", columns, rows, caption)
+    show.print_table("Hypervolume", columns, rows, caption)
 
 
 def draw_fronts(points, output):
@@ -119,7 +119,7 @@ def draw_fronts(points, output):
     line, ends = np.linspace(0, 1, 500), {"lim": (-0.06, 1.06), "ticks": [0, 0.5, 1]}
     shared = {"figsize": (9.6, 5.0), "sharex": True, "sharey": True, "layout": "compressed"}
     corners = {"convex": (0.95, 0.77, "right"), "concave": (0.05, 0.07, "left")}  # that the fronts leave free
-    with report.picture(output, "The fronts", 2, len(METHODS), **shared) as (fig, axes):
+    with show.picture(output, "The fronts", 2, len(METHODS), **shared) as (fig, axes):
         for ax, (front, name) in zip(axes.flat, itertools.product(POWERS, METHODS), strict=True):
             found, power = points[name, front], POWERS[front]
             ax.plot(line, 1 - line**power, color="0.8", linewidth=8, label="the front")
@@ -138,7 +138,7 @@ def draw_fronts(points, output):
 
 
 def main(argv=None):
-    args = report.arguments(__doc__, __file__, steps=3000).parse_args(argv)
+    args = show.arguments(__doc__, __file__, steps=3000).parse_args(argv)
 
     points = {}
     with tqdm([(name, front) for name in METHODS for front in POWERS], unit="front") as progress:

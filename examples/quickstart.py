@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
+import show
 from digits import TASKS, draw_pairs, evaluate, init_params, load_data, task_losses
 from tqdm import tqdm
 
@@ -79,26 +79,26 @@ def change(metrics, equal):
 
 def print_table(metrics):
     equal = metrics["equal weights"]
-    rows = [(name, *report.format_scores(found), f"{change(found, equal):+.1%}") for name, found in metrics.items()]
-    caption = f"{report.ABOUT_SCORES} Δm: relative change against equal weights, averaged over the three columns; "
+    rows = [(name, *show.format_scores(found), f"{change(found, equal):+.1%}") for name, found in metrics.items()]
+    caption = f"{show.ABOUT_SCORES} Δm: relative change against equal weights, averaged over the three columns; "
     caption += "worse is positive. One seed: another can move it by three points."
-    report.print_table("On the test images", ("method", *report.SCORES, "Δm ↓"), rows, caption)
+    show.print_table("On the test images", ("method", *show.SCORES, "Δm ↓"), rows, caption)
 
 
 def draw_weights(history, output):
     """One panel per method: each task's share of the weights, step by step."""
     size = {"figsize": (9.6, 3.1), "sharex": True, "sharey": True}
-    with report.picture(output, "The weights over training", 1, len(history), **size) as (_, axes):
+    with show.picture(output, "The weights over training", 1, len(history), **size) as (_, axes):
         for ax, (name, weights) in zip(axes, history.items(), strict=True):
             total = sum(weights.values())
             shares = {task: weights[task] / total for task in TASKS}
-            report.draw_curves(ax, np.arange(len(total)) / STEPS_PER_EPOCH, shares, title=name, yscale="log")
+            show.draw_curves(ax, np.arange(len(total)) / STEPS_PER_EPOCH, shares, title=name, yscale="log")
         axes[0].set_ylabel("share of the weights")
         axes[0].legend(title="task")
 
 
 def main(argv=None):
-    args = report.arguments(__doc__, __file__, seed=0, epochs=40).parse_args(argv)
+    args = show.arguments(__doc__, __file__, seed=0, epochs=40).parse_args(argv)
 
     train_digits, test_pairs = load_data()
     init_key, data_key = jax.random.split(jax.random.key(args.seed))

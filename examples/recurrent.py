@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-import report
+import show
 from digits import init_layers, load_images
 from tqdm import tqdm
 
@@ -123,27 +123,27 @@ def print_table(metrics):
     columns = ["rows", *(f"{kind}, {name}" for kind in ("accuracy", "loss") for name in metrics), "change"]
     caption = f"equal: equal weights. Averages over {N_SEEDS} seeds. change: of the loss by UPGrad, "
     caption += "and its standard deviation over the seeds."
-    report.print_table("On the test images, by rows read", columns, rows, caption, width=100)
+    show.print_table("On the test images, by rows read", columns, rows, caption, width=100)
 
 
 def draw(metrics, weights, output):
     """What UPGrad changes in each row's loss, and the weights by which it does."""
     subject, rows = "The change in the losses, and UPGrad's weights", np.arange(1, N_ROWS + 1)
-    with report.picture(output, subject, 1, 2, figsize=(9.6, 3.6)) as (_, (left, right)):
+    with show.picture(output, subject, 1, 2, figsize=(9.6, 3.6)) as (_, (left, right)):
         labels = {"title": "test loss: UPGrad against equal weights", "ylabel": "change (%)", "xticks": rows}
-        report.draw_seeds(left, rows, loss_change(metrics).T, xlabel="rows read", **labels)
+        show.draw_seeds(left, rows, loss_change(metrics).T, xlabel="rows read", **labels)
         left.legend()
         by_epoch = dict(zip(rows, N_ROWS * weights.mean(axis=(0, 2)).T, strict=True))
         colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, N_ROWS))
         labels = {"title": "UPGrad's weights (equal weights: 1)", "ylabel": "weight times 8"}
-        report.draw_curves(right, np.arange(1, weights.shape[1] + 1), by_epoch, colors, **labels)
+        show.draw_curves(right, np.arange(1, weights.shape[1] + 1), by_epoch, colors, **labels)
         right.legend(title="rows read", loc="center left", bbox_to_anchor=(1, 0.5))
         for ax, equal in (left, 0), (right, 1):
             ax.axhline(equal, color="black", linewidth=0.8)
 
 
 def main(argv=None):
-    args = report.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
+    args = show.arguments(__doc__, __file__, seed=0, epochs=20).parse_args(argv)
 
     train_digits, test_digits = load_images()
     keys = jax.random.split(jax.random.key(args.seed), N_SEEDS)

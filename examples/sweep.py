@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import optax
-import report
+import show
 from digits import draw_pairs, evaluate, init_params, load_images, task_losses
 from tqdm import tqdm
 
@@ -95,7 +95,7 @@ def print_times(seconds):
     rows = [(name, f"{compile_time:.1f} s", f"{run_time:.1f} s") for name, (compile_time, run_time) in seconds.items()]
     _, (together, in_loop) = zip(*seconds.values(), strict=True)
     caption = f"The loop runs {in_loop / together:.1f} times as long as the one program."
-    report.print_table(f"{len(TEMPERATURES) * len(SEEDS)} trainings", ("", "compile", "run"), rows, caption)
+    show.print_table(f"{len(TEMPERATURES) * len(SEEDS)} trainings", ("", "compile", "run"), rows, caption)
 
 
 def print_metrics(metrics):
@@ -104,21 +104,21 @@ def print_metrics(metrics):
         (f"{temperature:.2g}", f"{x.mean():.1%} ± {x.std():.1%}", f"{y.mean():.2f} ± {y.std():.2f}")
         for temperature, x, y in zip(TEMPERATURES, metrics["digits"], metrics["sum"], strict=True)
     ]
-    report.print_table("On the test images", columns, rows, f"Mean and standard deviation over the seeds. {about}")
+    show.print_table("On the test images", columns, rows, f"Mean and standard deviation over the seeds. {about}")
 
 
 def draw_metrics(metrics, output):
     """Each metric against the temperature."""
     titles = {"digits": "accuracy of the digits", "sum": "mean absolute error of the sum"}
     axis = {"xlabel": "temperature of DWA (large: equal weights)", "xscale": "log"}
-    with report.picture(output, "The metrics against the temperature", 1, 2, figsize=(9.2, 3.4)) as (_, axes):
+    with show.picture(output, "The metrics against the temperature", 1, 2, figsize=(9.2, 3.4)) as (_, axes):
         for ax, (name, title) in zip(axes, titles.items(), strict=True):
-            report.draw_seeds(ax, TEMPERATURES, metrics[name], title=title, **axis)
+            show.draw_seeds(ax, TEMPERATURES, metrics[name], title=title, **axis)
         axes[0].legend(loc="lower right")
 
 
 def main(argv=None):
-    args = report.arguments(__doc__, __file__, steps=2000).parse_args(argv)
+    args = show.arguments(__doc__, __file__, steps=2000).parse_args(argv)
 
     train_digits, test_digits = load_images()
     test_pairs = draw_pairs(jax.random.key(0), test_digits, 2000)

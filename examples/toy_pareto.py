@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
 import rich.box
+import show
 from tqdm import tqdm
 
 import mtlbalance as mtl
@@ -227,7 +227,7 @@ def print_table(paths, seconds):
         rows.append((name + "*" * run.shifted, *ends, *counts, f"{seconds[name]:.1f}", theirs))
     style = {"box": rich.box.SIMPLE, "padding": 0, "show_edge": False}
     columns = "method", *STARTS, "arrive", "papers", "seconds", "theirs"
-    report.print_table("Where each start ends", columns, rows, ABOUT, **style)
+    show.print_table("Where each start ends", columns, rows, ABOUT, **style)
 
 
 def print_summary(paths):
@@ -267,7 +267,7 @@ def draw_paths(paths, output):
     n_rows = -(-len(names) // n_columns)
     shared = {"sharex": True, "sharey": True, "squeeze": False, "layout": "compressed", "grid": False}
     size = 2.4 * max(n_columns, 4), 0.5 + 2.5 * n_rows
-    with report.picture(output, "The paths", n_rows, n_columns, figsize=size, **shared) as (fig, axes):
+    with show.picture(output, "The paths", n_rows, n_columns, figsize=size, **shared) as (fig, axes):
         for mark, label in ("o", "start"), ("*", "end, on the front"), ("X", "end, elsewhere"):
             axes[0, 0].plot([], [], color="0.5", marker=mark, linestyle="", label=label)
         for ax, name in zip(axes.flat, names, strict=False):
@@ -290,7 +290,7 @@ def draw_paths(paths, output):
 
 
 def main(argv=None):
-    parser = report.arguments(__doc__, __file__, steps=50_000)
+    parser = show.arguments(__doc__, __file__, steps=50_000)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     args = parser.parse_args(argv)
     if args.steps % EVERY:

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
-import report
+import show
 from digits import TASKS, draw_pairs, init_params, load_data, losses_of, predict
 from tqdm import tqdm
 
@@ -247,7 +247,7 @@ def print_table(name, before, after, history):
         row += [f"{means['weight'][task]:.2g}" for means in (first, last) if has_weights]
         rows.append([*row, f"{last['raised'][task]:.0%}"])
     columns += ["weight\nfirst", "weight\nlast"] * has_weights + ["\nraised"]
-    report.print_table(f"{name}: what changed in epochs 1 to {len(history)}", columns, rows, CAPTION)
+    show.print_table(f"{name}: what changed in epochs 1 to {len(history)}", columns, rows, CAPTION)
 
 
 def draw_history(title, history, output):
@@ -255,10 +255,10 @@ def draw_history(title, history, output):
     panels = {"loss": "training loss", "weight": "weight", "raised": "loss raised by a step"}
     panels = {key: label for key, label in panels.items() if key in history[0]}
     size = 2.9 * len(panels) + 0.9, 3
-    with report.picture(output, "The training", 1, len(panels), figsize=size) as (fig, axes):
+    with show.picture(output, "The training", 1, len(panels), figsize=size) as (fig, axes):
         for ax, (key, label) in zip(axes, panels.items(), strict=True):
             curves = {task: [means[key][task] for means in history] for task in TASKS}
-            report.draw_curves(ax, range(1, len(history) + 1), curves, title=label)
+            show.draw_curves(ax, range(1, len(history) + 1), curves, title=label)
         axes[0].set_yscale("log")
         axes[-1].yaxis.set_major_formatter("{x:.0%}")
         fig.legend(*axes[0].get_legend_handles_labels(), title="task", loc="outside right center")
@@ -275,8 +275,8 @@ def hyperparameter(text):
 
 
 def read_arguments(argv, doc, script):
-    parser = report.arguments(doc, script, seed=0, epochs=20)
-    parser.add_argument("--steps", type=report.at_least_one, default=100, help="of an epoch; 100 by default")
+    parser = show.arguments(doc, script, seed=0, epochs=20)
+    parser.add_argument("--steps", type=show.at_least_one, default=100, help="of an epoch; 100 by default")
     parser.add_argument("method", nargs="?", default="upgrad", help="of either family; upgrad by default")
     given = {"action": "append", "type": hyperparameter, "default": [], "metavar": "NAME=VALUE"}
     by_name = "a number, a task's name, or numbers by the tasks' names in JSON"

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
+import show
 from tqdm import tqdm
 
 import mtlbalance as mtl
@@ -107,7 +107,7 @@ def train(method, n_steps, key):
 
 
 def main(argv=None):
-    args = report.arguments(__doc__, __file__, seed=0, steps=1000).parse_args(argv)
+    args = show.arguments(__doc__, __file__, seed=0, steps=1000).parse_args(argv)
     found = {}
     for name, method in tqdm(METHODS.items(), unit="method"):
         # In float64: towards the end the values that a line search compares differ in their last digits.
@@ -119,8 +119,8 @@ def main(argv=None):
     rows = [(name, *(f"{np.median(errors):.1e}" for errors in ends(curves))) for name, curves in found.items()]
     columns = "weights", "after one stage", "Adam goes on", "then L-BFGS"
     about = f"Relative error of the solution, median of {SEEDS} seeds; {args.steps} steps a stage."
-    report.print_table("How far the network is off", columns, rows, about)
-    with report.picture(args.output, "The errors", figsize=(6.4, 4)) as (fig, ax):
+    show.print_table("How far the network is off", columns, rows, about)
+    with show.picture(args.output, "The errors", figsize=(6.4, 4)) as (fig, ax):
         draw(ax, found, args.steps)
         fig.legend(loc="outside lower center", ncols=2, frameon=False)
 

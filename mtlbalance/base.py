@@ -107,10 +107,10 @@ def aggregator(
     jacobian_shaped: tuple[str, ...] = (),
     last_weights: Callable[..., Any] | None = None,
     reads_losses: bool = False,
-    hides_nonfinite: bool = True,
+    nan_if_nonfinite: bool = True,
     axis_name: Hashable | None = None,
     per_task: Mapping[str, Any] | None = None,
-    given_weights: bool = False,
+    stop_gradient: bool = True,
 ) -> Aggregator:
     """Builds an :class:`Aggregator` from plain functions.
 
@@ -131,12 +131,12 @@ def aggregator(
         ``"field.*"``, those of which each leaf has another entry per task that is kept so.
       last_weights: ``(state) -> weights`` of the last call, for a method that keeps them.
       reads_losses: whether a call without ``values`` is an error.
-      hides_nonfinite: whether the function might give finite weights for a Gramian that is not finite, as comparisons
-        and solvers do: the builder makes them NaN there. Not so where they do not depend on it, as the mean's.
+      nan_if_nonfinite: whether the builder makes the weights NaN for a Gramian that is not finite, of which solvers
+        and comparisons may make finite ones. ``False`` for weights that do not depend on it, as the mean's.
       axis_name: mapped axis over which parameters are split, for the Gramian.
       per_task: as in :func:`scalarizer`.
-      given_weights: whether the weights are a hyperparameter's, or those of a method inside: they are passed on as they
-        are, finite or not, with their gradient. Others are constants of differentiation.
+      stop_gradient: whether the weights are constants of differentiation. ``False`` for those of a hyperparameter, or
+        of a method inside, which sees to it.
 
     Complex leaves reach the functions as :class:`~mtlbalance.complex_parts.ComplexParts`: two real leaves each.
 
@@ -162,12 +162,12 @@ def aggregator(
     """
     functions = init, gramian_weighting, weighting, apply, rowwise and (rowwise.weigh or rowwise.finish)
     check = state_check(init, functions, jacobian_shaped)
-    if hides_nonfinite and not given_weights and gramian_weighting is not None:
+    if nan_if_nonfinite and gramian_weighting is not None:
         gramian_weighting = boundary.nan_if_nonfinite("gramian_weighting", gramian_weighting)
     if weighting is None and gramian_weighting is not None:
         weighting = boundary.of_gramian(gramian_weighting, axis_name)
     if apply is None and weighting is not None:
-        apply = boundary.combined(weighting, given_weights)
+        apply = boundary.combined(weighting, stop_gradient)
     if apply is None:
         reject("aggregator", "one of apply, weighting and gramian_weighting", "none", TypeError)
     read = boundary.reader(check, required=reads_losses)
@@ -186,7 +186,7 @@ def aggregator(
     def public_weighting(name, weigh, read_statistic):
         if weigh is None:
             return None
-        public = boundary.public_weigh(name, weigh, read_statistic, read, settled, per_task, given_weights)
+        public = boundary.public_weigh(name, weigh, read_statistic, read, settled, per_task, stop_gradient)
         return Weighting(initializer(needs_params=bool(jacobian_shaped)), public)
 
     return Aggregator(
@@ -210,7 +210,7 @@ def rowwise_aggregator(
     visits: Callable[..., Any] | None = None,
     memory: str | None = None,
     of_moduli: bool = False,
-    hides_nonfinite: bool = True,
+    nan_if_nonfinite: bool = True,
     **others: Any,
 ) -> Aggregator:
     """Builds an :class:`Aggregator` that needs each row of the Jacobian once.
@@ -228,7 +228,7 @@ def rowwise_aggregator(
       memory: the state field with leaves ``[m, *param.shape]``, made by :func:`mtlbalance.states.zeros_jacobian`; none
         by default.
       of_moduli: whether ``memory`` has one real leaf for a complex parameter, made for its ``entries``, and not two.
-      hides_nonfinite: as in :func:`aggregator`, also of the statistics.
+      nan_if_nonfinite: as in :func:`aggregator`, also of the statistics.
       **others: as there.
 
     Returns:
@@ -262,7 +262,7 @@ def rowwise_aggregator(
     """
     if (weigh is None) == (finish is None):
         reject("rowwise_aggregator", "one of weigh and finish", "none" if weigh is None else "both", TypeError)
-    showing = boundary.nan_if_nonfinite if hides_nonfinite else lambda name, function: function
+    showing = boundary.nan_if_nonfinite if nan_if_nonfinite else lambda name, function: function
     weigh, finish = weigh and showing("weigh", weigh), finish and showing("finish", finish)
 
     def counting_init(m, params, dtype):
@@ -314,7 +314,7 @@ def rowwise_aggregator(
         weighting=weighting if weigh else None,
         rowwise=Rowwise(visit_row, weigh, finish, visits),
         jacobian_shaped=() if memory is None else (memory,),
-        hides_nonfinite=hides_nonfinite,
+        nan_if_nonfinite=nan_if_nonfinite,
         **others,
     )
 

@@ -102,14 +102,14 @@ def nan_if_nonfinite(name, function):
     return shows_it
 
 
-def combined(weighting, given_weights=False):
+def combined(weighting, stop_gradient=True):
     """The plain ``apply`` that combines the rows with the weights of a weighting."""
 
     def apply(state, jacobian, values, mask):
         # The weights are constants of differentiation: an outer grad never enters a solver.
         given = state, jax.lax.stop_gradient(jacobian), values, mask
         weights, new_state = returned.weights_and_state("weighting", weighting(*given), mask.shape)
-        weights = finish_weights(weights, mask, state_dtype(state, jacobian), given_weights)
+        weights = finish_weights(weights, mask, state_dtype(state, jacobian), stop_gradient)
         return combine(weights, jacobian), new_state
 
     return apply
@@ -131,7 +131,7 @@ def public_apply(plain, read, settled, jacobian_shaped=(), per_task=None):
     return _refuses_losses(compile_with_names(apply, per_task))
 
 
-def public_weigh(name, weigh, read_statistic, read, settled, per_task=None, given_weights=False):
+def public_weigh(name, weigh, read_statistic, read, settled, per_task=None, stop_gradient=True):
     """A weighting's ``apply`` from the plain function of this name."""
 
     def apply(state, statistic, *, values=None, mask=None):
@@ -139,7 +139,7 @@ def public_weigh(name, weigh, read_statistic, read, settled, per_task=None, give
         statistic = jax.lax.stop_gradient(read_statistic(call, statistic, state))
         output = weigh(state, statistic, call.values, call.mask)
         weights, new_state = returned.weights_and_state(name, output, call.mask.shape)
-        weights = finish_weights(weights, call.mask, state_dtype(state, statistic), given_weights)
+        weights = finish_weights(weights, call.mask, state_dtype(state, statistic), stop_gradient)
         return weights, settled(name, call, new_state, state)
 
     return _refuses_losses(compile_with_names(apply, per_task))
@@ -253,10 +253,10 @@ def zero_if_none(call, gradient):
     return select(jnp.any(call.mask), gradient, jax.tree.map(jnp.zeros_like, gradient))
 
 
-def finish_weights(weights, mask, dtype, given=False):
-    """The weights, 0 for absent tasks, as constants of differentiation unless they are ``given`` by the user."""
+def finish_weights(weights, mask, dtype, stop_gradient=True):
+    """The weights, 0 for absent tasks; constants of differentiation if ``stop_gradient``."""
     weights = jnp.where(mask, weights, 0).astype(dtype)
-    return weights if given else jax.lax.stop_gradient(weights)
+    return jax.lax.stop_gradient(weights) if stop_gradient else weights
 
 
 def settle(name, call, new_state, state, jacobian_shaped=()):

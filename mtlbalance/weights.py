@@ -44,7 +44,7 @@ def normalize(total: chex.Numeric = 1.0) -> optax.GradientTransformationExtraArg
 
 
 def clip(lower: chex.Numeric, upper: chex.Numeric) -> optax.GradientTransformationExtraArgs:
-    """Each weight within bounds. That of an absent task stays 0. The total changes: :func:`normalize` goes after it.
+    """Each weight within bounds, an absent task's as it is. The total changes: :func:`normalize` goes after it.
 
     Args:
       lower: the least. May be traced.

@@ -1,6 +1,5 @@
 """What is found on a few batches: in cases made to have it, and nothing in noise alone."""
 
-import functools
 import json
 
 import jax
@@ -24,17 +23,12 @@ def losses_fn(params, batch):
     return dict(zip(["left", "right"], factors * values, strict=True))
 
 
-@functools.cache
-def rng(seed):
-    return np.random.default_rng(seed)
-
-
 def batches(seed, n=10, *, noise=0.3, shared=True, factors=(1.0, 1.0), directions=(1.0, 1.0)):
     """``directions`` multiplies the tasks' signals, which are one and the same."""
-    signal = np.random.default_rng(100).normal(size=(8, 2))
+    rng, signal = np.random.default_rng(seed), np.random.default_rng(100).normal(size=(8, 2))
     shifts = np.stack([d * signal for d in directions])
     for _ in range(n):
-        draws = np.random.default_rng(rng(seed).integers(1 << 30)).normal(size=(2, 8, 2)) * noise
+        draws = rng.normal(size=(2, 8, 2)) * noise
         draws = np.stack([d * draws[0] for d in directions]) if shared else draws
         yield tuple(jnp.asarray(x, jnp.float32) for x in (draws, factors, shifts))
 

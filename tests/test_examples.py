@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-import report
+import show
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -28,7 +28,7 @@ TINY = {
     "mixed_precision": (["--epochs", "1"], "On the test images, and in the gradients"),
 }
 WITHOUT_PICTURE = ("minimal", "mixed_precision")
-MODULES = ("digits", "report")  # of what the others share
+MODULES = ("digits", "show")  # of what the others share
 
 
 def test_every_example_is_run():
@@ -51,7 +51,7 @@ def test_example_runs(name, tmp_path):
 @pytest.mark.slow
 def test_a_picture_goes_where_git_ignores_it():
     """So that the first command of the README changes no tracked file."""
-    command = ["git", "check-ignore", report.arguments("Help", "quickstart.py").parse_args([]).output]
+    command = ["git", "check-ignore", show.arguments("Help", "quickstart.py").parse_args([]).output]
     done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
 

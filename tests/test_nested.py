@@ -144,9 +144,14 @@ def test_guards_inside_hear_of_a_steps_gradient():
         ),
         (lambda: mtl.nested(scalarization.sum(), {}), ValueError, "inner: expected a dict"),
         (lambda: mtl.nested(scalarization.sum(), {"bc": aggregation.sum()}), TypeError, r"inner\['bc'\]: .*Scalarizer"),
-        (lambda: mtl.nested(scalarization.uw(), SUMS), ValueError, "method: .*learn"),
+        (lambda: mtl.nested(scalarization.uw(), SUMS), ValueError, "outer: .*learn"),
+        (
+            lambda: mtl.nested(scalarization.sum(), SUMS | {"bc": scalarization.uw()}),
+            ValueError,
+            r"inner\['bc'\]: .*learn",
+        ),
         (lambda: mtl.nested(aggregation.excess_mtl(), SUMS), ValueError, "outer: .*remembers no gradients"),
-        (lambda: mtl.nested(aggregation.graddrop(0), SUMS), ValueError, "method: .*makes weights"),
+        (lambda: mtl.nested(aggregation.graddrop(0), SUMS), ValueError, "outer: .*makes weights"),
     ],
 )
 def test_errors_name_what_is_wrong(make, error, message):

@@ -21,8 +21,8 @@ FLOORS = [
     ["base", "changed_tasks"],
     ["scalarization", "aggregation"],
     ["wrappers", "weights"],
-    ["autodiff", "project_update", "transforms"],
-    ["diagnostics"],
+    ["autodiff", "transforms"],
+    ["diagnostics", "project_update"],
     ["__init__"],
 ]
 # A wrapper that is a published method, and has its public name among the aggregators.

@@ -73,6 +73,28 @@ def test_one_protected_task_is_a_half_space():
     np.testing.assert_array_equal(absent["w"], updates["w"])
 
 
+def test_an_absent_task_is_not_protected_whatever_stands_in_its_row():
+    jacobian = jnp.array([[1.0, 0.0], [jnp.nan, jnp.inf]])
+    updates, link = jnp.array([2.0, 5.0]), mtl.project_update(2)
+    counted = {"here": 1.0, "none": mtl.Counted(jnp.array(0.0), jnp.array(0))}
+    named_mask = {"here": jnp.array(True), "none": jnp.array(False)}
+    for given in (
+        {"mask": jnp.array([True, False])},
+        {"values": counted},
+        {"task_losses": counted},
+        {"values": {"here": 1.0, "none": 1.0}, "mask": named_mask},
+    ):
+        found, _ = link.update(updates, optax.EmptyState(), jacobian=jacobian, **given)
+        np.testing.assert_allclose(found, [0.0, 5.0], atol=1e-6)
+
+
+def test_one_jacobian_serves_an_aggregator_at_the_start_of_the_chain_too():
+    jacobian, params = jnp.array([[4.0, 0.0], [-1.0, 1.0]]), jnp.zeros(2)
+    optimizer = optax.chain(mtl.aggregate(aggregation.upgrad(), 2), optax.adam(0.1), mtl.project_update(2))
+    found, _ = optimizer.update(jacobian.sum(0), optimizer.init(params), params, jacobian=jacobian)
+    assert jnp.max(jacobian @ found) <= 1e-6
+
+
 def test_opposite_gradients_leave_nothing_along_them():
     link, jacobian = mtl.project_update(2), jnp.array([[1.0, 0.0], [-3.0, 0.0]])
     found, _ = link.update(jnp.array([2.0, 5.0]), optax.EmptyState(), jacobian=jacobian)
@@ -87,12 +109,37 @@ def test_complex_parameters():
     assert jnp.max(jnp.real(jacobian @ found)) <= 1e-5
 
 
+def test_parameters_that_are_split_over_devices():
+    rng = np.random.default_rng(0)
+    jacobian, updates = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 64), (64,)))
+    projected = lambda link: lambda updates, jacobian: link.update(updates, optax.EmptyState(), jacobian=jacobian)[0]
+    spec, mesh = jax.sharding.PartitionSpec, jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    call = jax.shard_map(
+        projected(mtl.project_update(3, axis_name="x")),
+        mesh=mesh,
+        in_specs=(spec("x"), spec(None, "x")),
+        out_specs=spec("x"),
+    )
+    expected = projected(mtl.project_update(3))(updates, jacobian)
+    np.testing.assert_allclose(jax.jit(call)(updates, jacobian), expected, atol=1e-5)
+
+
+def test_narrow_gradients_are_not_rounded_into_a_wide_update():
+    rng = np.random.default_rng(0)
+    jacobian, updates = jnp.asarray(rng.normal(size=(3, 64)), jnp.bfloat16), jnp.asarray(rng.normal(size=64), "float32")
+    found, _ = mtl.project_update(3).update(updates, optax.EmptyState(), jacobian=jacobian)
+    assert found.dtype == jnp.float32
+    assert jnp.max(relative_products(found, jacobian.astype(jnp.float32))) <= 1e-6
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({}, "jacobian: expected the gradients of the tasks"),
         ({"jacobian": jnp.ones((3, 2))}, "jacobian: .*2"),
         ({"jacobian": jnp.ones((2, 5))}, "updates: expected shape"),
+        ({"jacobian": jnp.ones((2, 2)), "mask": jnp.ones(3, bool)}, "mask: expected"),
+        ({"jacobian": jnp.ones((2, 2)), "values": jnp.ones(3)}, "values: expected"),
     ],
 )
 def test_errors_name_what_is_wrong(given, message):

@@ -1,7 +1,5 @@
 """What stands between a method's weights and the losses or rows: transformations, priors, terms, frozen weights."""
 
-from functools import partial
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -156,7 +154,7 @@ def test_a_term_or_a_prior_may_be_that_of_a_group():
     [
         (lambda: mtl.prioritize(scalarization.sum(), {"a": 1.0}), r"prior: .*\['a', 'b'\], or groups.*\['a'\]"),
         (lambda: mtl.prioritize(scalarization.sum(), {"a": 1.0, "c": 1.0}), r"prior: .*\['a', 'b'\].*\['a', 'c'\]"),
-        (lambda: mtl.prioritize(scalarization.sum(), jnp.ones(2)), "prior: .* by|prior: .*names"),
+        (lambda: mtl.prioritize(scalarization.sum(), jnp.ones(2)), "prior: .*'a'.*numbers without names"),
         (lambda: mtl.prioritize(scalarization.sum(), -1.0), "prior: .*at least 0"),
         (lambda: mtl.regularize(scalarization.sum(), {"c": 1.0}), r"terms: .*\['a', 'b'\].*'c'"),
         (lambda: mtl.regularize(scalarization.sum(), {0: 1.0}), r"terms: .*\['a', 'b'\].*index 0"),
@@ -172,9 +170,12 @@ def test_errors_name_what_is_wrong(make, message):
         make().apply(make().init(losses), losses)
 
 
-def test_what_is_no_transformation_is_refused():
+def test_what_is_no_transformation_and_no_task_is_refused():
     with pytest.raises(TypeError, match=r"transformation: expected an optax transformation.*the function ema"):
         mtl.transform_weights(scalarization.sum(), optax.ema)
+    for index in -1, 2:
+        with pytest.raises(ValueError, match=rf"terms: expected .*{index}"):
+            mtl.regularize(scalarization.sum(), {index: 1.0}).init(2)
     with pytest.raises(ValueError, match="upper: expected at least lower"):
         weights.clip(2.0, 1.0)
 
@@ -196,6 +197,22 @@ def test_frozen_weights_are_those_of_the_state():
         mtl.freeze(scalarization.uw_so(), scalarization.uw_so().init(2))
 
 
+def test_frozen_weights_are_for_the_losses_that_they_were_made_for():
+    """A count is read, and neither other names nor another number of losses are taken without a word."""
+    method = scalarization.geometric_mean()
+    counted = lambda total, count: mtl.Counted(jnp.array(total), jnp.array(count))
+    losses = {"a": counted(2.0, 2), "b": counted(8.0, 2), "none": counted(0.0, 0)}
+    frozen = mtl.freeze(method, method.init(losses), losses)
+    scalar, _ = frozen.apply(frozen.init(losses), {"a": 1.0, "b": 6.0, "none": 5.0})
+    np.testing.assert_allclose(scalar, 2.5, rtol=1e-6)  # with weights (1, 1/4, 0)
+    with pytest.raises(ValueError, match=r"weights: .*\['a', 'b', 'c'\]"):
+        frozen.init({"a": 1.0, "b": 6.0, "c": 5.0})
+    kept = mtl.amortize(aggregation.mgda())
+    for m, n in (2, 3), (1, 3):
+        with pytest.raises(ValueError, match=rf"losses: expected .* frozen weights, shape \({m},\), .*\({n},\)"):
+            mtl.freeze(kept, kept.init((m, 2))).init(n)
+
+
 def test_a_line_search_sees_one_function():
     """Adam with a method, then L-BFGS with its weights as they are then."""
     targets = {"near": 1.0, "far": 30.0}
@@ -213,7 +230,7 @@ def test_a_line_search_sees_one_function():
         return (optax.apply_updates(params, updates), state), value
 
     (params, _), _ = jax.lax.scan(step, (jnp.zeros(3), optimizer.init(jnp.zeros(3))), length=5)
-    shares = jax.tree.leaves(jax.grad(partial(lambda x: frozen.apply(frozen.init(losses), x)[0]))(losses))
+    shares = jax.tree.leaves(jax.grad(lambda losses: frozen.apply(frozen.init(losses), losses)[0])(losses))
     np.testing.assert_allclose(params, (30 * shares[0] + shares[1]) / sum(shares), rtol=1e-4)
 
 

@@ -45,5 +45,6 @@ def constant(weights: chex.ArrayTree) -> base.Aggregator:
         init_seen_after(fixed_weights),
         gramian_weighting=weigh,
         per_task={"weights": weights},
-        given_weights=True,
+        nan_if_nonfinite=False,
+        stop_gradient=False,
     )

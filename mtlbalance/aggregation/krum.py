@@ -86,5 +86,5 @@ def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = 
         return numerics.nan_unless(ok, weights), count_seen(state, mask)
 
     return base.aggregator(
-        init_seen_after(check_number), gramian_weighting=weigh, hides_nonfinite=False, axis_name=axis_name
+        init_seen_after(check_number), gramian_weighting=weigh, nan_if_nonfinite=False, axis_name=axis_name
     )

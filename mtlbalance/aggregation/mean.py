@@ -31,4 +31,4 @@ def mean() -> base.Aggregator:
         del gramian, values
         return mask / jnp.maximum(jnp.sum(mask), 1), count_seen(state, mask)
 
-    return base.aggregator(init_seen, gramian_weighting=weigh, hides_nonfinite=False)
+    return base.aggregator(init_seen, gramian_weighting=weigh, nan_if_nonfinite=False)

@@ -44,4 +44,4 @@ def random(key: int | chex.PRNGKey) -> base.Aggregator:
         del gramian, values
         return random_weights(state, key_impl(key), mask)
 
-    return base.aggregator(init_random(key), gramian_weighting=weigh, hides_nonfinite=False)
+    return base.aggregator(init_random(key), gramian_weighting=weigh, nan_if_nonfinite=False)

@@ -31,4 +31,4 @@ def sum() -> base.Aggregator:
         del gramian, values
         return jnp.ones(mask.shape), count_seen(state, mask)
 
-    return base.aggregator(init_seen, gramian_weighting=weigh, hides_nonfinite=False)
+    return base.aggregator(init_seen, gramian_weighting=weigh, nan_if_nonfinite=False)

@@ -297,7 +297,8 @@ def _table(found):
     cells = [[title, *map(str, column)] for title, column in columns.items()]
     widths = [max(map(len, column)) for column in cells]
     rows = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*cells, strict=True)]
-    turned = [f"{name} turns the sum's gradient by {x:.0f} degrees" for name, x in found.turned.items() if x >= 0]
+    turn = {"fixed": "the fixed weights turn", "upgrad": "UPGrad turns"}
+    turned = [f"{turn[name]} the sum's gradient by {x:.0f} degrees" for name, x in found.turned.items() if x >= 0]
     about = (
         f"{found.n_batches} batches, ± standard errors. `with`: the cosine of a task's gradient with that of the sum,",
         "of the sum with fixed weights, and of UPGrad. Where it is negative the task's loss rises.",

@@ -87,8 +87,9 @@ def report(
       train/alignment -0.60
     """
     if clashes := sorted(_OWN & per_task.keys()):
-        due = f"another name than what the report has itself (the arguments: {['weights', 'gramian', 'jacobian']})"
+        due = "another word: the report has this one itself, of 'losses', 'weights', 'gramian' or 'jacobian'"
         reject(clashes[0], due, f"{clashes[0]}=")
+    source = "gramian" if jacobian is None else "jacobian"
     if jacobian is not None:
         if gramian is not None:
             reject("gramian", "either the Gramian or the Jacobian", "both")
@@ -106,6 +107,8 @@ def report(
             entries.append((word, _read(argument, named[argument], labels, tasks)))
     log = [(f"{word}/{task}", x) for word, xs in entries for task, x in zip(tasks, _masked(xs, present), strict=True)]
     if gramian is not None:
+        if jnp.ndim(gramian) == 2 and len(gramian) != len(tasks):
+            reject(source, f"a row for each of the tasks {list(tasks)}", f"{len(gramian)} rows")
         log += _between_tasks(gramian, present, tasks)
     return _flat(log, prefix)
 
@@ -143,8 +146,6 @@ def _masked(vector, present):
 
 
 def _between_tasks(gramian: chex.Array, present: chex.Array, tasks: Sequence[str]):
-    if len(gramian) != len(tasks):
-        reject("gramian", f"a row for each of the tasks {list(tasks)}", f"shape {jnp.shape(gramian)}")
     _, inner_products = read_gramian_of(gramian, None, present)
     norms = jnp.sqrt(jnp.diagonal(inner_products))
     pairs = list(itertools.combinations(range(len(tasks)), 2))

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.contract import Rowwise, check_is_method, weights_of
-from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import broadcast_to_rows
 from mtlbalance.states import select
-from mtlbalance.wrappers.plumbing import nan_tree_unless, told, within
+from mtlbalance.wrappers.plumbing import check_method, nan_tree_unless, state_after, within
 
 
 class ChainState(NamedTuple):
@@ -74,9 +73,7 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
     """
     check_is_method("scalarizer", scalarizer, "a Scalarizer", base.Scalarizer)
     check_is_method("aggregator", aggregator, "an Aggregator", base.Aggregator)
-    if scalarizer.learned:
-        expected = "a method with nothing left to learn, as in chain(learn(scalarizer, optimizer), aggregator)"
-        reject("scalarizer", expected, f"learned={scalarizer.learned}")
+    check_method(scalarizer, "chain(learn(scalarizer, optimizer), aggregator)", argument="scalarizer")
 
     def init(m, params, dtype):
         return ChainState(scalarizer.init(jax.ShapeDtypeStruct((m,), dtype)), aggregator.init((m, params)))
@@ -142,7 +139,8 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         observe=observe,
         jacobian_shaped=within("aggregator", aggregator.jacobian_shaped),
         reads_losses=True,
-        given_weights=True,
+        nan_if_nonfinite=False,
+        stop_gradient=False,
     )._replace(after_gradient=_after_gradient(scalarizer, aggregator))
 
 
@@ -150,7 +148,7 @@ def _after_gradient(*parts):
     """What tells each part that wants to know whether a step's gradient was finite; ``None`` if none does."""
 
     def after_gradient(old, new, finite):
-        return ChainState(*(told(part, *states, finite) for part, *states in zip(parts, old, new, strict=True)))
+        return ChainState(*(state_after(part, *states, finite) for part, *states in zip(parts, old, new, strict=True)))
 
     return after_gradient if any(part.after_gradient for part in parts) else None
 

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.contract import check_is_method, weights_of
-from mtlbalance.hyperparameters import flatten, reject
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.hyperparameters import reject
+from mtlbalance.losses import like_losses, read_labelled, read_losses
+from mtlbalance.scalarization.constant import constant
+from mtlbalance.states import count_seen, init_seen_after
 
 
 def freeze(
@@ -22,9 +24,10 @@ def freeze(
     For what must see one and the same function: a line search, as in ``optax.lbfgs``, a second stage, an evaluation. Of
     an aggregator too this is a scalarizer: the gradient of this sum is the rows combined with these weights.
 
-    The weights are those of a scalarizer for ``losses``, or the last ones of a method that keeps its weights, as
-    :func:`amortize` makes every method that has any do. Of a single call ``scalarization.constant(weights)`` does the
-    same, with what ``value_and_grad(..., return_weights=True)`` returns.
+    The weights are those that a scalarizer gives ``losses``, where a task that is absent from them has 0 from then on;
+    or the last ones of a method that keeps its weights, as :func:`amortize` makes every method do that has any. With
+    weights at hand, as ``value_and_grad(..., return_weights=True)`` returns them, there is
+    :func:`~mtlbalance.scalarization.constant`.
 
     Args:
       method: a scalarizer, or a method that keeps its last weights.
@@ -32,11 +35,13 @@ def freeze(
       losses: for a scalarizer, the losses at which its weights are asked for; not needed where it keeps them.
 
     Returns:
-      A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`, for losses in the same order.
+      A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`, for losses of the same names; of kept weights,
+      which know no names, for as many in the same order.
 
     Raises:
       TypeError: if ``method`` is of neither family.
-      ValueError: if it keeps no weights, and is not a scalarizer with ``losses``.
+      ValueError: if it keeps no weights, and is not a scalarizer with ``losses``; from ``init`` and ``apply``, if the
+        losses there are others, or a weight is not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,16 +55,23 @@ def freeze(
     """
     check_is_method("method", method, "a Scalarizer or an Aggregator", base.Scalarizer, base.Aggregator)
     if losses is not None and isinstance(method, base.Scalarizer):
-        weights = flatten("losses", weights_of(method, state, losses, None)[0])
-    elif method.last_weights is not None:
-        weights = method.last_weights(state)
-    elif isinstance(method, base.Scalarizer):
-        reject("losses", "the losses, for which the method gives its weights", "none")
-    else:
+        values = like_losses(read_losses("losses", losses), losses)
+        weights, _ = weights_of(method, state, values, read_labelled(losses))
+        return constant(jax.lax.stop_gradient(weights))
+    if method.last_weights is None:
+        if isinstance(method, base.Scalarizer):
+            reject("losses", "the losses, for which the method gives its weights", "none")
         reject("method", "an aggregator that keeps its weights, as mtl.amortize(method)", "one that does not")
-    weights = jax.lax.stop_gradient(weights)
+    return _constant_by_position(jax.lax.stop_gradient(method.last_weights(state)))
+
+
+def _constant_by_position(weights):
+    def fixed_weights(mask, dtype):
+        if mask.shape != weights.shape:
+            reject("losses", f"as many as there are frozen weights, shape {weights.shape}", f"shape {mask.shape}")
+        return weights.astype(dtype)
 
     def apply(state, values, mask):
-        return jnp.sum(weights.astype(values.dtype) * values, where=mask), count_seen(state, mask)
+        return jnp.sum(fixed_weights(mask, values.dtype) * values, where=mask), count_seen(state, mask)
 
-    return base.scalarizer(init_seen, apply)
+    return base.scalarizer(init_seen_after(fixed_weights), apply)

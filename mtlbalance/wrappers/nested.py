@@ -14,7 +14,7 @@ from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import reject
 from mtlbalance.names import Names, groups_of, with_names
 from mtlbalance.states import count_seen, zero_counts
-from mtlbalance.wrappers.plumbing import check_method, told
+from mtlbalance.wrappers.plumbing import check_method, state_after
 
 
 class NestedState(NamedTuple):
@@ -69,14 +69,15 @@ def nested(
       >>> print(f"{scalar:.1f}")  # of 2 and 8
       4.0
     """
-    check_method(outer, "nested(learn(outer, optimizer), inner)", makes_weights=True)
+    check_method(outer, "nested(learn(outer, optimizer), inner)", makes_weights=True, argument="outer")
     if outer.jacobian_shaped:
         reject("outer", "an aggregator that remembers no gradients", f"jacobian_shaped={outer.jacobian_shaped}")
     if not isinstance(inner, Mapping) or not inner:
         reject("inner", 'a dict from groups to scalarizers, such as {"pde": scalarization.mean()}', f"{inner!r}")
     for name, method in inner.items():
-        check_is_method(f"inner[{name!r}]", method, "a Scalarizer", base.Scalarizer)
-        check_method(method, f"inner={{{name!r}: learn(...)}}")
+        argument = f"inner[{name!r}]"
+        check_is_method(argument, method, "a Scalarizer", base.Scalarizer)
+        check_method(method, f"inner={{{name!r}: learn(method, optimizer)}}", argument=argument)
     names = Names(tuple(sorted(inner)), len(inner))
 
     def each(function):
@@ -117,8 +118,8 @@ def nested(
         return state._replace(inner=ended, outer=outer.end_epoch(state.outer))
 
     def after_gradient(old, new, finite):
-        states = {name: told(inner[name], old.inner[name], new.inner[name], finite) for name in names.entries}
-        return new._replace(inner=states, outer=told(outer, old.outer, new.outer, finite))
+        states = {name: state_after(inner[name], old.inner[name], new.inner[name], finite) for name in names.entries}
+        return new._replace(inner=states, outer=state_after(outer, old.outer, new.outer, finite))
 
     hooks = {"observe": observe, "end_epoch": end_epoch}
     is_guarded = any(method.after_gradient for method in (outer, *inner.values()))
@@ -174,6 +175,6 @@ def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):
         weighting=of_groups(outer.weighting.apply, combine_rows),
         gramian_weighting=of_groups(of_gramian and of_gramian.apply, combine_gramian),
         reads_losses=True,
-        hides_nonfinite=False,
+        nan_if_nonfinite=False,
         **hooks,
     )

@@ -20,13 +20,13 @@ from mtlbalance.states import increment, select
 Method = TypeVar("Method", Scalarizer, Aggregator)
 
 
-def check_method(method: Any, usage: str, *, makes_weights: bool = False) -> None:
+def check_method(method: Any, usage: str, *, makes_weights: bool = False, argument: str = "method") -> None:
     """Raises unless this is a method with nothing left to learn, as in ``usage``, and makes weights if it must."""
-    check_is_method("method", method, "a Scalarizer or an Aggregator", Scalarizer, Aggregator)
+    check_is_method(argument, method, "a Scalarizer or an Aggregator", Scalarizer, Aggregator)
     if method.learned:
-        reject("method", f"a method with nothing left to learn, as in {usage}", f"learned={method.learned}")
+        reject(argument, f"a method with nothing left to learn, as in {usage}", f"learned={method.learned}")
     if makes_weights and isinstance(method, Aggregator) and method.weighting is None:
-        reject("method", "an aggregator that makes weights", "one without a weighting")
+        reject(argument, "an aggregator that makes weights", "one without a weighting")
 
 
 def all_of(state: Any, mask: chex.Array) -> chex.Array:
@@ -35,51 +35,51 @@ def all_of(state: Any, mask: chex.Array) -> chex.Array:
     return mask
 
 
-def hooks_of(method: Method, seen: Callable[..., Any] = all_of) -> dict[str, Any]:
+def hooks_of(method: Method, visible: Callable[..., Any] = all_of) -> dict[str, Any]:
     """The hooks of the wrapped method, on the inner state, as a builder takes them; for the tasks that it sees."""
 
     def end_epoch(state):
         return state._replace(inner=method.end_epoch(state.inner))
 
     def observe(state, values, mask):
-        return state._replace(inner=method.observe(state.inner, values, mask=seen(state, mask)))
+        return state._replace(inner=method.observe(state.inner, values, mask=visible(state, mask)))
 
     last_weights = method.last_weights and (lambda state: method.last_weights(state.inner))
     return {"end_epoch": end_epoch, "observe": observe, "last_weights": last_weights}
 
 
-def told(method: Any, old: Any, new: Any, finite: chex.Array) -> Any:
-    """A part's state after a step whose gradient was ``finite``, or not: the new one, unless the part is a guard."""
+def state_after(method: Any, old: Any, new: Any, finite: chex.Array) -> Any:
+    """A method's state after a step whose gradient was ``finite``, or not: the new one, unless it has a guard."""
     return method.after_gradient(old, new, finite) if method.after_gradient else new
 
 
-def with_guard_of(method: Any, wrapper: Any) -> Any:
-    """The wrapper, which hears of a step's gradient if the wrapped method does."""
+def forward_after_gradient(method: Any, wrapper: Any) -> Any:
+    """The wrapper with the hook ``after_gradient``, if the wrapped method has it."""
     if method.after_gradient is None:
         return wrapper
 
     def after_gradient(old, new, finite):
-        return new._replace(inner=told(method, old.inner, new.inner, finite))
+        return new._replace(inner=state_after(method, old.inner, new.inner, finite))
 
     return wrapper._replace(after_gradient=after_gradient)
 
 
-def rows_of(method, weigh: Callable[..., Any], seen: Callable[..., Any] = all_of) -> Rowwise:
+def rows_of(method, weigh: Callable[..., Any], visible: Callable[..., Any] = all_of) -> Rowwise:
     """The wrapped method row by row, with another ``weigh``."""
 
     def visit(state, i, row, values, mask):
-        inner, statistic = method.rowwise.visit(state.inner, i, row, values=values, mask=seen(state, mask))
+        inner, statistic = method.rowwise.visit(state.inner, i, row, values=values, mask=visible(state, mask))
         return state._replace(inner=inner), statistic
 
-    return Rowwise(visit, weigh, visits=visits_of(method, seen))
+    return Rowwise(visit, weigh, visits=visits_of(method, visible))
 
 
-def visits_of(method: Aggregator, seen: Callable[..., Any] = all_of) -> Callable[..., Any] | None:
+def visits_of(method: Aggregator, visible: Callable[..., Any] = all_of) -> Callable[..., Any] | None:
     """Which rows the wrapped method takes in; ``None`` for all."""
     if method.rowwise is None or method.rowwise.visits is None:
         return None
     visits = method.rowwise.visits
-    return lambda state, mask: visits(state.inner, mask=seen(state, mask))
+    return lambda state, mask: visits(state.inner, mask=visible(state, mask))
 
 
 def nan_tree_unless(ok: chex.Array, output: chex.ArrayTree) -> chex.ArrayTree:
@@ -106,7 +106,7 @@ def reweighted(
     last_weights: Callable[..., Any] | None = None,
     keeps_scalar: bool = False,
     per_task: dict[str, Any] | None = None,
-    seen: Callable[..., Any] = all_of,
+    visible: Callable[..., Any] = all_of,
 ) -> Method:
     """The method with its weights looked at, or changed, on every path.
 
@@ -120,15 +120,17 @@ def reweighted(
       keeps_scalar: whether a scalarizer's scalar stays as it is. Else it is the losses' sum with the changed weights,
         which are constants of differentiation.
       per_task: the wrapper's own hyperparameters with one number per task, as the builders take them.
-      seen: ``(state, mask) -> mask`` of the tasks that the method sees; of the others present it gives no weights.
+      visible: ``(state, mask) -> mask`` of the tasks that the method sees; of the others present it gives no weights.
     """
-    hooks = hooks_of(method, seen) | {"last_weights": last_weights, "per_task": per_task}
+    hooks = hooks_of(method, visible) | {"last_weights": last_weights, "per_task": per_task}
     change = _if_finite(change)
     if isinstance(method, Scalarizer):
-        return with_guard_of(method, _reweighted_scalarizer(method, start, change, hooks, keeps_scalar, seen))
+        return forward_after_gradient(
+            method, _reweighted_scalarizer(method, start, change, hooks, keeps_scalar, visible)
+        )
     # Weights that are looked at only are what they are inside.
-    hooks |= {"given_weights": keeps_scalar}
-    return with_guard_of(method, _reweighted_aggregator(method, start, change, hooks, seen))
+    hooks |= {"stop_gradient": not keeps_scalar}
+    return forward_after_gradient(method, _reweighted_aggregator(method, start, change, hooks, visible))
 
 
 def _if_finite(change):
@@ -147,12 +149,12 @@ def _if_finite(change):
     return change_if_finite
 
 
-def _reweighted_scalarizer(method, start, change, hooks, keeps_scalar, seen):
+def _reweighted_scalarizer(method, start, change, hooks, keeps_scalar, visible):
     def init(shape, dtype):
         return start(shape, dtype, method.init(jax.ShapeDtypeStruct(shape, dtype)))
 
     def apply(state, values, mask):
-        weights, inner = weights_of(method, state.inner, jax.lax.stop_gradient(values), seen(state, mask))
+        weights, inner = weights_of(method, state.inner, jax.lax.stop_gradient(values), visible(state, mask))
         weights, new_state = change(state._replace(inner=inner), weights, values, mask)
         if keeps_scalar:
             return method.apply(state.inner, values, mask=mask)[0], new_state
@@ -161,10 +163,10 @@ def _reweighted_scalarizer(method, start, change, hooks, keeps_scalar, seen):
     return base.scalarizer(init, apply, **hooks)
 
 
-def _reweighted_aggregator(method, start, change, hooks, seen):
+def _reweighted_aggregator(method, start, change, hooks, visible):
     def changed(weigh):
         def weigh_and_change(state, statistic, values, mask):
-            weights, inner = weigh(state.inner, statistic, values=values, mask=seen(state, mask))
+            weights, inner = weigh(state.inner, statistic, values=values, mask=visible(state, mask))
             return change(state._replace(inner=inner), weights, values, mask)
 
         return weigh_and_change
@@ -173,8 +175,8 @@ def _reweighted_aggregator(method, start, change, hooks, seen):
         lambda m, params, dtype: start((m,), dtype, method.init((m, params))),
         weighting=changed(method.weighting.apply),
         gramian_weighting=method.gramian_weighting and changed(method.gramian_weighting.apply),
-        rowwise=method.rowwise and rows_of(method, changed(method.rowwise.weigh), seen),
+        rowwise=method.rowwise and rows_of(method, changed(method.rowwise.weigh), visible),
         jacobian_shaped=within("inner", method.jacobian_shaped),
-        hides_nonfinite=False,
+        nan_if_nonfinite=False,
         **hooks,
     )

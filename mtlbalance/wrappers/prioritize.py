@@ -73,7 +73,7 @@ def prioritize(method: Method, prior: chex.ArrayTree | Callable[[chex.Array], ch
     def priors(state, mask, dtype):
         return jnp.where(mask, read(prior(state.count) if is_schedule else prior, mask.shape, dtype), 0)
 
-    def seen(state, mask):
+    def visible(state, mask):
         return mask & (priors(state, mask, jnp.float32) != 0)
 
     def weigh(state, weights, mask):
@@ -84,4 +84,4 @@ def prioritize(method: Method, prior: chex.ArrayTree | Callable[[chex.Array], ch
         weights = method.last_weights(state.inner)
         return priors(state, jnp.ones(weights.shape, bool), weights.dtype) * weights
 
-    return reweighted(method, start, weigh, last_weights=method.last_weights and last_weights, seen=seen)
+    return reweighted(method, start, weigh, last_weights=method.last_weights and last_weights, visible=visible)

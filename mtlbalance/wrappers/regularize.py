@@ -1,5 +1,6 @@
 """Regularize: losses that are no tasks, with weights of their own."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ import optax
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import FINITE, check, reject
-from mtlbalance.names import positions_of
-from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, reweighted, with_guard_of
+from mtlbalance.names import check_task, positions_of
+from mtlbalance.wrappers.plumbing import Method, check_method, forward_after_gradient, hooks_of, reweighted
 
 
 class RegularizeState(NamedTuple):
@@ -36,23 +37,26 @@ def regularize(
     .. math:: L = \mathrm{method}(L_i,\ i \text{ a task}) + \sum_{k \text{ a term}} c_k L_k
 
     The terms stand among the losses, and the method never sees them: they are absent for it. Balanced as a task, what
-    is there to hold the others back may win: many methods raise the weight of what is small or does not fall.
+    is there to hold the others back may win: many methods raise the weight of what is small or does not fall. With an
+    aggregator a term costs what a task does, a row of the Jacobian.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
     Args:
       method: a scalarizer without learned fields, or an aggregator that makes weights.
       terms: :math:`c_k`, any real number, by the name of a loss or of a group of losses; by index where losses have no
-        names. May be traced; or a function of the number of calls so far, such as an optax schedule.
+        names; of two that name the same loss the later counts. May be traced; or a function of the number of calls so
+        far, such as an optax schedule.
 
     Returns:
       A method of the same family with the same paths and state :class:`RegularizeState`, for tasks and terms together:
       what the method is given per task has entries for the terms too, which are not used.
 
     Raises:
-      TypeError: if ``method`` is of neither family; if a weight is not a real number.
+      TypeError: if ``method`` is of neither family; if a term is given by neither name nor index; if a weight is not a
+        real number.
       ValueError: if the method has learned fields, or makes no weights; if there are no terms, or a weight of one is
-        not finite; in a call, if a term is none of the losses.
+        not finite; from ``init``, for an index beyond the losses; in a call, if a term is none of them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,12 +72,16 @@ def regularize(
     if not isinstance(terms, Mapping) or not terms:
         reject("terms", 'a dict from losses to their weights, such as {"kl": 1e-3}', f"{terms!r}")
     for name, weight in terms.items():
+        check_task("terms", name)
         if not callable(weight):
             check(f"terms[{name!r}]", weight, FINITE)
     is_scheduled = any(map(callable, terms.values()))
 
     def start(shape, dtype, inner):
-        del shape, dtype
+        del dtype
+        for name in terms:
+            if not isinstance(name, str):  # a name may be a group's: it waits for those of the losses
+                check_task("terms", name, math.prod(shape))
         return RegularizeState(inner, jnp.zeros((), jnp.int32) if is_scheduled else None)
 
     def weights_of_terms(state, mask, dtype):
@@ -85,7 +93,7 @@ def regularize(
             weights, are_terms = jnp.where(here, weight, weights), are_terms | here
         return weights, are_terms & mask
 
-    def seen(state, mask):
+    def visible(state, mask):
         return mask & ~weights_of_terms(state, mask, jnp.float32)[1]
 
     def advanced(state):
@@ -108,10 +116,10 @@ def regularize(
         return start(shape, dtype, method.init(jax.ShapeDtypeStruct(shape, dtype)))
 
     last_weights = method.last_weights and last_weights
-    hooks = hooks_of(method, seen) | {"last_weights": last_weights}
+    hooks = hooks_of(method, visible) | {"last_weights": last_weights}
     regularized: Any = (
-        with_guard_of(method, base.scalarizer(init, apply, **hooks))
+        forward_after_gradient(method, base.scalarizer(init, apply, **hooks))
         if isinstance(method, base.Scalarizer)
-        else reweighted(method, start, weigh, last_weights=last_weights, seen=seen)
+        else reweighted(method, start, weigh, last_weights=last_weights, visible=visible)
     )
     return regularized

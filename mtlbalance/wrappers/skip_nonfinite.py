@@ -168,7 +168,8 @@ def _skip_aggregator(method, guard, hooks, axis_name):
         gramian_weighting=of_gramian and guarded(of_gramian.apply, finite_diagonal),
         rowwise=rowwise and Rowwise(visit, after_visits(rowwise.weigh), after_visits(rowwise.finish), visits),
         jacobian_shaped=within("inner", method.jacobian_shaped),
-        given_weights=True,
+        nan_if_nonfinite=False,
+        stop_gradient=False,
         **hooks,
     )
 

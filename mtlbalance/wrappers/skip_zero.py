@@ -14,10 +14,10 @@ from mtlbalance.states import increment
 from mtlbalance.wrappers.plumbing import (
     Method,
     check_method,
+    forward_after_gradient,
     hooks_of,
     visits_of,
     wide_squared_norm,
-    with_guard_of,
     within,
 )
 
@@ -87,8 +87,8 @@ def skip_zero(method: Method, *, axis_name: Hashable | None = None) -> Method:
 
     hooks = hooks_of(method) | {"observe": observe}
     if isinstance(method, base.Scalarizer):
-        return with_guard_of(method, _skip_scalarizer(method, hooks))
-    return with_guard_of(method, _skip_aggregator(method, hooks, axis_name))
+        return forward_after_gradient(method, _skip_scalarizer(method, hooks))
+    return forward_after_gradient(method, _skip_aggregator(method, hooks, axis_name))
 
 
 def _skip_scalarizer(method, hooks):
@@ -146,7 +146,8 @@ def _skip_aggregator(method, hooks, axis_name):
         gramian_weighting=of_gramian and without(of_gramian.apply, in_gramian),
         rowwise=rowwise and Rowwise(visit, after_visits(rowwise.weigh), after_visits(rowwise.finish)),
         jacobian_shaped=within("inner", method.jacobian_shaped),
-        given_weights=True,
+        nan_if_nonfinite=False,
+        stop_gradient=False,
         **hooks,
     )
 

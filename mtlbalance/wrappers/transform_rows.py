@@ -16,7 +16,14 @@ from mtlbalance.contract import Rowwise, check_is_method
 from mtlbalance.hyperparameters import reject
 from mtlbalance.mapped_axes import varying
 from mtlbalance.states import among, on_mesh, read_optimizer, zeros_params
-from mtlbalance.wrappers.plumbing import check_method, hooks_of, nan_tree_unless, visits_of, with_guard_of, within
+from mtlbalance.wrappers.plumbing import (
+    check_method,
+    forward_after_gradient,
+    hooks_of,
+    nan_tree_unless,
+    visits_of,
+    within,
+)
 
 # Parameters of several ranks, and some so large that what is kept of large ones in another form is so here.
 _SOME_PARAMS = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in {"w": (512, 512), "b": (3,)}.items()}
@@ -99,7 +106,7 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
       ``src/optimizer/multiadam.py``.
     """
     check_is_method("aggregator", aggregator, "an Aggregator", base.Aggregator)
-    check_method(aggregator, "transform_rows(aggregator, transformation)")
+    check_method(aggregator, "transform_rows(aggregator, transformation)", argument="aggregator")
     transformation = read_optimizer(transformation, "transformation", "an optax one, such as optax.scale_by_adam()")
     _check_needs_no_params(transformation)
     visits = visits_of(aggregator)
@@ -123,14 +130,13 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
         old = _entries(state.transformation, i)
         row, new, finite = _transform(transformation, old, _wide(row), taken_in(state, mask)[i], value)
         put = lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, i, 0)
+        transformation_state = jax.tree.map(put, state.transformation, new)
         inner, statistic = aggregator.rowwise.visit(state.inner, i, row, values=values, mask=mask)
-        return TransformRowsState(inner, jax.tree.map(put, state.transformation, new)), (
-            statistic,
-            [~ok for ok in finite],
-        )
+        spoilt = [~ok for ok in finite]  # so that the zeros which stand for what is not visited say that it is not
+        return TransformRowsState(inner, transformation_state), (statistic, spoilt)
 
     def finish(state, statistics, values, mask):
-        statistics, spoilt = statistics  # zeros of what is not visited
+        statistics, spoilt = statistics
         gradient, inner = aggregator.rowwise.finish(state.inner, statistics, values=values, mask=mask)
         return _nan_unless([~x for x in spoilt], gradient), state._replace(inner=inner)
 
@@ -142,7 +148,7 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
         jacobian_shaped=within("inner", aggregator.jacobian_shaped) + _fields_by_task(transformation),
         **hooks_of(aggregator) | {"last_weights": None},
     )
-    return with_guard_of(aggregator, method)
+    return forward_after_gradient(aggregator, method)
 
 
 def init_rows(transformation: Any, params: chex.ArrayTree, m: int) -> chex.ArrayTree:

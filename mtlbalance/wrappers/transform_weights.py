@@ -61,7 +61,8 @@ def transform_weights(method: Method, transformation: optax.GradientTransformati
 
     Raises:
       TypeError: if ``method`` is of neither family, or ``transformation`` none of optax.
-      ValueError: if it has learned fields, or makes no weights.
+      ValueError: if it has learned fields, or makes no weights; in a call, from optax, if the transformation needs
+        params.
 
     Example:
       >>> import jax.numpy as jnp, optax
