@@ -217,7 +217,6 @@ SCALARIZERS = [
         lambda: mtl.skip_nonfinite(mtl.learn(scalarization.uw(), optax.adam(0.1))),
         largest=ADAM_BEARS,
     ),
-    Case("transform-dwa", lambda: mtl.transform_weights(scalarization.dwa(steps_per_epoch=2), AVERAGE)),
     Case(
         "prioritize-stch",
         lambda tasks=THREE: mtl.prioritize(scalarization.stch(0.5), _preference(tasks)),
@@ -231,6 +230,7 @@ SCALARIZERS = [
         per_task=True,
         largest=ADAM_BEARS,
     ),
+    Case("transform-dwa", lambda: mtl.transform_weights(scalarization.dwa(steps_per_epoch=2), AVERAGE)),
     Case("skip_zero-famo", lambda: mtl.skip_zero(scalarization.famo()), nonlinear=True, needs_positive=True, total="1"),
     Case(
         "amortize-dwa",
@@ -507,9 +507,12 @@ AGGREGATORS = [
         sharded=True,
     ),
     Case(
-        "transform-amortize-mgda",
-        lambda axis_name=None: mtl.transform_weights(mtl.amortize(aggregation.mgda(axis_name=axis_name)), AVERAGE),
+        "regularize-upgrad",
+        lambda tasks=THREE, axis_name=None: mtl.regularize(
+            aggregation.upgrad(axis_name=axis_name), {_first(tasks): 0.1}
+        ),
         sharded=True,
+        per_task=True,
     ),
     Case(
         "prioritize-excess_mtl",
@@ -520,12 +523,9 @@ AGGREGATORS = [
         per_task=True,
     ),
     Case(
-        "regularize-upgrad",
-        lambda tasks=THREE, axis_name=None: mtl.regularize(
-            aggregation.upgrad(axis_name=axis_name), {_first(tasks): 0.1}
-        ),
+        "transform-amortize-mgda",
+        lambda axis_name=None: mtl.transform_weights(mtl.amortize(aggregation.mgda(axis_name=axis_name)), AVERAGE),
         sharded=True,
-        per_task=True,
     ),
     Case(
         "skip_zero-mgda",

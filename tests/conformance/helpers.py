@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import mtlbalance as mtl
+from mtlbalance import wrappers
 
 PARAMS = {
     "dense": {"w": jax.ShapeDtypeStruct((4, 16), jnp.float32), "b": jax.ShapeDtypeStruct((8,), jnp.float32)},
     "scale": jax.ShapeDtypeStruct((), jnp.float32),
 }
+
+CHANGES_WEIGHTS = wrappers.TransformWeightsState, wrappers.PrioritizeState, wrappers.RegularizeState
 
 SAME = {"rtol": 1e-5, "atol": 1e-6}  # one computation compiled in two ways, in float32
 
@@ -43,11 +46,13 @@ class Built:
     def boundary_kind(self):
         """What the boundary can: also its hooks, and whether its weights depend on the losses.
 
-        Or, for a wrapper, which one, and whether a state shaped like the Jacobian is in it.
+        Or, for a wrapper, which one, and whether a state shaped like the Jacobian is in it; those that change the
+        weights are one.
         """
         state = jax.eval_shape(self.init)
         if any(hasattr(field, "_fields") for field in state):  # another method's state
-            return self.family, type(state).__name__, bool(self.method.jacobian_shaped)
+            wrapper = CHANGES_WEIGHTS if isinstance(state, CHANGES_WEIGHTS) else type(state)
+            return self.family, wrapper, bool(self.method.jacobian_shaped)
         kind = {
             "end_epoch": jax.make_jaxpr(self.method.end_epoch)(state).eqns,
             "observe": jax.make_jaxpr(self.method.observe)(state, np.ones(3, np.float32)).eqns,

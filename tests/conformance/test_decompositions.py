@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-import mtlbalance as mtl
 from mtlbalance import aggregation
 
 DECOMPOSE = {"cholesky", "eig", "eigh", "geqrf", "householder_product", "lu", "svd", "triangular_solve"}
@@ -68,22 +67,6 @@ def test_a_sweep_of_any_size_is_exported():
 
 
 def test_no_two_decompositions_stand_side_by_side(aggregator):
-    """In a sweep of trainings, of which some lack a task. Scalarizers decompose nothing."""
-
-    def losses_fn(params, targets):
-        return jnp.mean(jnp.square(params[None] - targets), axis=1) + 0.1
-
-    def train(targets, present):
-        method = aggregator.case.make()
-        grad_fn = mtl.value_and_grad(losses_fn, method)
-
-        def step(carry, _):
-            params, state = carry
-            (losses, state), gradient = grad_fn(params, state, targets, mask=present)
-            return (params - 0.1 * gradient, method.end_epoch(method.observe(state, losses, mask=present))), losses
-
-        params = jnp.zeros(4)
-        return jax.lax.scan(step, (params, grad_fn.init(params, targets)), length=2)
-
-    program = jax.make_jaxpr(jax.vmap(train))(jnp.ones((2, 3, 4)), jnp.ones((2, 3), bool))
-    assert not side_by_side(program)
+    """In a sweep, in which some lack a task. Scalarizers decompose nothing, nor does the engine."""
+    step = lambda x, present: aggregator.step(aggregator.init(), x, mask=present)
+    assert not side_by_side(jax.make_jaxpr(jax.vmap(step))(aggregator.stack(2), np.ones((2, 3), bool)))

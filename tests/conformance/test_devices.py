@@ -202,6 +202,7 @@ def calls_of_four_tasks(built, mesh, mask):
 THREE_OF_FOUR = jnp.array([True, True, False, True])
 
 
+@pytest.mark.one_of_a_kind("boundary")
 @pytest.mark.parametrize("mask", [pytest.param(None, id="all", marks=pytest.mark.slow), THREE_OF_FOUR])
 def test_tasks_may_lie_on_several_devices_of_an_explicit_mesh(built, mask):
     """While tracing: there JAX would raise."""

@@ -95,6 +95,7 @@ def test_vmap_over_float_hyperparameters_gives_what_a_loop_gives(built):
         assert any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, results[:2]), strict=True)), name
 
 
+@pytest.mark.one_of_a_kind("boundary")
 def test_many_bare_calls_trace_once(built):
     # As many tasks as no other check has: a factory returns the same method again, with its programs.
     method, x = built.method_for(np.arange(6)), built.sample(0, n_tasks=6)
