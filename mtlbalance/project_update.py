@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtlbalance.boundary import check_rows_of
+from mtlbalance import numerics
+from mtlbalance.boundary import check_rows_of, losses_of, reader
 from mtlbalance.complex_parts import join_like, split
 from mtlbalance.gramian import combine, gramian, total
-from mtlbalance.hyperparameters import check_int, flatten, reject
+from mtlbalance.hyperparameters import check_int, reject
+from mtlbalance.losses import broadcast_to_rows, present_rows
 from mtlbalance.names import check_task, index_of, names_of, with_names
 from mtlbalance.parameters import check_params_like
 from mtlbalance.solvers import priority_constrained
+from mtlbalance.states import init_seen
 
 
 def project_update(n_tasks: int, protect: int | str | None = None) -> optax.GradientTransformationExtraArgs:
@@ -24,8 +27,9 @@ def project_update(n_tasks: int, protect: int | str | None = None) -> optax.Grad
     chain. An update that hurts nobody is left as it is. Where gradients are opposite what remains is zero.
 
     Its ``update`` takes the gradients as the extra argument ``jacobian=``, leaves ``[n_tasks, *param.shape]``, as
-    :func:`mtlbalance.value_and_jac` returns them. It also reads ``mask=``, which tasks are present, and ``values=``,
-    the losses, for their names.
+    :func:`mtlbalance.value_and_jac` returns them. It also reads ``mask=``, which tasks are present, and ``values=`` (or
+    ``task_losses=``), the losses, for their names and counts. Of a gradient its direction counts alone, whatever its
+    length. Updates of a narrow dtype are rounded to it in the end.
 
     Args:
       n_tasks: the number of tasks, at least 1.
@@ -53,17 +57,21 @@ def project_update(n_tasks: int, protect: int | str | None = None) -> optax.Grad
     if protect is not None:
         check_task("protect", protect, n_tasks)
 
-    def update(updates, state, params=None, *, jacobian=None, mask=None, values=None, **extra_args):
-        del params, extra_args
+    read = reader(lambda state: None)
+
+    def update(updates, state, params=None, *, jacobian=None, mask=None, **extra_args):
+        del params
         if jacobian is None:
             reject("jacobian", "the gradients of the tasks, as in update(grads, state, params, jacobian=...)", "none")
         check_params_like("updates", updates, jacobian, skip=1)
         check_rows_of(jacobian, n_tasks, updates)
-        limits = jnp.ones(n_tasks, bool) if mask is None else flatten("mask", mask)
+        values = losses_of(extra_args)
+        limits = read(init_seen(n_tasks), values, mask).mask
         if protect is not None:
             with with_names(names_of(values)):
                 limits &= jnp.arange(n_tasks) == index_of("protect", protect)
-        rows, descent = split(jacobian), split(jax.tree.map(lambda u: -jnp.conj(u), updates))
+        rows = _directions(present_rows(split(jacobian), limits))
+        descent = jax.tree.map(_wide, split(jax.tree.map(lambda u: -jnp.conj(u), updates)))
         # Twice: of an update that all but vanishes the first leaves what is rounding beside the one that was given.
         products = gramian(rows)
         for _ in range(2):
@@ -72,6 +80,19 @@ def project_update(n_tasks: int, protect: int | str | None = None) -> optax.Grad
         return jax.tree.map(lambda d, u: -jnp.conj(d).astype(u.dtype), descent, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _wide(x):
+    return x.astype(jnp.result_type(jnp.float32, x))
+
+
+def _directions(rows):
+    """The rows divided by their largest entries: their products neither overflow nor vanish."""
+    rows = jax.tree.map(_wide, rows)
+    axes = lambda x: tuple(range(1, x.ndim))
+    largest = [jnp.max(jnp.abs(x), axis=axes(x), initial=0) for x in jax.tree.leaves(rows)]
+    sizes = jax.vmap(numerics.scale)(jnp.stack(largest, axis=1))
+    return jax.tree.map(lambda x: x / broadcast_to_rows(sizes, x).astype(x.dtype), rows)
 
 
 def _project(descent, rows, products, limits):

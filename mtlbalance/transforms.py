@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from mtlbalance import base
-from mtlbalance.boundary import check_rows_of, reader
+from mtlbalance.boundary import check_rows_of, losses_of, reader
 from mtlbalance.contract import check_is_method
 from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.losses import check_task_axis, present_rows
@@ -82,7 +82,7 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
         if not hasattr(state, "_fields"):  # first: the state and the params may be swapped
             check_like("state", state, jax.eval_shape(lambda: aggregator.init((n_tasks, ()))), by_type_only=True)
         check_trainable("params", params)
-        given = {"values": _losses_of(extra_args), "mask": extra_args.get("mask")}
+        given = {"values": losses_of(extra_args), "mask": extra_args.get("mask")}
         jacobian = extra_args.get("jacobian")
         rows = updates if jacobian is None else _masked_like(updates, jacobian)
         if params is not None:
@@ -147,7 +147,7 @@ def per_task(transformation: optax.GradientTransformation, n_tasks: int) -> opta
         if extra_args.get("jacobian") is not None:
             expected = "the Jacobian as updates; mtl.aggregate(mtl.transform_rows(...)) takes it besides"
             reject("jacobian", expected, "jacobian=, which the aggregator would take as it is")
-        call = read(init_seen(n_tasks), _losses_of(extra_args), extra_args.get("mask"), required=False)
+        call = read(init_seen(n_tasks), losses_of(extra_args), extra_args.get("mask"), required=False)
         rows = present_rows(check_task_axis(updates, n_tasks), call.mask)
         others = {name: x for name, x in extra_args.items() if name not in _READ}
 
@@ -162,14 +162,6 @@ def per_task(transformation: optax.GradientTransformation, n_tasks: int) -> opta
 
 # What both read of the extra arguments, and no transformation of one gradient.
 _READ = "values", "task_losses", "mask", "jacobian"
-
-
-def _losses_of(extra_args):
-    """The losses, by one of their two names."""
-    values, task_losses = extra_args.get("values"), extra_args.get("task_losses")
-    if values is not None and task_losses is not None:
-        reject("task_losses", "the losses as values= or as task_losses=", "both")
-    return task_losses if values is None else values
 
 
 def _masked_like(updates, jacobian):

@@ -98,3 +98,30 @@ def test_complex_parameters():
 def test_errors_name_what_is_wrong(given, message):
     with pytest.raises(ValueError, match=message):
         mtl.project_update(2).update(jnp.ones(2), optax.EmptyState(), **given)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_gradients_of_any_length_are_taken_in(scale):
+    jacobian, updates = scale * jnp.array([[1.0, 0.0], [0.0, -1.0]]), jnp.array([1.0, 1.0])
+    found, _ = mtl.project_update(2).update(updates, optax.EmptyState(), jacobian=jacobian)
+    np.testing.assert_allclose(found, [0.0, 1.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_narrow_products_do_not_vanish(dtype):
+    """Those of these updates and gradients underflow in float16."""
+    jacobian, updates = jnp.array([[1e-3, 0.0], [0.0, 1e-3]], dtype), jnp.array([3e-5, -1e-5], dtype)
+    found, _ = mtl.project_update(2).update(updates, optax.EmptyState(), jacobian=jacobian)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found.astype(float), [0.0, -1e-5], rtol=1e-2, atol=1e-10)
+
+
+def test_an_absent_gradient_may_be_anything():
+    jacobian, updates = jnp.array([[1.0, 0.0], [jnp.nan, jnp.inf]]), jnp.array([1.0, 1.0])
+    counted = {"left": mtl.Counted(1.0, 1), "right": mtl.Counted(0.0, 0)}
+    absent = {"mask": jnp.array([True, False])}, {"values": counted}, {"task_losses": counted}
+    for link, given in [*((mtl.project_update(2), given) for given in absent), (mtl.project_update(2, protect=0), {})]:
+        found, _ = link.update(updates, optax.EmptyState(), jacobian=jacobian, **given)
+        np.testing.assert_allclose(found, [0.0, 1.0], atol=1e-6)
+    with pytest.raises(ValueError, match=r"mask: expected shape \(2,\)"):  # and is not broadcast
+        link.update(updates, optax.EmptyState(), jacobian=jacobian, mask=jnp.array([True]))

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.contract import check_is_method, weights_of
-from mtlbalance.hyperparameters import flatten, reject
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.hyperparameters import flatten, per_task, reject
+from mtlbalance.losses import like_losses, read_labelled, read_losses
+from mtlbalance.names import names_of
+from mtlbalance.states import count_seen, init_seen_after
 
 
 def freeze(
@@ -32,7 +34,8 @@ def freeze(
       losses: for a scalarizer, the losses at which its weights are asked for; not needed where it keeps them.
 
     Returns:
-      A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`, for losses in the same order.
+      A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`, for losses of the same names as ``losses``, or
+      without those in the same order. A loss of count 0 in ``losses`` has the weight 0.
 
     Raises:
       TypeError: if ``method`` is of neither family.
@@ -49,8 +52,11 @@ def freeze(
       2.5
     """
     check_is_method("method", method, "a Scalarizer or an Aggregator", base.Scalarizer, base.Aggregator)
+    by_name = None
     if losses is not None and isinstance(method, base.Scalarizer):
-        weights = flatten("losses", weights_of(method, state, losses, None)[0])
+        mask, values = read_labelled(losses), like_losses(read_losses("losses", losses), losses)
+        by_name = jax.lax.stop_gradient(weights_of(method, state, values, mask)[0])
+        weights = flatten("losses", by_name)
     elif method.last_weights is not None:
         weights = method.last_weights(state)
     elif isinstance(method, base.Scalarizer):
@@ -59,7 +65,11 @@ def freeze(
         reject("method", "an aggregator that keeps its weights, as mtl.amortize(method)", "one that does not")
     weights = jax.lax.stop_gradient(weights)
 
-    def apply(state, values, mask):
-        return jnp.sum(weights.astype(values.dtype) * values, where=mask), count_seen(state, mask)
+    def fixed(mask, dtype):
+        return per_task("losses", weights, mask.shape, dtype, scalar=False)
 
-    return base.scalarizer(init_seen, apply)
+    def apply(state, values, mask):
+        return jnp.sum(fixed(mask, values.dtype) * values, where=mask), count_seen(state, mask)
+
+    named = {"losses": by_name} if names_of(by_name).entries else None
+    return base.scalarizer(init_seen_after(fixed), apply, per_task=named)

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from mtlbalance import base, numerics
-from mtlbalance.hyperparameters import FINITE, check, reject
-from mtlbalance.names import positions_of
+from mtlbalance.hyperparameters import FINITE, check, is_asking_for_shapes, reject
+from mtlbalance.names import check_task, known_names, positions_of
 from mtlbalance.wrappers.plumbing import Method, check_method, hooks_of, reweighted, with_guard_of
 
 
@@ -21,10 +21,13 @@ class RegularizeState(NamedTuple):
     Attributes:
       inner: the state of the wrapped method.
       count: int32 scalar, the calls so far, for schedules; ``None`` without one.
+      last_weights: where the method inside keeps its last weights, those that were made of them; else ``None``. Equal
+        ones before the first call, as inside, where the losses' names were not known yet.
     """
 
     inner: chex.ArrayTree
     count: chex.Array | None
+    last_weights: chex.Array | None
 
 
 @base.memoized
@@ -37,6 +40,10 @@ def regularize(
 
     The terms stand among the losses, and the method never sees them: they are absent for it. Balanced as a task, what
     is there to hold the others back may win: many methods raise the weight of what is small or does not fall.
+
+    What changes all weights, as :func:`transform_weights`, goes inside: around this wrapper it would change those of
+    the terms, which have equal ones in a warm-up and count in a total. :func:`nested` inside has a group for the terms
+    too.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
@@ -52,7 +59,7 @@ def regularize(
     Raises:
       TypeError: if ``method`` is of neither family; if a weight is not a real number.
       ValueError: if the method has learned fields, or makes no weights; if there are no terms, or a weight of one is
-        not finite; in a call, if a term is none of the losses.
+        not finite; if a term is none of the losses, or one is in two of them: as soon as the losses are known.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,20 +74,38 @@ def regularize(
     check_method(method, "regularize(learn(method, optimizer), terms)", makes_weights=True)
     if not isinstance(terms, Mapping) or not terms:
         reject("terms", 'a dict from losses to their weights, such as {"kl": 1e-3}', f"{terms!r}")
+    terms = dict(terms)  # as they are now
     for name, weight in terms.items():
+        check_task("terms", name)
         if not callable(weight):
             check(f"terms[{name!r}]", weight, FINITE)
     is_scheduled = any(map(callable, terms.values()))
 
     def start(shape, dtype, inner):
-        del shape, dtype
-        return RegularizeState(inner, jnp.zeros((), jnp.int32) if is_scheduled else None)
+        last = method.last_weights and method.last_weights(inner)
+        state = RegularizeState(inner, jnp.zeros((), jnp.int32) if is_scheduled else None, last)
+        is_known = known_names() is not None or not any(isinstance(name, str) for name in terms)
+        if is_known and not is_asking_for_shapes():
+            weights_of_terms(state, jnp.ones(shape, bool), dtype)
+            return with_last(state)
+        return state
+
+    def with_last(state):
+        if method.last_weights is None:
+            return state
+        last = method.last_weights(state.inner)
+        fixed, are_terms = weights_of_terms(state, jnp.ones(last.shape, bool), last.dtype)
+        return state._replace(last_weights=jnp.where(are_terms, fixed, last))
 
     def weights_of_terms(state, mask, dtype):
         """Their weights, and which of the losses they are."""
         weights, are_terms = jnp.zeros(mask.shape, dtype), np.zeros(mask.shape, bool)
         for name, weight in terms.items():
             here = np.isin(np.arange(mask.size), positions_of("terms", name)).reshape(mask.shape)
+            if not here.any():
+                reject("terms", f"an index below the number of losses {mask.size}", f"{name}")
+            if np.any(here & are_terms):
+                reject("terms", "each loss once, by itself or in a group", f"{list(terms)}")
             weight = weight(state.count) if callable(weight) else weight
             weights, are_terms = jnp.where(here, weight, weights), are_terms | here
         return weights, are_terms & mask
@@ -89,15 +114,11 @@ def regularize(
         return mask & ~weights_of_terms(state, mask, jnp.float32)[1]
 
     def advanced(state):
-        return state._replace(count=optax.safe_increment(state.count) if is_scheduled else None)
+        return with_last(state)._replace(count=optax.safe_increment(state.count) if is_scheduled else None)
 
     def weigh(state, weights, mask):
         fixed, are_terms = weights_of_terms(state, mask, weights.dtype)
         return jnp.where(are_terms, fixed, weights), advanced(state)
-
-    def last_weights(state):
-        weights = method.last_weights(state.inner)
-        return weigh(state, weights, jnp.ones(weights.shape, bool))[0]
 
     def apply(state, values, mask):  # with the scalarizer's scalar as it is
         fixed, are_terms = weights_of_terms(state, mask, values.dtype)
@@ -107,7 +128,7 @@ def regularize(
     def init(shape, dtype):
         return start(shape, dtype, method.init(jax.ShapeDtypeStruct(shape, dtype)))
 
-    last_weights = method.last_weights and last_weights
+    last_weights = method.last_weights and (lambda state: state.last_weights)
     hooks = hooks_of(method, seen) | {"last_weights": last_weights}
     regularized: Any = (
         with_guard_of(method, base.scalarizer(init, apply, **hooks))
