@@ -70,16 +70,22 @@ def project_update(n_tasks: int, protect: int | str | None = None) -> optax.Grad
         if protect is not None:
             with with_names(names_of(values)):
                 limits &= jnp.arange(n_tasks) == index_of("protect", protect)
-        rows = _directions(present_rows(split(jacobian), limits))
-        descent = jax.tree.map(_wide, split(jax.tree.map(lambda u: -jnp.conj(u), updates)))
-        # Twice: of an update that all but vanishes the first leaves what is rounding beside the one that was given.
-        products = gramian(rows)
-        for _ in range(2):
-            descent = _project(descent, rows, products, limits)
-        descent = join_like(descent, updates)
-        return jax.tree.map(lambda d, u: -jnp.conj(d).astype(u.dtype), descent, updates), state
+        return _projected(updates, jacobian, limits), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+@jax.jit  # a bare call is one compiled program
+def _projected(updates, jacobian, limits):
+    """The nearest update that raises the loss of none of the tasks in ``limits``."""
+    rows = _directions(present_rows(split(jacobian), limits))
+    descent = jax.tree.map(_wide, split(jax.tree.map(lambda u: -jnp.conj(u), updates)))
+    # Twice: of an update that all but vanishes the first leaves what is rounding beside the one that was given.
+    products = gramian(rows)
+    for _ in range(2):
+        descent = _project(descent, rows, products, limits)
+    descent = join_like(descent, updates)
+    return jax.tree.map(lambda d, u: -jnp.conj(d).astype(u.dtype), descent, updates)
 
 
 def _wide(x):

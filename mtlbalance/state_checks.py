@@ -46,7 +46,8 @@ def state_check(
             return None
 
     def like(*given):
-        return like_for(known_names(), *given)
+        names = known_names()
+        return like_for(names.entries if names else (), *given)
 
     def is_as_without_params(shape, expected):
         """Whether the state depends on no parameters: there is no knowing which if it remembers no gradients."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import mtlbalance as mtl
 from mtlbalance import aggregation
@@ -125,3 +126,15 @@ def test_an_absent_gradient_may_be_anything():
         np.testing.assert_allclose(found, [0.0, 1.0], atol=1e-6)
     with pytest.raises(ValueError, match=r"mask: expected shape \(2,\)"):  # and is not broadcast
         link.update(updates, optax.EmptyState(), jacobian=jacobian, mask=jnp.array([True]))
+
+
+def test_a_bare_call_on_an_explicit_mesh():
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Explicit,))
+    on_mesh = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+    jacobian = jax.random.normal(jax.random.key(0), (3, 16))
+    updates, link = jnp.sum(jacobian, axis=0), mtl.project_update(3)
+    expected, _ = link.update(updates, optax.EmptyState(), jacobian=jacobian)
+    given = on_mesh(updates, "devices"), on_mesh(jacobian, None, "devices")
+    found, _ = link.update(given[0], optax.EmptyState(), jacobian=given[1])
+    assert found.sharding.is_equivalent_to(given[0].sharding, 1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
