@@ -229,6 +229,14 @@ def check_kinds(name, rows, like):
             reject(f"{name}{jax.tree_util.keystr(path)}", f"{expected}, as the parameters are", found, TypeError)
 
 
+def losses_of(extra_args):
+    """The losses among the extra arguments of optax's ``update``, by one of their two names."""
+    values, task_losses = extra_args.get("values"), extra_args.get("task_losses")
+    if values is not None and task_losses is not None:
+        reject("task_losses", "the losses as values= or as task_losses=", "both")
+    return task_losses if values is None else values
+
+
 def check_rows_of(jacobian, m, params):
     """Raises unless a Jacobian has one row per task, and its leaves are those of the parameters."""
     rows = split(check_task_axis(jacobian, m))

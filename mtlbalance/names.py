@@ -120,6 +120,12 @@ def _names_inside(losses, *, known):
     return None if is_another else outer
 
 
+def known_names() -> Names | None:
+    """The names of the losses of the outermost call, none for positional ones; ``None`` where they are not known."""
+    names = _outermost.get()
+    return None if names is ... else names
+
+
 def check_names(per_task: Mapping[str, Any] | None, *, is_call: bool = False) -> None:
     """Raises unless hyperparameters with one number per task have the losses' names, as far as these are known.
 
@@ -212,6 +218,11 @@ def groups_of(argument: str, given: tuple[str, ...]) -> dict[str, tuple[list[int
         positions, names_inside = found.setdefault(group, ([], []))
         positions.append(i)
         names_inside.append(inside)
+    if not entries:
+        due = f"losses with names, the first of which are {list(given)}"
+        if names is None:
+            due += " (a state of them: grad_fn.init(params, batch) of mtl.value_and_grad, or init(losses))"
+        reject("losses" if names is None else "values", due, "losses without names")
     if set(found) != set(given):
         reject(argument, f"the names of the groups of losses, {list(found)}", f"{list(given)}")
     return {group: (positions, _names_in_group(inside)) for group, (positions, inside) in found.items()}

@@ -1,21 +1,22 @@
 """The last link of an optax chain: an update that hurts no task to first order."""
 
 from collections.abc import Hashable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mtlbalance.boundary import check_rows_of, reader
+from mtlbalance import numerics
+from mtlbalance.boundary import check_rows_of, losses_of, reader
 from mtlbalance.complex_parts import join_like, split
 from mtlbalance.gramian import combine, gramian, total
 from mtlbalance.hyperparameters import check_int, reject
-from mtlbalance.losses import present_rows
+from mtlbalance.losses import broadcast_to_rows, present_rows
 from mtlbalance.names import check_task, index_of, names_of, with_names
 from mtlbalance.parameters import check_params_like
 from mtlbalance.solvers import priority_constrained
 from mtlbalance.states import init_seen
-from mtlbalance.transforms import losses_of
 
 
 def project_update(
@@ -34,7 +35,8 @@ def project_update(
     :func:`mtlbalance.value_and_jac` returns them. With :func:`aggregate` first in the chain it serves both, and the
     updates are a plain gradient, such as the sum of its rows. It also reads ``mask=``, which tasks are present, and
     ``values=`` (or ``task_losses=``), the losses, for their names and counts. The row of an absent task may be
-    anything.
+    anything. Of a gradient its direction counts alone, whatever its length. Updates of a narrow dtype are rounded to it
+    in the end.
 
     Args:
       n_tasks: the number of tasks, at least 1.
@@ -72,20 +74,33 @@ def project_update(
         check_params_like("updates", updates, jacobian, skip=1)
         check_rows_of(jacobian, n_tasks, updates)
         values = losses_of(extra_args)
-        limits = present = read(init_seen(n_tasks), values, mask, required=False).mask
+        limits = read(init_seen(n_tasks), values, mask).mask
         if protect is not None:
             with with_names(names_of(values)):
                 limits &= jnp.arange(n_tasks) == index_of("protect", protect)
-        rows = _wide(split(present_rows(jacobian, present)))
-        descent = _wide(split(jax.tree.map(lambda u: -jnp.conj(u), updates)))
-        # Twice: of an update that all but vanishes the first leaves what is rounding beside the one that was given.
-        products = gramian(rows, axis_name=axis_name)
-        for _ in range(2):
-            descent = _project(descent, rows, products, limits, axis_name)
-        descent = join_like(descent, updates)
-        return jax.tree.map(lambda d, u: -jnp.conj(d).astype(u.dtype), descent, updates), state
+        return _projected(updates, jacobian, limits, axis_name), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+@partial(jax.jit, static_argnums=3)  # a bare call is one compiled program
+def _projected(updates, jacobian, limits, axis_name):
+    """The nearest update that raises the loss of none of the tasks in ``limits``."""
+    rows = _directions(_wide(split(present_rows(jacobian, limits))), axis_name)
+    descent = _wide(split(jax.tree.map(lambda u: -jnp.conj(u), updates)))
+    # Twice: of an update that all but vanishes the first leaves what is rounding beside the one that was given.
+    products = gramian(rows, axis_name=axis_name)
+    for _ in range(2):
+        descent = _project(descent, rows, products, limits, axis_name)
+    descent = join_like(descent, updates)
+    return jax.tree.map(lambda d, u: -jnp.conj(d).astype(u.dtype), descent, updates)
+
+
+def _directions(rows, axis_name):
+    """The rows over about their largest entries: their products neither overflow nor vanish."""
+    largest = lambda row: jax.tree.map(lambda x: jnp.max(jnp.abs(x), initial=0), row)
+    sizes = jax.vmap(lambda row: numerics.scale(total(largest(row), axis_name)))(rows)
+    return jax.tree.map(lambda x: x / broadcast_to_rows(sizes, x).astype(x.dtype), rows)
 
 
 def _project(descent, rows, products, limits, axis_name):

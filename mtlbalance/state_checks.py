@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mtlbalance.hyperparameters import asking_for_shapes, kind_of, reject
+from mtlbalance.names import known_names
 from mtlbalance.states import like_jacobian, read_field
 
 _NO_PARAMS, _SOME_PARAMS = jax.tree.structure(()), jax.tree.structure({"some": 0})
@@ -35,13 +36,18 @@ def state_check(
     method = _factory_of(functions)
 
     @lru_cache(maxsize=16)
-    def like(shape, treedef=_NO_PARAMS, shapes=()):
+    def like_for(names, shape, treedef=_NO_PARAMS, shapes=()):
         """The state for losses of this shape and for such parameters; ``None`` where ``init`` raises."""
+        del names  # `init` sees them itself: a state may depend on the groups in which they are
         params = jax.tree.unflatten(treedef, map(_float, shapes))
         try:
             return _make(init, shape, params, of_scalarizer=jacobian_shaped is None)
         except Exception:  # whatever it is that the author's function says to what may not be its tasks
             return None
+
+    def like(*given):
+        names = known_names()
+        return like_for(names.entries if names else (), *given)
 
     def is_as_without_params(shape, expected):
         """Whether the state depends on no parameters: there is no knowing which if it remembers no gradients."""

@@ -1,14 +1,11 @@
 """An aggregator as an optax gradient transformation, and what stands before it in a chain."""
 
-from typing import Any
-
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtlbalance import base
-from mtlbalance.boundary import check_rows_of, reader
+from mtlbalance.boundary import check_rows_of, losses_of, reader
 from mtlbalance.contract import check_is_method
 from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.losses import check_task_axis, present_rows
@@ -165,14 +162,6 @@ def per_task(transformation: optax.GradientTransformation, n_tasks: int) -> opta
 
 # What both read of the extra arguments, and no transformation of one gradient.
 _READ = "values", "task_losses", "mask", "jacobian"
-
-
-def losses_of(extra_args: dict[str, Any]) -> chex.ArrayTree | None:
-    """The losses, by one of their two names."""
-    values, task_losses = extra_args.get("values"), extra_args.get("task_losses")
-    if values is not None and task_losses is not None:
-        reject("task_losses", "the losses as values= or as task_losses=", "both")
-    return task_losses if values is None else values
 
 
 def _masked_like(updates, jacobian):

@@ -160,5 +160,33 @@ def test_errors_name_what_is_wrong(make, error, message):
 
 
 def test_losses_without_names_have_no_groups():
-    with pytest.raises(ValueError, match=r"inner: expected the names of the groups of losses, \[\]"):
-        mtl.nested(scalarization.sum(), SUMS).init(5)
+    method, expected = mtl.nested(scalarization.sum(), SUMS), r"expected losses with names, the first of which are .*bc"
+    for given in 5, jnp.ones(5):
+        with pytest.raises(ValueError, match=f"losses: {expected}.* grad_fn.init"):
+            method.init(given)
+    with pytest.raises(ValueError, match=f"values: {expected}"):
+        method.apply(method.init(LOSSES), jnp.ones(5))
+
+
+def test_a_state_for_other_groups_is_refused_and_the_right_one_is_not():
+    """Both have as many losses: what a state should be like depends on their names too."""
+    method = mtl.nested(scalarization.sum(), {"bc": scalarization.dwa(), "pde": scalarization.sum()})
+    few, many = ({"bc": jnp.ones(n), "pde": jnp.ones(4 - n)} for n in (1, 3))
+    method.apply(method.init(few), few)
+    with pytest.raises(ValueError, match=r"state.inner\['bc'\].*expected shape \(1,\)"):
+        method.apply(method.init(many), few)
+    method.apply(method.init(many), many)
+
+
+def test_narrow_gradients_are_added_up_in_float32():
+    """In float16 one over a small loss, times a gradient, is infinite; and the Gramian is not."""
+    losses = {"bc": {"left": 1e-6, "right": 2e-6}, "pde": jnp.array([1.0])}
+    inner = {"bc": scalarization.scale_invariant(), "pde": scalarization.sum()}
+    method = mtl.nested(aggregation.mgda(), inner)
+    rows = jnp.array([[1.0, 2.0], [2.0, 1.0], [1.0, -3.0]], jnp.float16)
+    losses_fn = lambda params: jax.tree.map(lambda x: x * jnp.sum(params), losses)
+    state = mtl.value_and_grad(losses_fn, method).init(jnp.ones(2))
+    found, _ = method.weighting.apply(state, rows, values=losses)
+    expected, _ = method.gramian_weighting.apply(state, mtl.gramian.gramian(rows), values=losses)
+    assert jnp.all(jnp.isfinite(found))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import mtlbalance as mtl
 from mtlbalance import aggregation
@@ -145,3 +146,42 @@ def test_narrow_gradients_are_not_rounded_into_a_wide_update():
 def test_errors_name_what_is_wrong(given, message):
     with pytest.raises(ValueError, match=message):
         mtl.project_update(2).update(jnp.ones(2), optax.EmptyState(), **given)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_gradients_of_any_length_are_taken_in(scale):
+    jacobian, updates = scale * jnp.array([[1.0, 0.0], [0.0, -1.0]]), jnp.array([1.0, 1.0])
+    found, _ = mtl.project_update(2).update(updates, optax.EmptyState(), jacobian=jacobian)
+    np.testing.assert_allclose(found, [0.0, 1.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_narrow_products_do_not_vanish(dtype):
+    """Those of these updates and gradients underflow in float16."""
+    jacobian, updates = jnp.array([[1e-3, 0.0], [0.0, 1e-3]], dtype), jnp.array([3e-5, -1e-5], dtype)
+    found, _ = mtl.project_update(2).update(updates, optax.EmptyState(), jacobian=jacobian)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found.astype(float), [0.0, -1e-5], rtol=1e-2, atol=1e-10)
+
+
+def test_an_absent_gradient_may_be_anything():
+    jacobian, updates = jnp.array([[1.0, 0.0], [jnp.nan, jnp.inf]]), jnp.array([1.0, 1.0])
+    counted = {"left": mtl.Counted(1.0, 1), "right": mtl.Counted(0.0, 0)}
+    absent = {"mask": jnp.array([True, False])}, {"values": counted}, {"task_losses": counted}
+    for link, given in [*((mtl.project_update(2), given) for given in absent), (mtl.project_update(2, protect=0), {})]:
+        found, _ = link.update(updates, optax.EmptyState(), jacobian=jacobian, **given)
+        np.testing.assert_allclose(found, [0.0, 1.0], atol=1e-6)
+    with pytest.raises(ValueError, match=r"mask: expected shape \(2,\)"):  # and is not broadcast
+        link.update(updates, optax.EmptyState(), jacobian=jacobian, mask=jnp.array([True]))
+
+
+def test_a_bare_call_on_an_explicit_mesh():
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Explicit,))
+    on_mesh = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+    jacobian = jax.random.normal(jax.random.key(0), (3, 16))
+    updates, link = jnp.sum(jacobian, axis=0), mtl.project_update(3)
+    expected, _ = link.update(updates, optax.EmptyState(), jacobian=jacobian)
+    given = on_mesh(updates, "devices"), on_mesh(jacobian, None, "devices")
+    found, _ = link.update(given[0], optax.EmptyState(), jacobian=given[1])
+    assert found.sharding.is_equivalent_to(given[0].sharding, 1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -158,6 +158,7 @@ def test_a_term_or_a_prior_may_be_that_of_a_group():
         (lambda: mtl.prioritize(scalarization.sum(), -1.0), "prior: .*at least 0"),
         (lambda: mtl.regularize(scalarization.sum(), {"c": 1.0}), r"terms: .*\['a', 'b'\].*'c'"),
         (lambda: mtl.regularize(scalarization.sum(), {0: 1.0}), r"terms: .*\['a', 'b'\].*index 0"),
+        (lambda: mtl.regularize(scalarization.sum(), {"a": 1.0, "": 1.0}), "terms: .*''"),
         (lambda: mtl.regularize(scalarization.sum(), {}), "terms: expected a dict"),
         (lambda: mtl.regularize(scalarization.sum(), {"a": jnp.nan}), r"terms\['a'\]: .*finite"),
         (lambda: mtl.transform_weights(scalarization.uw(), optax.identity()), "method: .*learn"),
@@ -168,6 +169,56 @@ def test_errors_name_what_is_wrong(make, message):
     losses = {"a": 1.0, "b": 2.0}
     with pytest.raises(ValueError, match=message):
         make().apply(make().init(losses), losses)
+
+
+def test_terms_are_losses_each_once():
+    """None is left out without a word: what is meant as a regulariser would be a task."""
+    with pytest.raises(ValueError, match="terms: expected an index below the number of losses 3, found 7"):
+        mtl.regularize(scalarization.sum(), {7: 1.0}).init(3)
+    with pytest.raises(ValueError, match="terms: expected a name, or an int of at least 0, found -1"):
+        mtl.regularize(scalarization.sum(), {-1: 1.0})
+    with pytest.raises(TypeError, match="terms: expected the name or the index of a task, found float"):
+        mtl.regularize(scalarization.sum(), {1.5: 1.0})
+    losses = {"pose": {"angle": 1.0, "place": 2.0}, "seg": 3.0}
+    with pytest.raises(ValueError, match="terms: expected each loss once"):
+        mtl.regularize(scalarization.sum(), {"pose": 1.0, "pose.place": 2.0}).init(losses)
+    for wrap in mtl.regularize, mtl.prioritize:
+        with pytest.raises(ValueError, match=r"(terms|prior): .*'nope'"):  # before the training
+            wrap(scalarization.sum(), {"nope": 1.0}).init(losses)
+
+
+def test_the_last_weights_are_those_of_the_last_call_whatever_the_schedule_says_next():
+    schedule = lambda count: 1.0 + count
+    for wrap in (lambda x: mtl.prioritize(x, schedule)), (lambda x: mtl.regularize(x, {0: schedule})):
+        method = wrap(mtl.amortize(aggregation.sum()))
+        state = method.init((2, 3))
+        for _ in range(2):
+            expected, state = method.weighting.apply(state, jnp.ones((2, 3)))
+            np.testing.assert_array_equal(method.last_weights(state), expected)
+
+
+@pytest.mark.parametrize("bare", [scalarization.uw_so(), aggregation.mgda()])
+def test_steps_without_a_refresh_take_terms_and_priors_by_name_too(bare):
+    losses_fn = lambda x: {"pose": {"u": jnp.sum(x**2), "v": jnp.sum((x - 1) ** 2)}, "kl": jnp.sum(x**4)}
+    kept, params = mtl.amortize(bare), jnp.array([1.0, 2.0])
+    priority = mtl.prioritize(kept, {"pose": 0.5, "kl": 3.0})
+    for method in mtl.regularize(kept, {"kl": 0.1}), priority, mtl.regularize(priority, {"kl": 0.1}):
+        grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)
+        (_, state, expected), _ = grad_fn(params, grad_fn.init(params))
+        (_, _, found), _ = grad_fn(params, state, refresh=False)
+        chex.assert_trees_all_equal(found, expected)
+        frozen, losses = mtl.freeze(method, state), losses_fn(params)
+        total = sum(w * x for w, x in zip(jax.tree.leaves(expected), jax.tree.leaves(losses), strict=True))
+        np.testing.assert_allclose(frozen.apply(frozen.init(losses), losses)[0], total, rtol=1e-6)
+        for outer in mtl.transform_weights(method, optax.ema(0.5)), mtl.skip_zero(method):
+            outer.init(3 if isinstance(method, mtl.Scalarizer) else (3, params))  # where names are not known yet
+
+
+def test_a_transformation_that_remembers_nothing_costs_no_state():
+    for transformation in optax.identity(), optax.clip_by_global_norm(1.0), weights.normalize():
+        for bare in scalarization.dwa(), aggregation.mgda():
+            state = mtl.transform_weights(bare, transformation).init(2 if isinstance(bare, mtl.Scalarizer) else (2, 3))
+            assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(state.inner))
 
 
 def test_what_is_no_transformation_and_no_task_is_refused():

@@ -164,6 +164,8 @@ def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):
         return weigh and weigh_nested
 
     def combine_rows(inside, jacobian):
+        # Wide, or the sums are rounded to the leaves' dtype: weights of small losses are beyond float16's range.
+        jacobian = jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), jacobian)
         return jax.vmap(lambda weights: combine(weights, jacobian))(inside)
 
     def combine_gramian(inside, gramian):

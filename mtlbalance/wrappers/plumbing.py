@@ -113,8 +113,8 @@ def reweighted(
     Args:
       method: a method that makes weights.
       start: ``(shape, dtype, inner) -> state``, with the first leaf of ``shape``. If it remembers weights it has a
-        field ``not_taken``, an int32 scalar: the calls whose weights or losses were not finite. After these no other
-        field but ``inner`` is new.
+        field ``not_taken``, an int32 scalar: the calls whose weights or losses were not finite; ``None`` there if it
+        remembers nothing after all. After these no other field but ``inner`` is new.
       change: ``(state, weights, mask) -> (weights, state)``, the state with the new ``inner`` in it already.
       last_weights: ``(state) -> weights`` of the last call, if they are in the state.
       keeps_scalar: whether a scalarizer's scalar stays as it is. Else it is the losses' sum with the changed weights,
@@ -137,7 +137,7 @@ def _if_finite(change):
     """The change, not remembered where the weights, or the losses that they may be made of, are not finite."""
 
     def change_if_finite(state, weights, values, mask):
-        if "not_taken" not in state._fields:
+        if getattr(state, "not_taken", None) is None:
             return change(state, weights, mask)
         given = (weights,) if values is None else (weights, values)
         ok = jnp.all(jnp.array([jnp.all(jnp.isfinite(x) | ~mask) for x in given]))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from mtlbalance import base
-from mtlbalance.hyperparameters import NONNEGATIVE, per_task
-from mtlbalance.names import by_group, names_of
+from mtlbalance.hyperparameters import NONNEGATIVE, is_asking_for_shapes, per_task
+from mtlbalance.names import by_group, known_names, names_of
 from mtlbalance.wrappers.plumbing import Method, check_method, reweighted
 
 
@@ -19,10 +19,13 @@ class PrioritizeState(NamedTuple):
     Attributes:
       inner: the state of the wrapped method.
       count: int32 scalar, the calls so far, for a schedule; ``None`` without one.
+      last_weights: where the method inside keeps its last weights, those that were made of them; else ``None``. Equal
+        ones before the first call, as inside, where the losses' names were not known yet.
     """
 
     inner: chex.ArrayTree
     count: chex.Array | None
+    last_weights: chex.Array | None
 
 
 @base.memoized
@@ -48,8 +51,8 @@ def prioritize(method: Method, prior: chex.ArrayTree | Callable[[chex.Array], ch
 
     Raises:
       TypeError: if ``method`` is of neither family.
-      ValueError: if it has learned fields, or makes no weights; if ``prior`` is negative; in a call, if its names are
-        not the losses'.
+      ValueError: if it has learned fields, or makes no weights; if ``prior`` is negative, or its names are not
+        the losses': as soon as these are known.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,9 +69,19 @@ def prioritize(method: Method, prior: chex.ArrayTree | Callable[[chex.Array], ch
     read = lambda prior, shape, dtype: per_task("prior", by_group("prior", prior), shape, dtype, bound=NONNEGATIVE)
 
     def start(shape, dtype, inner):
-        if not is_schedule and not names_of(prior).entries:  # else it waits for the losses' names
-            read(prior, shape, dtype)
-        return PrioritizeState(inner, jnp.zeros((), jnp.int32) if is_schedule else None)
+        is_known = known_names() is not None or not names_of(prior).entries  # else it waits for the losses' names
+        last = method.last_weights and method.last_weights(inner)
+        state = PrioritizeState(inner, jnp.zeros((), jnp.int32) if is_schedule else None, last)
+        if is_schedule or not is_known or is_asking_for_shapes():
+            return state
+        read(prior, shape, dtype)
+        return with_last(state)
+
+    def with_last(state):
+        if method.last_weights is None:
+            return state
+        last = method.last_weights(state.inner)
+        return state._replace(last_weights=priors(state, jnp.ones(last.shape, bool), last.dtype) * last)
 
     def priors(state, mask, dtype):
         return jnp.where(mask, read(prior(state.count) if is_schedule else prior, mask.shape, dtype), 0)
@@ -78,10 +91,7 @@ def prioritize(method: Method, prior: chex.ArrayTree | Callable[[chex.Array], ch
 
     def weigh(state, weights, mask):
         count = optax.safe_increment(state.count) if is_schedule else None
-        return priors(state, mask, weights.dtype) * weights, state._replace(count=count)
+        return priors(state, mask, weights.dtype) * weights, with_last(state)._replace(count=count)
 
-    def last_weights(state):
-        weights = method.last_weights(state.inner)
-        return priors(state, jnp.ones(weights.shape, bool), weights.dtype) * weights
-
-    return reweighted(method, start, weigh, last_weights=method.last_weights and last_weights, visible=visible)
+    last_weights = method.last_weights and (lambda state: state.last_weights)
+    return reweighted(method, start, weigh, last_weights=last_weights, visible=visible)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -17,7 +18,8 @@ class TransformWeightsState(NamedTuple):
     Attributes:
       inner: the state of the wrapped method.
       transformation: the state of the transformation.
-      not_taken: int32 scalar: the calls whose weights, or losses, were not finite, and so not seen by it.
+      not_taken: int32 scalar: the calls whose weights, or losses, were not finite, and so not seen by it; ``None``
+        where nothing is remembered of any call.
       last_weights: the transformed weights of the last call that decided, where the method inside keeps its own; else
         ``None``.
     """
@@ -78,9 +80,9 @@ def transform_weights(method: Method, transformation: optax.GradientTransformati
 
     def start(shape, dtype, inner):
         last_weights = method.last_weights and method.last_weights(inner)
-        return TransformWeightsState(
-            inner, transformation.init({"weights": jnp.zeros(shape, dtype)}), zero_counts(()), last_weights
-        )
+        own = transformation.init({"weights": jnp.zeros(shape, dtype)})
+        remembers = jax.tree.leaves((own, last_weights))
+        return TransformWeightsState(inner, own, zero_counts(()) if remembers else None, last_weights)
 
     def transform(state, weights, mask):
         given = {"weights": jnp.where(mask, weights, 0)}
