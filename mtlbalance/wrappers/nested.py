@@ -46,6 +46,9 @@ def nested(
     If ``outer`` is an aggregator its rows are the gradients of the groups' scalars, made of those of all losses with
     the weights of the inner scalarizers, which are constants of differentiation: it reads the losses.
 
+    It needs the losses' names: ``init`` gets the losses, or ``grad_fn.init`` makes the state. :func:`carry_over` and
+    :func:`aggregate`, which know the number of tasks alone, cannot serve it.
+
     Args:
       outer: a method without learned fields; an aggregator makes weights, and remembers no gradients.
       inner: a scalarizer without learned fields for each group, by its name.

@@ -26,7 +26,8 @@ def check_method(method: Any, usage: str, *, makes_weights: bool = False, argume
     if method.learned:
         reject(argument, f"a method with nothing left to learn, as in {usage}", f"learned={method.learned}")
     if makes_weights and isinstance(method, Aggregator) and method.weighting is None:
-        reject(argument, "an aggregator that makes weights", "one without a weighting")
+        makes_them = "an aggregator that makes weights (mtl.transform_rows goes around this wrapper)"
+        reject(argument, makes_them, "one without a weighting")
 
 
 def all_of(state: Any, mask: chex.Array) -> chex.Array:

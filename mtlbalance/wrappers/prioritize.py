@@ -35,8 +35,9 @@ def prioritize(method: Method, prior: chex.ArrayTree | Callable[[chex.Array], ch
     .. math:: w_i = p_i \, \hat w_i
 
     where :math:`\hat w` are the method's own weights. A task with a prior of 0 is absent for the method: it takes no
-    part in its decision, whatever its loss and gradient are, and its entries in the state stay as they were. A
-    scalarizer becomes the sum of the losses with these weights, which are constants of differentiation.
+    part in its decision, whatever its loss and gradient are, and its entries in the state stay as they were. A weight
+    of 0 is no mask: times what is not finite it is NaN. A scalarizer becomes the sum of the losses with these weights,
+    which are constants of differentiation.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 

@@ -51,6 +51,7 @@ def skip_zero(method: Method, *, axis_name: Hashable | None = None) -> Method:
     aggregator's tasks are judged by both, if it is given the losses. In ``observe`` a task is absent that was so in
     ``apply``, and one for which it gets zero. Around :func:`amortize` a task that is skipped keeps its last weight;
     inside of it that would be zero until the next refresh. Of a :func:`chain` wrap the aggregator, or the whole.
+    Inside of :func:`regularize` its terms are not judged.
 
     Args:
       method: a method of either family, of which every call takes in all rows: not
