@@ -11,6 +11,8 @@ import mtlbalance as mtl
 from mtlbalance import base, states
 from mtlbalance.states import SeenState, count_seen, init_seen
 
+pytestmark = pytest.mark.unoptimized
+
 
 class Level(NamedTuple):
     level: Any

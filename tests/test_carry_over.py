@@ -17,6 +17,8 @@ from mtlbalance.states import SeenState, init_seen
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 from tests.conformance.helpers import Built
 
+pytestmark = pytest.mark.unoptimized
+
 OLD, NEW = ["a", "b", "c"], ["e", "c", "d", "a"]  # a stays where it is, c moves, b goes, two come
 STAY_OLD, STAY_NEW = [0, 2], [0, 1]
 PARAMS = {"w": jax.ShapeDtypeStruct((3, 4), jnp.float32), "b": jax.ShapeDtypeStruct((), jnp.float32)}

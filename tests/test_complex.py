@@ -14,6 +14,8 @@ from mtlbalance.complex_parts import ComplexParts
 from mtlbalance.gramian import combine, gramian
 from tests.catalogue import AGGREGATORS
 
+pytestmark = pytest.mark.unoptimized
+
 CASES = {case.name: case for case in AGGREGATORS}
 # Those whose formula has squared moduli or moduli of single entries: two coordinates are not the same for them.
 BY_ENTRY = "excess_mtl", "m_config", "lr_annealing", "transform_rows-sum"

@@ -10,6 +10,8 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
+pytestmark = pytest.mark.unoptimized
+
 WEIGHTS = jnp.array([[0.5, 2.0, 1.0], [1.0, -1.0, 0.0]])
 
 

@@ -13,6 +13,8 @@ from flax import nnx
 import mtlbalance as mtl
 from mtlbalance import aggregation, diagnostics, scalarization, states
 
+pytestmark = pytest.mark.unoptimized
+
 DWA, UW, UPGRAD, EXCESS = scalarization.dwa(), scalarization.uw(), aggregation.upgrad(), aggregation.excess_mtl()
 PARAMS = {"trunk": jnp.ones((5, 16)), "heads": jnp.ones((16, 2))}
 BATCH = jnp.ones((4, 5)), jnp.ones((4, 2))

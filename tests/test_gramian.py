@@ -8,6 +8,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mtlbalance.gramian import combine, gramian, total
 
+pytestmark = pytest.mark.unoptimized
+
 RNG = np.random.default_rng(0)
 TREE = {"w": RNG.normal(size=(4, 5, 6)), "b": RNG.normal(size=(4, 3)), "s": RNG.normal(size=4)}
 MATRIX = np.concatenate([leaf.reshape(4, -1) for leaf in TREE.values()], axis=1)

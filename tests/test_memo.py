@@ -15,6 +15,8 @@ import mtlbalance as mtl
 from mtlbalance import aggregation, base, scalarization
 from tests import catalogue, events
 
+pytestmark = pytest.mark.unoptimized
+
 WRAPPERS = [mtl.learn, mtl.skip_nonfinite, mtl.amortize, mtl.chain, aggregation.cr_mogm, mtl.aggregate]
 FACTORIES = [
     factory

@@ -15,6 +15,8 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, base, diagnostics, scalarization
 
+pytestmark = pytest.mark.unoptimized
+
 LOSSES = {"ce": jnp.float32(2.0), "aux_z": jnp.float32(3.0)}
 NAMES, WRONG_NAMES = map(re.escape, ("['aux_z', 'ce']", "['ce', 'z_loss']"))
 WRONG = {"ce": 0.5, "z_loss": 0.25}

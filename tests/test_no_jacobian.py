@@ -10,6 +10,8 @@ import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from tests.catalogue import AGGREGATORS
 
+pytestmark = pytest.mark.unoptimized
+
 CASES = {case.name: case for case in AGGREGATORS}
 ROWS = r"leaves \[m, \*param\.shape\], one row per task, as mtl\.value_and_jac returns"
 PLAIN = rf"jacobian: expected {ROWS}: shapes .*plain gradient"

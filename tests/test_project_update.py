@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import mtlbalance as mtl
 from mtlbalance import aggregation
 
+pytestmark = pytest.mark.unoptimized
+
 OPTIMIZERS = {"adam": optax.adam(0.02), "momentum": optax.sgd(0.02, momentum=0.9), "sgd": optax.sgd(0.02)}
 
 

@@ -15,6 +15,8 @@ from mtlbalance import aggregation, base, diagnostics, scalarization, states
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 from tests.conformance.helpers import Built
 
+pytestmark = pytest.mark.unoptimized
+
 PARAMS = {"w": jax.ShapeDtypeStruct((4, 2), jnp.float32), "b": jax.ShapeDtypeStruct((2,), jnp.float32)}
 LOSSES = jnp.ones(3)
 JACOBIAN = jax.tree.map(lambda p: jnp.ones((3, *p.shape)), PARAMS)

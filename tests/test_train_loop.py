@@ -26,7 +26,7 @@ from flax import nnx
 import mtlbalance as mtl
 from tests.catalogue import AGGREGATORS, PREFERENCE, SCALARIZERS
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("users_broadcast")]
+pytestmark = [pytest.mark.slow, pytest.mark.unoptimized, pytest.mark.usefixtures("users_broadcast")]
 
 EXAMPLES = pathlib.Path(train_loop.__file__).parent
 

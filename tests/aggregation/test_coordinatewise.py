@@ -14,6 +14,8 @@ from jax.sharding import AxisType, PartitionSpec
 from mtlbalance import aggregation
 from tests.aggregation.problems import PARAMS, TASKS, examples, jacobian, padded, problems
 
+pytestmark = pytest.mark.unoptimized
+
 TRIMMED = 2
 ROUNDING = 1e-6  # of a sum of up to eight terms, relative to their size
 seeds = st.integers(0, 2**31 - 1)

@@ -11,6 +11,8 @@ from flax import nnx
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
+pytestmark = pytest.mark.unoptimized
+
 X, Y = np.linspace(-1, 1, 20, dtype=np.float32).reshape(4, 5), np.ones((4, 2), np.float32)
 RECIPE = r"expected parameters alone, nnx.Param \(definition, params, others = nnx.split\(model, nnx.Param, ...\)"
 ALONE = r"of a module its parameters alone: eqx.filter\(model, eqx.is_inexact_array\) or eqx.partition"

@@ -14,6 +14,8 @@ from mtlbalance import aggregation, scalarization
 from tests.autodiff.models import layers, normal_batch, squared_error, squared_errors
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 
+pytestmark = pytest.mark.unoptimized
+
 PARAMS = layers(jax.random.key(0), [5, 4, 3])
 BATCH = normal_batch(1, 4, n_in=5, n_out=3)
 OWN_BATCHES = normal_batch(2, 3, 4, n_in=5, n_out=3)

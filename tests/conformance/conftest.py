@@ -69,8 +69,8 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """All checks of a method next to each other and in one process: what one compiles serves the next.
 
-    After all other tests: there are many of these groups and each is small, so that two workers end together. Those
-    that are compiled with all optimizations come last.
+    After all other tests: there are many of these groups and each is small, so that two workers end together. What is
+    compiled with all optimizations comes first: where that changes all programs are forgotten.
     """
     found = [(method_of(item), item) for item in items]
     # A check for which a user's catalogue has no case would be reported as skipped.
@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(config, items):
         mark_slow([(built, item) for built, item in found if built is not None])
     order = {None: -1} | {built: i for i, built in enumerate(config.built)}
     is_optimized = lambda item: item.get_closest_marker("unoptimized") is None
-    by_method = lambda pair: (pair[0] is not None and is_optimized(pair[1]), order[pair[0]])
+    by_method = lambda pair: (pair[0] is not None, not is_optimized(pair[1]), order[pair[0]])
     items[:] = [item for _, item in sorted(found, key=by_method)]
 
 

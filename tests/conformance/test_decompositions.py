@@ -5,9 +5,12 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.extend import core
 
 from mtlbalance import aggregation
+
+pytestmark = pytest.mark.unoptimized
 
 DECOMPOSE = {"cholesky", "eig", "eigh", "geqrf", "householder_product", "lu", "svd", "triangular_solve"}
 CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "remat"}

@@ -10,6 +10,8 @@ import pytest
 
 from mtlbalance import aggregation
 
+pytestmark = pytest.mark.unoptimized
+
 RECORDED = json.loads(Path(__file__).with_name("torchjd_coordinatewise.json").read_text())
 PURITIES = {"identity": None, "steep": lambda p: 1 / (1 + jnp.exp(-6 * (p - 0.5)))}
 

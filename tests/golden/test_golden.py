@@ -15,6 +15,8 @@ import pytest
 from mtlbalance import aggregation, scalarization
 from tests.golden import comparisons
 
+pytestmark = pytest.mark.unoptimized
+
 TORCHJD, OFFICIAL = (
     json.loads(Path(__file__).with_name(name).read_text()) for name in ("torchjd.json", "official.json")
 )

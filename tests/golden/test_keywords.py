@@ -9,6 +9,8 @@ import pytest
 
 from mtlbalance import aggregation
 
+pytestmark = pytest.mark.unoptimized
+
 RECORDED = json.loads(Path(__file__).with_name("torchjd_gramian.json").read_text())["keywords"]
 PREFERENCE = np.array(RECORDED[0]["preference"])
 METHODS = {

@@ -13,6 +13,8 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
+pytestmark = pytest.mark.unoptimized
+
 START = np.array([0.3, -0.7, 0.2, 0.5])
 CENTRES = np.array([[1, 0, 2, -1], [-2, 1, 0.5, 0], [0.5, -3, 1, 2]])
 FACTORS, OFFSETS = np.array([1, 4, 0.25]), np.array([0.1, 0.2, 0.3])

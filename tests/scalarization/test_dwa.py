@@ -8,6 +8,8 @@ import pytest
 
 from mtlbalance import scalarization
 
+pytestmark = pytest.mark.unoptimized
+
 
 def weights_of(method, state):
     return jax.grad(method.apply, argnums=1, has_aux=True)(state, jnp.ones_like(state.average))[0]

@@ -10,6 +10,8 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import scalarization
 
+pytestmark = pytest.mark.unoptimized
+
 LOSSES = jnp.array([0.25, 4.0, 100.0])
 CLASSIFICATION = jnp.array([2.0, 1.0, 1.0])
 

@@ -9,6 +9,8 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, diagnostics, scalarization
 
+pytestmark = pytest.mark.unoptimized
+
 
 def value_and_weights(method, losses):
     (scalar, _), weights = jax.value_and_grad(method.apply, argnums=1, has_aux=True)(method.init(losses), losses)

@@ -7,6 +7,8 @@ import pytest
 
 from mtlbalance import scalarization
 
+pytestmark = pytest.mark.unoptimized
+
 LOSSES = jnp.array([[4.0, 1.0, 0.5], [3.0, 0.9, 0.6], [2.5, 0.7, 0.55]])
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from mtlbalance import scalarization
 
+pytestmark = pytest.mark.unoptimized
+
 
 def run(method, losses, calls_per_epoch=None, masks=None):
     """The scalar of every call, and the last state."""
