@@ -123,9 +123,9 @@ def running_average(average: chex.Array, new: chex.Array, decay: chex.Numeric, s
 
 
 def mean_rate(seen: chex.Array, dtype: chex.ArrayDType, least: chex.Numeric = 0.0) -> chex.Array:
-    """The share of a call in the mean of a task's calls, ``seen`` before it: 1 for its first, and never below ``least``.
+    """The share of a call in the mean of a task's calls, with ``seen`` before it: 1 at first, at least ``least``.
 
-    Nor below one in a million: float32 would round off what a call adds to a mean over many more.
+    And at least one in a million: float32 would round off what a call adds to a mean over many more.
     """
     return jnp.maximum(1 / (jnp.minimum(seen, 2**20).astype(dtype) + 1), least)
 

@@ -40,8 +40,9 @@ def group_dro(
 ) -> base.Scalarizer:
     r"""Weights on the simplex that follow the largest losses by exponentiated gradient ascent.
 
-    .. math:: \sum_i q_i L_i, \quad q_i \leftarrow (1 - c) \frac{q_i e^{\eta s_i}}{\sum_j q_j e^{\eta s_j}} + \frac{c}{m},
-              \quad s_i = L_i \ \text{or} \ \max(L_i - L_i^\mathrm{ref}, 0)
+    .. math:: \sum_i q_i L_i, \quad
+              q_i \leftarrow (1 - c) \frac{q_i e^{\eta s_i}}{\sum_j q_j e^{\eta s_j}} + \frac{c}{m}, \quad
+              s_i = L_i \ \text{or} \ \max(L_i - L_i^\mathrm{ref}, 0)
 
     The weights start equal, are moved by a call's losses before they weigh them, are constants of differentiation and
     sum to 1. Any real losses will do, and they should be of one scale. The weights are kept as logarithms: large
@@ -66,7 +67,7 @@ def group_dro(
       robust_step_size: :math:`\eta > 0`, finite. May be traced.
       reference: :math:`L^\mathrm{ref}`, one number for all or one per task (an array or a tree of the same names); by
         default the losses count as they are. May be traced.
-      smoothing: :math:`c`, from 0 to 1, the part of the weights that is shared out equally at every call. May be traced.
+      smoothing: :math:`c`, from 0 to 1, the part of the weights that is shared out equally at each call. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`GroupDROState`.

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from tests.golden.record import double, positive, short, to_lists
-from tests.golden.record_official import CPU, in_libmtl, load
+from tests.golden.record_official import in_libmtl, load
 
 FILE = Path(__file__).with_name("official_weights.json")
 GRADIENTS = Path(__file__).with_name("official_gradients.json")
