@@ -90,7 +90,7 @@ METHODS = {
     "UPGrad": Run(aggregation.upgrad),
     "DualProj": Run(aggregation.dual_proj),
     "MGDA": Run(aggregation.mgda, published="5 of 5", seconds=60),
-    "MGDA, normalised": Run(lambda: aggregation.mgda("l2")),
+    "MGDA, normalised": Run(lambda: aggregation.mgda("l2", combine_normalized=True)),
     "CAGrad": Run(lambda: aggregation.cagrad(c=0.4), published="5 of 5", seconds=89),
     "Nash-MTL": Run(aggregation.nash_mtl, published="5 of 5", seconds=995),
     "FairGrad, alpha 1": Run(aggregation.fairgrad, published="arrive"),

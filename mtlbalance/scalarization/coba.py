@@ -56,7 +56,7 @@ def coba(tau: chex.Numeric = 5.0, window: int = 200, n_warmup_steps: int = 100) 
     ``apply`` weighs the training losses and changes nothing. After a step, or every few, give the losses on a batch of
     validation data to ``observe``: the first call, best before the training, sets the first losses, the others enter
     the window. The weights are constants of differentiation and sum to 1; a task has an equal share during its warm-up.
-    Validation losses should be positive.
+    Validation losses should be positive. The ratio of a task that joins late is 1 at first, and may be the largest.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 

@@ -83,6 +83,10 @@ def group_dro(
       >>> scalar, state = method.apply(method.init(2), jnp.array([1.0, 4.0]))
       >>> print([f"{weight:.4f}" for weight in jnp.exp(state.log_weights)])
       ['0.4256', '0.5744']
+      >>> method = scalarization.group_dro(1.0, reference={"code": 0.9, "text": 3.9}, smoothing=1e-4)  # DoReMi
+      >>> scalar, state = method.apply(method.init(2), {"code": jnp.array(1.0), "text": jnp.array(4.0)})
+      >>> print([f"{weight:.4f}" for weight in state.average])  # both exceed their reference by 0.1
+      ['0.5000', '0.5000']
 
     References:
       Sagawa et al., `Distributionally Robust Neural Networks for Group Shifts <https://arxiv.org/abs/1911.08731>`_,

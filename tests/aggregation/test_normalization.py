@@ -36,14 +36,15 @@ def test_normalized_mgda_with_a_mask_and_by_names(normalize):
     np.testing.assert_allclose(weights_of(method, losses=counted), weights_of(method), rtol=1e-6)
 
 
-def test_mgda_by_loss_and_norm_is_that_of_the_logarithms_by_norm():
-    """The gradient of a logarithm is divided by the loss; and what is combined has no unit."""
-    in_log_space = mtl.chain(scalarization.scale_invariant(), aggregation.mgda("l2"))
-    plain = aggregation.mgda("loss+")
+def test_mgda_by_loss_is_that_of_the_logarithms():
+    """Their gradients are divided by the losses, before and after."""
+    in_log_space = mtl.chain(scalarization.scale_invariant(), aggregation.mgda())
     apply = lambda method: method.apply(method.init(ROWS.shape), ROWS, values=LOSSES)[0]
-    weights = weights_of(plain)
-    np.testing.assert_allclose(apply(in_log_space), (weights / LOSSES) @ ROWS, rtol=1e-5)
-    np.testing.assert_allclose(apply(plain), weights @ ROWS, rtol=1e-5)
+    np.testing.assert_allclose(apply(aggregation.mgda("loss", combine_normalized=True)), apply(in_log_space), rtol=1e-5)
+    np.testing.assert_allclose(apply(aggregation.mgda("loss")), weights_of(aggregation.mgda("loss")) @ ROWS, rtol=1e-5)
+
+
+def test_normalized_gradients_have_no_unit():
     combined = aggregation.mgda("l2", combine_normalized=True)
     scales = jnp.array([1e-6, 1.0, 1e6])
     of_scaled = weights_of(combined, ROWS * scales[:, None])
@@ -77,7 +78,8 @@ def test_normalized_mgda_stops_at_a_gradient_of_zero_and_goes_on_without_it():
     rows, method = ROWS.at[0].set(0), aggregation.mgda("l2")
     np.testing.assert_allclose(weights_of(method, rows), [1, 0, 0], atol=1e-6)
     others = mtl.skip_zero(method)
-    np.testing.assert_allclose(others.apply(others.init(rows.shape), rows)[0], weights_of(method, rows[1:]) @ rows[1:])
+    expected = weights_of(method, rows[1:], None) @ rows[1:]
+    np.testing.assert_allclose(others.apply(others.init(rows.shape), rows)[0], expected, rtol=1e-5)
 
 
 def test_mgda_bounds():
