@@ -147,7 +147,7 @@ def solve_psd(decomposition: tuple[chex.Array, chex.Array, chex.Array], vector: 
 
 
 def scale(x: chex.Array, axis: int | None = None) -> chex.Array:
-    """The largest magnitude, to divide by, a constant of differentiation; 1 for zeros. Along an axis, which stays.
+    """The largest magnitude, to divide by, a constant of differentiation; 1 for zeros. Of all, or along an axis.
 
     It stays below an eighth of the largest number: XLA divides by multiplying with the inverse, and flushes that of
     larger ones to zero.

@@ -91,7 +91,6 @@ def slaw(decay: chex.Numeric = 0.99, eps: chex.Numeric = 1e-5) -> base.Scalarize
         mean = new * values + (1 - new) * state.mean
         # With d the difference to the old mean, the variance v becomes (1 - new) (v + new d ** 2).
         difference = jnp.sqrt(1 - new) * jnp.abs(values - state.mean)
-        deviation = numerics.finite(numerics.root_mean(state.deviation, difference, new))
-        return SLAWState(mean, deviation, state.seen)
+        return SLAWState(mean, numerics.root_mean(state.deviation, difference, new), state.seen)
 
     return base.scalarizer(init, apply)
