@@ -122,6 +122,14 @@ def running_average(average: chex.Array, new: chex.Array, decay: chex.Numeric, s
     return jnp.where(seen == 0, new, decay * average + (1 - decay) * new)
 
 
+def mean_rate(seen: chex.Array, dtype: chex.ArrayDType, least: chex.Numeric = 0.0) -> chex.Array:
+    """The share of a call in the mean of a task's calls, with ``seen`` before it: 1 at first, at least ``least``.
+
+    And at least one in a million: float32 would round off what a call adds to a mean over many more.
+    """
+    return jnp.maximum(1 / (jnp.minimum(seen, 2**20).astype(dtype) + 1), least)
+
+
 def split_key(state, impl):
     """A key to draw with, and the state with the next one."""
     key, draw_key = jax.random.split(jax.random.wrap_key_data(state.key, impl=impl))

@@ -118,7 +118,12 @@ ADAM_BEARS = 1e18  # beyond it the squares in its state overflow
 # The first case of each kind stands for all of them wherever kinds are told apart, see tests/conformance.
 SCALARIZERS = [
     Case("test-only following", following),
-    Case("group_dro", scalarization.group_dro, {"robust_step_size": (0.01, 1.0)}, total="1"),
+    Case(
+        "group_dro",
+        scalarization.group_dro,
+        {"robust_step_size": (0.01, 1.0), "smoothing": (0.0, 0.1), "reference": (0.0, 1.0)},
+        total="1",
+    ),
     Case("mean", scalarization.mean, total="1"),
     Case("sum", scalarization.sum, total="m"),
     Case("first_loss", scalarization.first_loss, largest=1e8),
@@ -188,6 +193,9 @@ SCALARIZERS = [
     Case("dwa", scalarization.dwa, {"temperature": (0.3, 2.0, 10.0)}, total="m"),
     Case("lbtw", scalarization.lbtw, {"alpha": (0.0, 0.5, 1.0)}, total="m"),
     Case("cov_weighting", scalarization.cov_weighting, {"decay": (0.5, 0.9, 1.0)}, total="1"),
+    Case("slaw", scalarization.slaw, {"decay": (0.5, 0.99, 1.0), "eps": (1.0, 1e-5)}, total="m"),
+    # A window that is full after a few calls.
+    Case("coba", partial(scalarization.coba, window=4, n_warmup_steps=1), {"tau": (0.0, 5.0)}, total="1"),
     # A window that fills often.
     Case("softadapt", partial(scalarization.softadapt, window=2), {"beta": (-0.1, 0.1, 1.0)}, total="1"),
     Case("softadapt-normalized", partial(scalarization.softadapt, window=2, variant="normalized"), total="1"),
@@ -406,6 +414,13 @@ AGGREGATORS = [
         per_task=True,
         variants={"lr_annealing": {"alpha": 0.5}},
         names_task="reference",
+    ),
+    Case(
+        "inverse_dirichlet",
+        aggregation.inverse_dirichlet,
+        {"alpha": (0.0, 0.5, 1.0)},
+        sharded=True,
+        variants={"inverse_dirichlet": {"alpha": 0.5}},
     ),
     Case(
         "grad_norm_weights",

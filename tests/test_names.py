@@ -33,6 +33,7 @@ KEYWORDS = {
     "stch weights": (partial(scalarization.stch, 0.1), "weights"),
     "stch reference": (partial(scalarization.stch, 0.1), "reference"),
     "famo min_losses": (scalarization.famo, "min_losses"),
+    "group_dro reference": (scalarization.group_dro, "reference"),
     "cosmos weights": (partial(scalarization.cosmos, 1.0), "weights"),
     "pbi weights": (partial(scalarization.pbi, 1.0), "weights"),
     "pbi reference": (partial(scalarization.pbi, 1.0, weights=RIGHT), "reference"),

@@ -13,6 +13,7 @@ from mtlbalance.aggregation.graddrop import graddrop
 from mtlbalance.aggregation.gradnorm import GradNormState, gradnorm
 from mtlbalance.aggregation.gradvac import GradVacState, gradvac
 from mtlbalance.aggregation.imtl_g import imtl_g
+from mtlbalance.aggregation.inverse_dirichlet import InverseDirichletState, inverse_dirichlet
 from mtlbalance.aggregation.krum import krum
 from mtlbalance.aggregation.lr_annealing import LRAnnealingState, lr_annealing
 from mtlbalance.aggregation.m_config import MConFIGState, m_config
@@ -38,6 +39,7 @@ __all__ = [
     "GradNormState",
     "GradNormWeightsState",
     "GradVacState",
+    "InverseDirichletState",
     "LRAnnealingState",
     "MConFIGState",
     "MoCoState",
@@ -60,6 +62,7 @@ __all__ = [
     "gradnorm",
     "gradvac",
     "imtl_g",
+    "inverse_dirichlet",
     "krum",
     "lr_annealing",
     "m_config",

@@ -1,5 +1,6 @@
 """Losses to one scalar: one file per method."""
 
+from mtlbalance.scalarization.coba import CoBaState, coba
 from mtlbalance.scalarization.constant import constant
 from mtlbalance.scalarization.cosmos import cosmos
 from mtlbalance.scalarization.cov_weighting import CoVWeightingState, cov_weighting
@@ -19,6 +20,7 @@ from mtlbalance.scalarization.relobralo import ReLoBRaLoState, relobralo
 from mtlbalance.scalarization.revised_uw import RevisedUWState, revised_uw
 from mtlbalance.scalarization.scale_invariant import scale_invariant
 from mtlbalance.scalarization.self_adaptive import SelfAdaptiveState, self_adaptive
+from mtlbalance.scalarization.slaw import SLAWState, slaw
 from mtlbalance.scalarization.softadapt import SoftAdaptState, softadapt
 from mtlbalance.scalarization.stch import STCHState, stch
 from mtlbalance.scalarization.sum import sum
@@ -28,6 +30,7 @@ from mtlbalance.scalarization.uw_so import uw_so
 from mtlbalance.states import RandomState, SeenState
 
 __all__ = [
+    "CoBaState",
     "CoVWeightingState",
     "DTPState",
     "DWAState",
@@ -40,11 +43,13 @@ __all__ = [
     "RandomState",
     "ReLoBRaLoState",
     "RevisedUWState",
+    "SLAWState",
     "STCHState",
     "SeenState",
     "SelfAdaptiveState",
     "SoftAdaptState",
     "UWState",
+    "coba",
     "constant",
     "cosmos",
     "cov_weighting",
@@ -64,6 +69,7 @@ __all__ = [
     "revised_uw",
     "scale_invariant",
     "self_adaptive",
+    "slaw",
     "softadapt",
     "stch",
     "sum",

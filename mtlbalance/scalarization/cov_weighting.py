@@ -95,20 +95,8 @@ def cov_weighting(decay: chex.Numeric | None = None) -> base.Scalarizer:
         mean_ratio = kept * state.mean_ratio + (1 - kept) * loss_ratio
         # Welford takes the product of the differences to the old mean and to the new one, `kept` times the former.
         difference = jnp.sqrt(kept) * jnp.abs(loss_ratio - state.mean_ratio)
-        deviation = _root_mean(state.deviation, difference, new)
+        deviation = numerics.root_mean(state.deviation, difference, new)
         new_state = select(mask, CoVWeightingState(mean_loss, mean_ratio, deviation, seen), state)
         return numerics.weighted_sum(weights, values, mask), count_seen(new_state, mask)
 
     return base.scalarizer(init, apply)
-
-
-def _root_mean(x, y, part):
-    """The root of ``(1 - part) * x**2 + part * y**2``, without overflow.
-
-    Neither number is divided by itself: the roots of numbers just beside 1 are rounded down more often than up, which
-    adds up over a million calls.
-    """
-    largest = jnp.finfo(x.dtype).max / 8
-    size = jnp.minimum(x / 2 + y / 2, largest)
-    size = jnp.where(size == 0, 1, size)
-    return numerics.finite(size * jnp.sqrt((1 - part) * jnp.square(x / size) + part * jnp.square(y / size)))
