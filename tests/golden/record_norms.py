@@ -1,7 +1,7 @@
 """Records the official codes of methods by gradients' lengths and main tasks, in float64, into ``official_norms.json``.
 
-``test_norms.py`` compares. Run by hand, with the ``parity`` extra: ``python -m tests.golden.record_norms FOLDER``, where
-FOLDER contains clones of these GitHub repositories, each in a folder of its name:
+``test_norms.py`` compares. Run by hand, with the ``parity`` extra: ``python -m tests.golden.record_norms FOLDER``,
+where FOLDER contains clones of these GitHub repositories, each in a folder of its name:
 
 * facebookresearch/encodec at 0e2d0aed2936: the balancer;
 * facebookresearch/MetaBalance at 1c342a99e09e;
