@@ -16,6 +16,7 @@ from mtlbalance.gramian import combine, squared_norm, total
 from mtlbalance.hyperparameters import DECAY, NONNEGATIVE, check
 from mtlbalance.losses import state_dtype
 from mtlbalance.names import check_task, index_of
+from mtlbalance.parameters import check_params_like
 from mtlbalance.states import count_seen, zero_counts, zeros_params
 
 
@@ -96,6 +97,7 @@ def bloop(
 
     def apply(state, jacobian, values, mask):
         del values
+        check_params_like("state.average", state.average, jacobian, skip=1)
         at, dtype = index_of("main", main), state_dtype(state, jacobian)
         jacobian = jax.tree.map(lambda rows: jax.lax.stop_gradient(rows).astype(dtype), jacobian)
         follow = lambda old, rows: jnp.where(mask[at], decay * old + (1 - decay) * rows[at], old)

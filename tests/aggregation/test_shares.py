@@ -193,6 +193,22 @@ def test_bloop_keeps_one_vector():
     assert jax.tree.map(jnp.shape, state.average) == {"w": (8, 3), "b": (3,)}
 
 
+def test_bloop_refuses_the_average_of_other_parameters():
+    method = aggregation.bloop()
+    with pytest.raises(ValueError, match=r"state.average: expected .*\(6,\).* found .*\(1,\)"):
+        method.apply(method.init((4, 1)), ROWS[0])
+
+
+def test_bloops_average_is_carried_over_under_a_wrapper_too():
+    for method in aggregation.bloop(), mtl.skip_nonfinite(aggregation.bloop()):
+        state = method.init((2, {"w": jnp.ones((8, 3)), "b": jnp.ones(3)}))
+        state = jax.tree.map(lambda x: x + 1, state)
+        new = mtl.carry_over(method, state, ["a", "b"], ["a", "b", "c"])
+        old, new = (getattr(x, "inner", x) for x in (state, new))
+        chex.assert_trees_all_equal(new.average, old.average)
+        np.testing.assert_array_equal(new.seen, [1, 1, 0])
+
+
 def test_bloop_takes_bfloat16_gradients_without_a_rounding_of_its_own():
     rows = jnp.array(ROWS, jnp.bfloat16)
     method = aggregation.bloop(lambda_=1.0, decay=0.5)
