@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
-from mtlbalance.gramian import combine, squared_norm, total
+from mtlbalance.boundary import check_rows_like
+from mtlbalance.gramian import squared_norm, total
 from mtlbalance.hyperparameters import DECAY, NONNEGATIVE, check
 from mtlbalance.losses import state_dtype
 from mtlbalance.names import check_task, index_of
-from mtlbalance.parameters import check_params_like
 from mtlbalance.states import count_seen, zero_counts, zeros_params
 
 
@@ -97,12 +97,18 @@ def bloop(
 
     def apply(state, jacobian, values, mask):
         del values
-        check_params_like("state.average", state.average, jacobian, skip=1)
+        rows_like = lambda x: jax.ShapeDtypeStruct((len(mask), *x.shape), x.dtype)
+        check_rows_like("jacobian", jacobian, jax.tree.map(rows_like, state.average))
         at, dtype = index_of("main", main), state_dtype(state, jacobian)
         jacobian = jax.tree.map(lambda rows: jax.lax.stop_gradient(rows).astype(dtype), jacobian)
         follow = lambda old, rows: jnp.where(mask[at], decay * old + (1 - decay) * rows[at], old)
         average = jax.tree.map(follow, state.average, jacobian)
-        auxiliary = combine((jnp.arange(len(mask)) != at).astype(dtype), jacobian)
+
+        def others(rows):  # one by one: so they are added where they are used
+            first, *more = [row for i, row in enumerate(rows) if i != at] or [jnp.zeros_like(rows[at])]
+            return sum(more, first)
+
+        auxiliary = jax.tree.map(others, jacobian)
 
         square = squared_norm(average, axis_name)
         product = jnp.asarray(total(jax.tree.map(jnp.multiply, auxiliary, average), axis_name))

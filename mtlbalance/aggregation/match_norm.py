@@ -48,7 +48,7 @@ def match_norm(
     adversarial loss is ``match_norm("reconstruction", relax=1.0, decay=0.0, clip=1e4, eps=1e-4)`` decided on the last
     layer; from a start step on, by :func:`mtlbalance.prioritize` with a schedule. With ``clip=1`` gradients are
     shortened only. It needs lengths alone, and costs one backward pass through the trunk with ``at="features"`` of
-    :func:`mtlbalance.value_and_grad`.
+    :func:`mtlbalance.value_and_grad`, where `MultiBalance <https://arxiv.org/abs/2411.11871>`_ balances gradients, too.
 
     The weights have no fixed total. Where the reference is absent its length is what it was; before it is first seen
     all weights are 1, and so is that of a task without any gradient so far.

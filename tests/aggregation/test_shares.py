@@ -195,8 +195,16 @@ def test_bloop_keeps_one_vector():
 
 def test_bloop_refuses_the_average_of_other_parameters():
     method = aggregation.bloop()
-    with pytest.raises(ValueError, match=r"state.average: expected .*\(6,\).* found .*\(1,\)"):
+    with pytest.raises(ValueError, match=r"jacobian: expected shape \(4, 1\), found shape \(4, 6\)"):
         method.apply(method.init((4, 1)), ROWS[0])
+
+
+def test_a_main_gradient_that_is_not_finite_is_kept_out_of_the_average():
+    method = mtl.skip_nonfinite(aggregation.bloop())
+    before = after(method, 3)
+    gradient, state = method.apply(before, jnp.array(ROWS[3]).at[0, 2].set(jnp.nan))
+    assert jnp.all(jnp.isnan(gradient))
+    chex.assert_trees_all_equal(state.inner, before.inner)
 
 
 def test_bloops_average_is_carried_over_under_a_wrapper_too():
