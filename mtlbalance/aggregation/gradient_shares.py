@@ -82,8 +82,8 @@ def gradient_shares(
       [0.25 0.75]
 
     References:
-      Défossez et al., `High Fidelity Neural Audio Compression <https://arxiv.org/abs/2210.13438>`_, TMLR 2023, section
-      3.4, equation 5; https://github.com/facebookresearch/encodec.
+      Défossez et al., `High Fidelity Neural Audio Compression <https://arxiv.org/abs/2210.13438>`_, TMLR 2023, the
+      balancer; https://github.com/facebookresearch/encodec.
     """
     check("total", total, POSITIVE)
     check("decay", decay, FRACTION)

@@ -58,6 +58,7 @@ def match_norm(
     Note:
       MetaBalance's code has lengths for each tensor of the parameters: an aggregator for each, by
       :func:`optax.partition`. Its averages start at 0, which cancels in the quotient as long as no task is absent.
+      VQGAN's paper has :math:`\epsilon` = 1e-6, and no clip; its code is as above.
 
     Args:
       reference: the name of the task whose length counts, or its index where losses have no names.
@@ -85,9 +86,9 @@ def match_norm(
       [3.  7.5]
 
     References:
-      He et al., `MetaBalance <https://arxiv.org/abs/2203.06801>`_, WWW 2022, algorithm 1;
+      He et al., `MetaBalance <https://arxiv.org/abs/2203.06801>`_, WWW 2022;
       https://github.com/facebookresearch/MetaBalance. Esser, Rombach and Ommer, `Taming Transformers for
-      High-Resolution Image Synthesis <https://arxiv.org/abs/2012.09841>`_, CVPR 2021, equation 7;
+      High-Resolution Image Synthesis <https://arxiv.org/abs/2012.09841>`_, CVPR 2021;
       https://github.com/CompVis/taming-transformers.
     """
     check_task("reference", reference)
