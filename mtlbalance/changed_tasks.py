@@ -41,8 +41,8 @@ def carry_over(
       old_losses: the named losses that the state was made for, whatever their values, or the names alone: a list, a
         tuple or a set, in the order of a dict with these keys.
       new_losses: the same of the new ones.
-      params: as given to an aggregator's ``init``: only for a method of your own whose state depends on them and
-        remembers no gradients.
+      params: as given to an aggregator's ``init``: only for a method of your own whose state depends on them and has no
+        field shaped like them, nor like their Jacobian.
 
     Returns:
       A state as ``method.init`` makes it for the new tasks.
@@ -66,7 +66,7 @@ def carry_over(
     check_is_method("method", method, "a Scalarizer or an Aggregator", Scalarizer, Aggregator)
     _, old = _read("old_losses", old_losses)
     new_losses, new = _read("new_losses", new_losses)
-    params = params_of(state, method.jacobian_shaped) if params is None else params
+    params = _params_of(method, state) if params is None else params
     axes = _task_axes(method, state, old.entries, params)
 
     with with_names(new):
@@ -102,6 +102,23 @@ def _read(argument, losses):
     if len(set(names.entries)) != len(names.entries):
         reject(argument, "each name once", f"{list(names.entries)}")
     return losses, names
+
+
+def _params_of(method, state):
+    """The parameters that a state is for, by a field shaped like their Jacobian, or like them; none without any."""
+    if isinstance(method, Scalarizer) or method.jacobian_shaped:
+        return params_of(state, method.jacobian_shaped)
+    probe = {"some": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
+    with asking_for_shapes():
+        expected = jax.eval_shape(lambda: method.init((1, probe)))
+
+    def found(like, state):
+        if jax.tree.structure(like) == jax.tree.structure(probe):
+            return [state] if like["some"].shape == probe["some"].shape else []
+        fields = [name for name in getattr(like, "_fields", ()) if hasattr(state, name)]
+        return [x for name in fields for x in found(getattr(like, name), getattr(state, name))]
+
+    return next(iter(found(expected, state)), ())
 
 
 def _task_axes(method, state, names, params):

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtlbalance.hyperparameters import is_asking_for_shapes, new_key_data, reject
+from mtlbalance.numerics import bias_correction
 
 # At the end of a field's name: the leaves in it have one entry per task, of whatever shape.
 _ANY_SHAPE = ".*"
@@ -128,6 +129,21 @@ def mean_rate(seen: chex.Array, dtype: chex.ArrayDType, least: chex.Numeric = 0.
     And at least one in a million: float32 would round off what a call adds to a mean over many more.
     """
     return jnp.maximum(1 / (jnp.minimum(seen, 2**20).astype(dtype) + 1), least)
+
+
+def unbiased_average(average: chex.Array, new: chex.Array, decay: chex.Numeric, seen: chex.Array) -> chex.Array:
+    """A running average after one more call, without what would be left of its start at 0; at 1 the plain mean.
+
+    Args:
+      average: the last one, without its bias towards the start.
+      new: what comes in.
+      decay: from 0 to 1.
+      seen: the calls before this one.
+    """
+    count, decay = optax.safe_increment(seen), jnp.asarray(decay, average.dtype)
+    below = jnp.where(decay == 1, 0, decay)
+    rate = jnp.where(decay == 1, 1 / count, (1 - below) / bias_correction(below, count))
+    return jnp.where(seen == 0, new, average + rate * (new - average))
 
 
 def split_key(state, impl):

@@ -244,23 +244,27 @@ class Direction(NamedTuple):
     momentum: chex.ArrayTree
 
 
-def momentum():
-    """An author's method that remembers something shaped like the parameters, and no gradients."""
+def remembering(of_param):
+    """An author's method that remembers something of each parameter, and no gradients."""
 
     def init(m, params, dtype):
-        return Direction(jnp.zeros(m, jnp.int32), jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params))
+        return Direction(jnp.zeros(m, jnp.int32), jax.tree.map(lambda p: jnp.zeros(of_param(p), dtype), params))
 
     return base.aggregator(init, weighting=lambda state, jacobian, values, mask: (jnp.ones(len(mask)), state))
 
 
 def test_parameters_that_the_state_does_not_tell():
-    method = momentum()
-    state = method.init((2, PARAMS))
-    _, state = method.apply(state, jax.tree.map(lambda p: jnp.ones((2, *p.shape)), PARAMS))
-    new = mtl.carry_over(method, state, ["a", "b"], OLD, params=PARAMS)
-    chex.assert_trees_all_equal_shapes_and_dtypes(new, method.init((3, PARAMS)))
+    """Unless something in it is shaped like them."""
+    momentum, per_tensor = remembering(lambda p: p.shape), remembering(lambda p: ())
+    for method in momentum, per_tensor:
+        state = method.init((2, PARAMS))
+        _, state = method.apply(state, jax.tree.map(lambda p: jnp.ones((2, *p.shape)), PARAMS))
+        new = mtl.carry_over(method, state, ["a", "b"], OLD, params=PARAMS)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, method.init((3, PARAMS)))
     with pytest.raises(TypeError, match=r"state\.momentum: expected"):
-        mtl.carry_over(method, state, ["a", "b"], OLD)
+        mtl.carry_over(per_tensor, state, ["a", "b"], OLD)
+    new = mtl.carry_over(momentum, momentum.init((2, PARAMS)), ["a", "b"], OLD)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, momentum.init((3, PARAMS)))
 
 
 DWA, UW = scalarization.dwa(), scalarization.uw()

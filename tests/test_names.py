@@ -46,6 +46,7 @@ KEYWORDS = {
     "aligned_mtl pref_vector": (aggregation.aligned_mtl, "pref_vector"),
     "sdmgrad pref_vector": (aggregation.sdmgrad, "pref_vector"),
     "graddrop leak": (aggregation.graddrop, "leak"),
+    "gradient_shares shares": (aggregation.gradient_shares, "shares"),
     "gradnorm initial_losses": (aggregation.gradnorm, "initial_losses"),
     "pcd tau": (partial(aggregation.pcd, main="ce"), "tau"),
     "cr_mogm initial_weights": (partial(aggregation.cr_mogm, aggregation.mgda()), "initial_weights"),

@@ -1,15 +1,18 @@
 """Jacobian to gradient: one file per method."""
 
 from mtlbalance.aggregation.aligned_mtl import aligned_mtl
+from mtlbalance.aggregation.bloop import BloopState, bloop
 from mtlbalance.aggregation.cagrad import cagrad
 from mtlbalance.aggregation.config import config
 from mtlbalance.aggregation.constant import constant
+from mtlbalance.aggregation.cosine_gate import cosine_gate
 from mtlbalance.aggregation.db_mtl import DBMTLState, db_mtl
 from mtlbalance.aggregation.dual_proj import dual_proj
 from mtlbalance.aggregation.excess_mtl import ExcessMTLState, excess_mtl
 from mtlbalance.aggregation.fairgrad import fairgrad
 from mtlbalance.aggregation.grad_norm_weights import GradNormWeightsState, grad_norm_weights
 from mtlbalance.aggregation.graddrop import graddrop
+from mtlbalance.aggregation.gradient_shares import GradientSharesState, gradient_shares
 from mtlbalance.aggregation.gradnorm import GradNormState, gradnorm
 from mtlbalance.aggregation.gradvac import GradVacState, gradvac
 from mtlbalance.aggregation.imtl_g import imtl_g
@@ -17,6 +20,7 @@ from mtlbalance.aggregation.inverse_dirichlet import InverseDirichletState, inve
 from mtlbalance.aggregation.krum import krum
 from mtlbalance.aggregation.lr_annealing import LRAnnealingState, lr_annealing
 from mtlbalance.aggregation.m_config import MConFIGState, m_config
+from mtlbalance.aggregation.match_norm import MatchNormState, match_norm
 from mtlbalance.aggregation.mean import mean
 from mtlbalance.aggregation.mgda import mgda
 from mtlbalance.aggregation.moco import MoCoState, moco
@@ -33,15 +37,18 @@ from mtlbalance.states import RandomState, SeenState
 from mtlbalance.wrappers.cr_mogm import CRMOGMState, cr_mogm
 
 __all__ = [
+    "BloopState",
     "CRMOGMState",
     "DBMTLState",
     "ExcessMTLState",
     "GradNormState",
     "GradNormWeightsState",
     "GradVacState",
+    "GradientSharesState",
     "InverseDirichletState",
     "LRAnnealingState",
     "MConFIGState",
+    "MatchNormState",
     "MoCoState",
     "MoDoState",
     "PCDState",
@@ -49,9 +56,11 @@ __all__ = [
     "SDMGradState",
     "SeenState",
     "aligned_mtl",
+    "bloop",
     "cagrad",
     "config",
     "constant",
+    "cosine_gate",
     "cr_mogm",
     "db_mtl",
     "dual_proj",
@@ -59,6 +68,7 @@ __all__ = [
     "fairgrad",
     "grad_norm_weights",
     "graddrop",
+    "gradient_shares",
     "gradnorm",
     "gradvac",
     "imtl_g",
@@ -66,6 +76,7 @@ __all__ = [
     "krum",
     "lr_annealing",
     "m_config",
+    "match_norm",
     "mean",
     "mgda",
     "moco",

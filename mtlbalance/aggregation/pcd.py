@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import chex
 import jax.numpy as jnp
-import optax
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import DECAY, FRACTION, NONNEGATIVE, check, per_task
 from mtlbalance.names import check_task, index_of, names_of
 from mtlbalance.solvers import priority_constrained
-from mtlbalance.states import select, zero_counts
+from mtlbalance.states import count_seen, unbiased_average, zero_counts
 
 
 class PCDState(NamedTuple):
@@ -105,7 +104,8 @@ def pcd(
     def weigh(state, gramian, values, mask):
         del values
         gramian = gramian.astype(state.squares.dtype)
-        state = select(mask, average(state, jnp.diagonal(gramian)), state)
+        squares = unbiased_average(state.squares, jnp.diagonal(gramian), beta, state.seen)
+        state = count_seen(state._replace(squares=jnp.where(mask, squares, state.squares)), mask)
         root = jnp.sqrt(state.squares + eps)
         scales = jnp.where(root == 0, 0, 1 / jnp.where(root == 0, 1, root))
         scaled = scales[:, None] * gramian * scales[None, :]
@@ -119,11 +119,5 @@ def pcd(
         weights = jnp.where(vanishes, 0, weights * (scales * length))
         # An average that is not finite would make zeros of its task's gradients, and of the main one's all weights.
         return numerics.nan_unless(jnp.all(jnp.isfinite(state.squares) | ~mask), weights), state
-
-    def average(state, squares):
-        seen = optax.safe_increment(state.seen)
-        decay = jnp.asarray(beta, squares.dtype)
-        rate = (1 - decay) / numerics.bias_correction(decay, seen)  # 1 on the first call, 1 - beta in the end
-        return PCDState(seen, state.squares + rate * (squares - state.squares))
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name, per_task={"tau": tau})

@@ -98,6 +98,7 @@ OF_EACH_TASK = {
         "aligned_mtl": aggregation.aligned_mtl,
         "pcd": lambda each: aggregation.pcd(each[1:] / 4),
         "sdmgrad": lambda each: aggregation.sdmgrad(0.1, pref_vector=each),
+        "gradient_shares": aggregation.gradient_shares,
         "gradnorm": lambda each: aggregation.gradnorm(initial_losses=each),
         "cr_mogm": lambda each: aggregation.cr_mogm(aggregation.mgda(), initial_weights=each),
     },
