@@ -1,5 +1,6 @@
 """Losses to one scalar: one file per method."""
 
+from mtlbalance.scalarization.capu import CAPUState, capu
 from mtlbalance.scalarization.constant import constant
 from mtlbalance.scalarization.cosmos import cosmos
 from mtlbalance.scalarization.cov_weighting import CoVWeightingState, cov_weighting
@@ -7,9 +8,11 @@ from mtlbalance.scalarization.dtp import DTPState, dtp
 from mtlbalance.scalarization.dwa import DWAState, dwa
 from mtlbalance.scalarization.famo import FAMOState, famo
 from mtlbalance.scalarization.first_loss import FirstLossState, first_loss
+from mtlbalance.scalarization.geco import GECOState, geco
 from mtlbalance.scalarization.geometric_mean import geometric_mean
 from mtlbalance.scalarization.group_dro import GroupDROState, group_dro
 from mtlbalance.scalarization.imtl_l import IMTLLState, imtl_l
+from mtlbalance.scalarization.lagrangian import LagrangianState, lagrangian
 from mtlbalance.scalarization.lbtw import LBTWState, lbtw
 from mtlbalance.scalarization.mean import mean
 from mtlbalance.scalarization.minmax import MinMaxState, minmax
@@ -28,14 +31,17 @@ from mtlbalance.scalarization.uw_so import uw_so
 from mtlbalance.states import RandomState, SeenState
 
 __all__ = [
+    "CAPUState",
     "CoVWeightingState",
     "DTPState",
     "DWAState",
     "FAMOState",
     "FirstLossState",
+    "GECOState",
     "GroupDROState",
     "IMTLLState",
     "LBTWState",
+    "LagrangianState",
     "MinMaxState",
     "RandomState",
     "ReLoBRaLoState",
@@ -45,6 +51,7 @@ __all__ = [
     "SelfAdaptiveState",
     "SoftAdaptState",
     "UWState",
+    "capu",
     "constant",
     "cosmos",
     "cov_weighting",
@@ -52,9 +59,11 @@ __all__ = [
     "dwa",
     "famo",
     "first_loss",
+    "geco",
     "geometric_mean",
     "group_dro",
     "imtl_l",
+    "lagrangian",
     "lbtw",
     "mean",
     "minmax",
