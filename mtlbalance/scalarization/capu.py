@@ -51,14 +51,15 @@ def capu(
               \frac{\mu_i}{2} C_i^2, \quad C_i = L_i - c_i
 
     At every call :math:`v_i \leftarrow \zeta v_i + (1 - \zeta) C_i^2`. Where the descent has come to rest,
-    :math:`\mathcal L \ge \mathcal L_{\text{last}} - (1 - \omega) |\mathcal L_{\text{last}}|`, the multipliers step by their
-    penalties, and these may grow:
+    :math:`\mathcal L \ge \mathcal L_{\text{last}} - (1 - \omega) |\mathcal L_{\text{last}}|`, the multipliers step by
+    their penalties, and these may grow:
 
     .. math:: \lambda_i \leftarrow \lambda_i + \mu_i C_i, \quad
               \mu_i \leftarrow \max\Big(\mu_i, \frac{\eta_i}{\sqrt{v_i + 10^{-16}}}\Big)
 
-    Made for physics-informed networks, whose boundary conditions and data are constraints with the bound 0. Where a loss
-    may be on both sides of its bound, waiting for rest can keep an oscillation alive: take ``omega=0``, or
+    Made for physics-informed networks, whose boundary conditions and data are constraints with the bound 0: their
+    multipliers and penalties grow for as long as there is a rest, and want an optimizer that bears it (Adam, L-BFGS).
+    Where a loss may be on both sides of its bound, waiting for rest can keep an oscillation alive: take ``omega=0``, or
     :func:`lagrangian`. An objective has weight 1, a constraint :math:`\max(0, \lambda_i + \mu_i C_i)`, with no fixed
     total. A call moves the multipliers, which are at least 0, before they weigh its losses. An absent constraint keeps
     all it has; whether the descent rests is seen from the tasks present that were there before.
