@@ -109,8 +109,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2, help="of torch; 1 on a machine with other things to do")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     params, batches = init_params(jax.random.key(0)), make_batches(args.steps)
     dispatched, scanned = ours(scalarization.lagrangian(BOUNDS, lr=RATE), params, batches)
     functions = {"dispatched": dispatched, "scan": scanned, "Cooper": theirs(params, batches)}
