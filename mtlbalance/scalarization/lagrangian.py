@@ -69,7 +69,7 @@ def lagrangian(
     ==========================================  ======  =====  =============  ==========================
     problem                                     lr      plain  ``damping=3``  ``kappa_p=3 / lr, nu=0``
     ==========================================  ======  =====  =============  ==========================
-    convex, the nearest point of a half-plane    1       0.000  0.000          0.000
+    convex, the nearest point of a half-plane   1       0.000  0.000          0.000
     the same, ``simultaneous=True``             1       0.141  0.000          0.000
     concave, two losses from 0 to 1             0.03    0.480  0.000          0.000
     the same                                    0.1     0.367  0.000          0.000
