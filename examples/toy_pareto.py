@@ -32,6 +32,7 @@ from mtlbalance import aggregation, scalarization
 
 SCALES = np.array([0.1, 1.0])
 LOWEST = -21 * SCALES  # below both losses everywhere: the least are -19.99 times the scales
+BOUNDS = (np.inf, -15.0)  # of methods with constraints: the least of the first loss where the second is at most -15
 STARTS = {"A": (-8.5, 7.5), "B": (0.0, 0.0), "C": (9.0, 9.0), "D": (-7.5, -0.5), "E": (9.0, -1.0)}
 EVERY = 100  # steps between the points of a path that are kept
 
@@ -86,6 +87,9 @@ METHODS = {
     "GroupDRO": Run(scalarization.group_dro),
     "min-max": Run(lambda: learned(scalarization.minmax())),
     "self-adaptive": Run(lambda: learned(scalarization.self_adaptive()), shifted=True),
+    "Lagrangian": Run(lambda: scalarization.lagrangian(BOUNDS, damping=0.1)),
+    "GECO": Run(lambda: scalarization.geco(BOUNDS, lr=1e-4)),
+    "CAPU": Run(lambda: scalarization.capu(BOUNDS, initial_multipliers=0.0, initial_penalties=0.01, omega=0.0)),
     # One gradient per loss to one gradient.
     "UPGrad": Run(aggregation.upgrad),
     "DualProj": Run(aggregation.dual_proj),

@@ -18,8 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtlbalance.hyperparameters import flatten, is_asking_for_shapes, is_int, is_number, kind_of, reject
+from mtlbalance.hyperparameters import (
+    Bound,
+    flatten,
+    is_asking_for_shapes,
+    is_int,
+    is_number,
+    kind_of,
+    per_task,
+    reject,
+)
 from mtlbalance.losses import check_losses, sums
+
+NO_NAMES = "an array: the losses have no names"
 
 
 class Names(NamedTuple):
@@ -147,7 +158,7 @@ def check_names(per_task: Mapping[str, Any] | None, *, is_call: bool = False) ->
             reject(argument, f"a number for each of the losses' names, {by_name}", order)
         if found and found != expected:
             order = ", in this order" if sorted(found) == sorted(expected) else ""
-            names_due = f"the losses' names {expected}{order}" if expected else "an array: the losses have no names"
+            names_due = f"the losses' names {expected}{order}" if expected else NO_NAMES
             reject(argument, names_due, f"{found}")
 
 
@@ -201,6 +212,55 @@ def by_group(argument: str, value: chex.ArrayTree) -> chex.ArrayTree:
     if any(len(match) != 1 for match in matches) or set(found) - {name for match in matches for name in match}:
         reject(argument, f"the losses' names {list(names.entries)}, or groups of them", f"{list(found)}")
     return jnp.stack([given[name] for (name,) in matches])
+
+
+def of_some(
+    argument: str,
+    value: chex.ArrayTree,
+    shape: tuple[int, ...],
+    dtype: chex.ArrayDType,
+    otherwise: float,
+    bound: Bound,
+    *,
+    is_call: bool = True,
+) -> chex.Array:
+    """A hyperparameter with one number per task, or by the names of some of them; ``None`` is as good as left out.
+
+    Args:
+      argument: the hyperparameter's, for the error.
+      value: one number for all tasks, one for each, or a tree of some of the losses' names.
+      shape: of the losses.
+      dtype: of what is returned.
+      otherwise: the number of the others.
+      bound: of the numbers.
+      is_call: whether the losses' names must be known by now; in ``init`` they may not be: then nothing is checked.
+
+    Raises:
+      ValueError: if a name is none of the losses', or a number is out of bounds.
+      TypeError: if something is not a real number.
+    """
+    value = jax.tree.map(lambda x: otherwise if x is None else x, value, is_leaf=lambda x: x is None)
+    found, names = list(names_of(value).entries), _outermost.get()
+    if not found or is_asking_for_shapes():
+        check_names({argument: value}, is_call=is_call)
+        return per_task(argument, value, shape, dtype, bound=bound)
+    given = per_task(argument, value, (len(found),), dtype, bound=bound)
+    entries = () if names in (None, ...) else names.entries
+    if names in (None, ...) and is_call:
+        reject(argument, "values= with the losses' names, or an array", f"{found} and no names")
+    numbers = jnp.full(shape, otherwise, dtype)
+    for name, number in zip(found, given, strict=True):
+        here = np.array([_is_in(entry, name) for entry in entries], bool)
+        if here.any():
+            numbers = jnp.where(here.reshape(shape), number, numbers)
+        elif names not in (None, ...):
+            reject(argument, f"the losses' names {list(entries)}" if entries else NO_NAMES, f"{found}")
+    return numbers
+
+
+def names_are_known() -> bool:
+    """Whether it is known by now which names the losses have, or that they have none."""
+    return _outermost.get() not in (None, ...)
 
 
 def groups_of(argument: str, given: tuple[str, ...]) -> dict[str, tuple[list[int], Names]]:

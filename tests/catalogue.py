@@ -15,6 +15,7 @@ from mtlbalance.names import names_of
 
 WEIGHTS = jnp.array([0.5, 2.0, 1.25, -0.5])
 THREE = jnp.arange(3)
+BOUNDS = jnp.array([jnp.inf, 0.5, 1.5, 0.0])
 PREFERENCE = {"left": 1.0, "right": 1.0, "sum": 0.1}  # the sum's loss starts some forty times as large
 
 
@@ -99,6 +100,12 @@ def _preference(tasks):
 def _first(tasks):
     """The first task, by its name if it has one."""
     return next(iter(names_of(tasks).entries), 0)
+
+
+def bounded(factory, **fixed):
+    """The method with a bound on each but the first task, which is an objective."""
+    bounds = lambda tasks: jax.tree.map(lambda i: BOUNDS[i % len(BOUNDS)], tasks)
+    return lambda tasks=THREE, **kwargs: factory(bounds(tasks), **fixed | kwargs)
 
 
 def preferring(factory, **fixed):
@@ -209,6 +216,52 @@ SCALARIZERS = [
     Case("dtp", scalarization.dtp, {"gamma": (0.0, 0.5, 2.0), "alpha": (0.1, 1.0)}),
     Case("minmax", scalarization.minmax, {"initial_logits": (0.0, 1.0)}, total="m"),
     Case("self_adaptive", scalarization.self_adaptive, {"initial_multipliers": (0.5, 1.0), "max_weight": (0.1, 1e12)}),
+    Case(
+        "lagrangian",
+        bounded(scalarization.lagrangian, damping=0.3, kappa_p=0.5, nu=0.9),
+        {
+            "lr": (0.0, 0.1, 1.0),
+            "damping": (0.0, 0.3),
+            "kappa_p": (0.0, 0.5),
+            "nu": (-0.5, 0.9),
+            "initial_multipliers": (0.0, 2.0),
+            "max_multiplier": (0.1, 1e12),
+        },
+        per_task=True,
+        nonlinear=True,
+        largest=1e18,
+        required={"bounds": {"sum": 1.0}},
+    ),
+    Case(
+        "geco",
+        bounded(scalarization.geco),
+        {
+            "lr": (0.0, 0.1, 1.0),
+            "alpha": (0.5, 0.99),
+            "initial_multipliers": (0.5, 1.0),
+            "min_multiplier": (1.1, 1e-10),
+            "max_multiplier": (0.9, 1e10),
+        },
+        per_task=True,
+        largest=1e18,
+        required={"bounds": {"sum": 1.0}},
+    ),
+    Case(
+        "capu",
+        bounded(scalarization.capu, eta=1e-3, initial_multipliers=0.1, initial_penalties=0.01),  # what SGD can descend
+        {
+            "eta": (0.01, 1.0),
+            "zeta": (0.5, 0.99),
+            "omega": (0.999, 0.0),
+            "initial_multipliers": (0.0, 1.0),
+            "initial_penalties": (0.0, 1.0),
+            "max_multiplier": (0.1, 1e12),
+        },
+        per_task=True,
+        nonlinear=True,
+        largest=1e12,
+        required={"bounds": {"sum": 1.0}},
+    ),
     Case(
         "learn-uw",
         lambda **kw: mtl.learn(scalarization.uw(**kw), optax.adam(0.1)),

@@ -25,6 +25,7 @@ TINY = {
     "grouping": (["--epochs", "1"], "On the test images"),
     "recurrent": (["--epochs", "1"], "On the test images, by rows read"),
     "two_stages": (["--steps", "5"], "How far the network is off"),
+    "constrained": (["--epochs", "1"], "What the sum's error costs the digits"),
     "mixed_precision": (["--epochs", "1"], "On the test images, and in the gradients"),
 }
 WITHOUT_PICTURE = ("minimal", "mixed_precision")

@@ -39,6 +39,7 @@ KEYWORDS = {
     "pbi reference": (partial(scalarization.pbi, 1.0, weights=RIGHT), "reference"),
     "minmax initial_logits": (scalarization.minmax, "initial_logits"),
     "self_adaptive initial_multipliers": (scalarization.self_adaptive, "initial_multipliers"),
+    "lagrangian bounds": (scalarization.lagrangian, "bounds"),
     "aggregation constant weights": (aggregation.constant, "weights"),
     "upgrad pref_vector": (aggregation.upgrad, "pref_vector"),
     "dual_proj pref_vector": (aggregation.dual_proj, "pref_vector"),

@@ -15,6 +15,7 @@ FLOORS = [
     ["mapped_axes", "parameters", "states"],
     ["losses"],
     ["names"],
+    ["constraints"],
     ["gramian", "contract", "solvers"],
     ["returned", "state_checks"],
     ["boundary"],

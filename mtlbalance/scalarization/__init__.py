@@ -1,5 +1,6 @@
 """Losses to one scalar: one file per method."""
 
+from mtlbalance.scalarization.capu import CAPUState, capu
 from mtlbalance.scalarization.coba import CoBaState, coba
 from mtlbalance.scalarization.constant import constant
 from mtlbalance.scalarization.cosmos import cosmos
@@ -8,9 +9,11 @@ from mtlbalance.scalarization.dtp import DTPState, dtp
 from mtlbalance.scalarization.dwa import DWAState, dwa
 from mtlbalance.scalarization.famo import FAMOState, famo
 from mtlbalance.scalarization.first_loss import FirstLossState, first_loss
+from mtlbalance.scalarization.geco import GECOState, geco
 from mtlbalance.scalarization.geometric_mean import geometric_mean
 from mtlbalance.scalarization.group_dro import GroupDROState, group_dro
 from mtlbalance.scalarization.imtl_l import IMTLLState, imtl_l
+from mtlbalance.scalarization.lagrangian import LagrangianState, lagrangian
 from mtlbalance.scalarization.lbtw import LBTWState, lbtw
 from mtlbalance.scalarization.mean import mean
 from mtlbalance.scalarization.minmax import MinMaxState, minmax
@@ -30,15 +33,18 @@ from mtlbalance.scalarization.uw_so import uw_so
 from mtlbalance.states import RandomState, SeenState
 
 __all__ = [
+    "CAPUState",
     "CoBaState",
     "CoVWeightingState",
     "DTPState",
     "DWAState",
     "FAMOState",
     "FirstLossState",
+    "GECOState",
     "GroupDROState",
     "IMTLLState",
     "LBTWState",
+    "LagrangianState",
     "MinMaxState",
     "RandomState",
     "ReLoBRaLoState",
@@ -49,6 +55,7 @@ __all__ = [
     "SelfAdaptiveState",
     "SoftAdaptState",
     "UWState",
+    "capu",
     "coba",
     "constant",
     "cosmos",
@@ -57,9 +64,11 @@ __all__ = [
     "dwa",
     "famo",
     "first_loss",
+    "geco",
     "geometric_mean",
     "group_dro",
     "imtl_l",
+    "lagrangian",
     "lbtw",
     "mean",
     "minmax",

@@ -88,6 +88,7 @@ OF_EACH_TASK = {
         "famo": lambda each: scalarization.famo(each / 10),
         "minmax": scalarization.minmax,
         "self_adaptive": scalarization.self_adaptive,
+        "lagrangian": lambda each: scalarization.lagrangian(each / 2, each, each, initial_multipliers=each),
     },
     "aggregation": {
         "constant": aggregation.constant,
