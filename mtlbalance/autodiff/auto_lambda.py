@@ -114,7 +114,8 @@ def auto_lambda(
       >>> import jax.numpy as jnp, optax
       >>> import mtlbalance as mtl
       >>> def losses_fn(params, x):
-      ...     return {"main": jnp.mean((params - x) ** 2), "help": jnp.mean((params - 1) ** 2), "harm": jnp.mean(params)}
+      ...     error = lambda target: jnp.mean((params - target) ** 2)
+      ...     return {"main": error(x), "help": error(1.0), "harm": error(-0.5)}
       >>> grad_fn = mtl.auto_lambda(losses_fn, optax.sgd(0.1), "main", optax.sgd(0.1), return_weights=True)
       >>> params, x = jnp.zeros(2), jnp.array([1.0, 2.0])
       >>> (losses, state, weights), grads = grad_fn(params, grad_fn.init(params, x), x, validation=(x,))
@@ -133,10 +134,10 @@ def auto_lambda(
     if aggregator is not None:
         check_is_method("aggregator", aggregator, "an aggregator", Aggregator)
     meta_optimizer = read_optimizer(optax.adam(1e-4) if meta_optimizer is None else meta_optimizer, "meta_optimizer")
-    primary = _read_primary(primary)
-    method, to_weights = _weights(initial_weights, softmax, primary, meta_optimizer, aggregator)
+    tasks = _read_primary(primary)
+    method, to_weights = _weights(initial_weights, softmax, tasks, meta_optimizer, aggregator)
     problem = Problem(losses_fn, None, None, "parameters", has_aux, None, None, False)
-    tried = _Tried(losses_fn, read_optimizer(optimizer), primary, has_aux)
+    tried = _Tried(losses_fn, read_optimizer(optimizer), tasks, has_aux)
 
     def grad_fn(params, state, /, *args, validation, opt_state=None, mask=None, **kwargs):
         check_state(state)
@@ -173,7 +174,7 @@ def auto_lambda(
     return with_init(grad_fn, problem, method)
 
 
-def _read_primary(primary):
+def _read_primary(primary: int | str | Sequence[int | str] | None) -> tuple[int | str, ...] | None:
     if primary is None:
         return None
     tasks = (primary,) if isinstance(primary, int | str) else tuple(primary)
