@@ -1,4 +1,4 @@
-"""Two hundred preferences in one compiled program, for each of four methods, on a convex and a concave Pareto front.
+"""Two hundred preferences in one compiled program, for each of five methods, on a convex and a concave Pareto front.
 
 Two losses pull six numbers to different places, so the best for one is not the best for the other. A preference says
 how important each loss is: the more important, the smaller it gets. Every preference is a training of its own, and
@@ -23,7 +23,8 @@ import optax
 import report
 from tqdm import tqdm
 
-from mtlbalance import scalarization
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization
 
 POWERS = {"convex": 0.5, "concave": 2.0}  # the front is loss 2 = 1 - (loss 1)**power
 WORST = 1.1  # the corner of the hypervolume, in both losses
@@ -36,11 +37,13 @@ PREFERENCES = np.stack([FIRST, 1 - FIRST], axis=1)
 
 # The weighted sum and STCH take importance as it is. PBI and COSMOS take a direction to go in, where the less important
 # loss may be the larger one: of two losses, the importance the other way round. (COSMOS also has a weighted sum in it.)
+# EPO takes importance too, and asks for one ray, on which importance times loss is the same for both: that direction.
 METHODS = {
     "weighted sum": scalarization.constant,
     "STCH": lambda importance: scalarization.stch(mu=0.01, weights=importance),
     "PBI": lambda importance: scalarization.pbi(theta=5.0, weights=importance[::-1]),
     "COSMOS": lambda importance: scalarization.cosmos(lambda_=8.0, weights=importance[::-1]),
+    "EPO": aggregation.epo,
 }
 
 
@@ -73,23 +76,30 @@ def n_between(points):
     return np.sum(np.all(points > MARGIN, axis=1))
 
 
+def degrees_off_the_ray(points):
+    """The angle of each point from the ray on which importance times loss is the same for both losses."""
+    first, second = PREFERENCES.T
+    return np.degrees(np.abs(np.arctan2(points[:, 1], points[:, 0]) - np.arctan2(first, second)))
+
+
 # The training.
 
 
 def train(build, power, n_steps, preference):
     """One training from start to end, for one preference: the two losses at the end."""
-    method = build(preference)
+    grad_fn = mtl.value_and_grad(task_losses, build(preference))
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, n_steps))
 
     def step(carry, _):
         params, opt_state, state = carry
-        loss_fn = lambda params: method.apply(state, task_losses(params, power))
-        gradient, state = jax.grad(loss_fn, has_aux=True)(params)
+        (_, state), gradient = grad_fn(params, state, power)
         updates, opt_state = optimizer.update(gradient, opt_state)
         return (optax.apply_updates(params, updates), opt_state, state), None
 
     params = jnp.zeros(6)
-    (params, _, _), _ = jax.lax.scan(step, (params, optimizer.init(params), method.init(2)), length=n_steps)
+    (params, _, _), _ = jax.lax.scan(
+        step, (params, optimizer.init(params), grad_fn.init(params, power)), length=n_steps
+    )
     return task_losses(params, power)
 
 

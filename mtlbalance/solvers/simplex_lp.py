@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from mtlbalance import numerics
 from mtlbalance.mapped_axes import varying_as
 
 
@@ -13,11 +14,9 @@ class _Tableau(NamedTuple):
     r"""The dictionary :math:`x_B = b - T x_N` in one matrix; the last row is the objective's, the last column b.
 
     Variables go by number: the m weights, then a slack for each row, then the one of the equation, which is 0.
-    ``sizes`` are the magnitudes that went into b, and so what its rounding is relative to.
     """
 
     matrix: chex.Array
-    sizes: chex.Array
     basic: chex.Array
     free: chex.Array
 
@@ -32,8 +31,10 @@ def simplex_lp(
     corners that are best for more and more of them. No first phase looks for a point that satisfies all.
 
     Note:
-      Rows and columns are scaled, so that gradients' norms may differ by any ratio. Rows that are missed by less than
-      their rounding count as satisfied. Of several optimal corners it gives any.
+      Rows and columns are scaled, so that gradients' norms may differ by 1e6. Rows that are missed by less than their
+      rounding count as satisfied, and of several optimal corners it gives any. Where rows leave w as much room as
+      rounding does, as between many gradients that are opposite but for 1e-5, it may stop short: then w misses some,
+      by up to a third of the longest weighted gradient, and no w that is feasible may be found.
 
     Args:
       objective: c, shape ``[m]``.
@@ -66,70 +67,104 @@ def simplex_lp(
     least = jnp.min(columns, where=columns > 0, initial=jnp.inf)
     total = jnp.where(columns > 0, least / jnp.where(columns > 0, columns, 1), 1)  # the equation's coefficients
     matrix = matrix * total[None, :]
-    rows = jnp.max(jnp.abs(matrix), axis=1, initial=0)
-    rows = jnp.where(rows > 0, rows, 1)
+    sizes = jnp.max(jnp.abs(matrix), axis=1, initial=0)
+    sizes = jnp.where(sizes > 0, sizes, 1)
     scaled = objective * total
     scaled = scaled / jnp.where(jnp.any(scaled != 0), jnp.max(jnp.abs(scaled)), 1)
 
-    tableau = _start(scaled, matrix / rows[:, None], lower / rows, total, present)
+    program = _Program(matrix / sizes[:, None], lower / sizes, total, present)
+    tableau = program.start(scaled)
     carry = varying_as((jnp.zeros((), jnp.int32), jnp.array(True), jnp.array(True), tableau), tableau.matrix)
-    dead = lambda free: (free == m + k) | ~present[jnp.minimum(free, m - 1)] & (free < m)
-    most = 4 * (m + k)
-    proceeds = lambda carry: (carry[0] < most) & carry[1]
-    _, unfinished, feasible, tableau = jax.lax.while_loop(proceeds, lambda carry: _step(carry, dead), carry)
-
-    y = jnp.zeros(m + k + 1, matrix.dtype).at[tableau.basic].set(jnp.maximum(tableau.matrix[:-1, -1], 0))[:m]
-    weights = jnp.where(present, y * total, 0)
-    weights = weights / jnp.where(jnp.any(present), jnp.sum(weights), 1)
+    proceeds = lambda carry: (carry[0] < 4 * (m + k)) & carry[1]
+    _, unfinished, feasible, tableau = jax.lax.while_loop(proceeds, program.step, carry)
+    y = jnp.maximum(program.weights_at(tableau), 0)
+    weights = numerics.normalize(y * total, present)
     return jnp.where(present & ~sound, jnp.nan, weights), feasible & ~unfinished
 
 
-def _start(objective, matrix, lower, total, present):
-    """The dictionary at the best corner of the simplex, where all slacks are basic."""
-    k, m = matrix.shape
-    top = jnp.concatenate([-matrix, -lower[:, None]], axis=1)
-    equation = jnp.append(total, 1)[None, :]
-    bottom = jnp.append(-objective, 0)[None, :]
-    tableau = _Tableau(
-        jnp.concatenate([top, equation, bottom]),
-        jnp.append(jnp.abs(lower), 1),
-        jnp.append(m + jnp.arange(k), m + k),
-        jnp.arange(m),
-    )
-    best = jnp.argmax(jnp.where(present, objective / total, -jnp.inf))
-    return _pivot(tableau, k, best)
+class _Program(NamedTuple):
+    """What was given, scaled."""
 
+    rows: chex.Array
+    lower: chex.Array
+    total: chex.Array
+    present: chex.Array
 
-def _step(carry, dead):
-    """One change of the basis: the variable that is most below zero leaves it."""
-    count, _, feasible, tableau = carry
-    matrix = tableau.matrix
-    rounding = 10 * jnp.finfo(matrix.dtype).eps
-    values = matrix[:-1, -1] / jnp.where(tableau.sizes > 0, tableau.sizes, 1)
-    leaving = jnp.argmin(values)
-    is_below = values[leaving] < -rounding
-    row = matrix[leaving, :-1]
-    enters = (row < -rounding * jnp.max(jnp.abs(row))) & ~dead(tableau.free)
-    price = jnp.maximum(matrix[-1, :-1], 0)
-    entering = jnp.argmin(jnp.where(enters, price / jnp.where(enters, -row, 1), jnp.inf))
-    moves = is_below & jnp.any(enters)
-    new = _pivot(tableau, leaving, entering)
-    tableau = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, tableau)
-    return count + 1, moves, feasible & (~is_below | moves), tableau
+    def start(self, objective):
+        """The dictionary at the best corner of the simplex, where all slacks are basic."""
+        k, m = self.rows.shape
+        top = jnp.concatenate([-self.rows, -self.lower[:, None]], axis=1)
+        equation, bottom = jnp.append(self.total, 1), jnp.append(-objective, 0)
+        matrix = jnp.concatenate([top, equation[None, :], bottom[None, :]])
+        best = jnp.argmax(jnp.where(self.present, objective / self.total, -jnp.inf))
+        return _pivot(_Tableau(matrix, jnp.append(m + jnp.arange(k), m + k), jnp.arange(m)), k, best)
+
+    def weights_at(self, tableau):
+        """The weights, scaled, of a corner."""
+        k, m = self.rows.shape
+        values = tableau.matrix[:-1, -1]
+        return jnp.zeros(m + k + 1, values.dtype).at[tableau.basic].set(values)[:m]
+
+    def step(self, carry):
+        """One change of the basis: the variable that is most below zero leaves it."""
+        count, _, feasible, tableau = carry
+        k, m = self.rows.shape
+        eps = jnp.finfo(self.rows.dtype).eps
+        # What the exchanges have rounded is taken back: by the numbers given free variables are not quite zero.
+        y = self.weights_at(tableau)
+        off = jnp.concatenate([y, _dot(self.rows, y) - self.lower, 1 - _dot(self.total[None, :], y)])
+        values = tableau.matrix[:-1, -1]
+        exact = values + _dot(tableau.matrix[:-1, :-1], off[tableau.free])
+        values = jnp.where(jnp.all(jnp.isfinite(exact)), exact, values)
+        matrix = tableau.matrix.at[:-1, -1].set(values)
+        tableau = tableau._replace(matrix=matrix)
+        # The magnitudes that values are differences of.
+        sizes = jnp.append(_dot(jnp.abs(self.rows), jnp.abs(y)) + jnp.abs(self.lower), 1)
+        sizes = jnp.concatenate([jnp.full(m, jnp.max(jnp.abs(y))), sizes])[tableau.basic]
+
+        relative = values / jnp.where(sizes > 0, sizes, 1)
+        leaving = jnp.argmin(relative)
+        is_below = jnp.min(relative) < -10 * eps
+        row = _entry(matrix, leaving)[:-1]
+        is_dead = (tableau.free == m + k) | ~jnp.append(self.present, jnp.ones(k + 1, bool))[tableau.free]
+        enters = (row < -10 * eps * jnp.max(jnp.abs(row))) & ~is_dead
+        price = jnp.maximum(matrix[-1, :-1], 0)
+        entering = jnp.argmin(jnp.where(enters, price / jnp.where(enters, -row, 1), jnp.inf))
+        new = _pivot(tableau, leaving, entering)
+        moves = is_below & jnp.any(enters) & jnp.all(jnp.isfinite(new.matrix))
+        tableau = jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, tableau)
+        return count + 1, moves, feasible & (~is_below | moves), tableau
 
 
 def _pivot(tableau, leaving, entering):
     """Exchanges a basic variable and a free one."""
-    matrix, sizes, basic, free = tableau
-    row, column = matrix[leaving], matrix[:, entering]
-    pivot = row[entering]
+    matrix, basic, free = tableau
+    row, column = _entry(matrix, leaving), _entry(matrix.T, entering)
+    pivot = _entry(row, entering)
     # The column of the variable that becomes free: 1 / pivot in its own row, -column / pivot in the others.
-    row = row.at[entering].set(1) / pivot
-    size = sizes[leaving] / jnp.abs(pivot)
-    others = matrix.at[:, entering].set(0) - column[:, None] * row[None, :]
+    row = _replaced(row, entering, 1) / pivot
+    others = _replaced(matrix.T, entering, 0).T - column[:, None] * row[None, :]
     return _Tableau(
-        others.at[leaving].set(row),
-        jnp.maximum(sizes, jnp.abs(column[:-1]) * size).at[leaving].set(size),
-        basic.at[leaving].set(free[entering]),
-        free.at[entering].set(basic[leaving]),
+        _replaced(others, leaving, row[None, :]),
+        _replaced(basic, leaving, _entry(free, entering)),
+        _replaced(free, entering, _entry(basic, leaving)),
     )
+
+
+def _dot(x, y):
+    return jnp.matmul(x, y, precision="highest")
+
+
+# By comparing with all indices: gathers and scatters take ten times as long under vmap.
+
+
+def _entry(x, i):
+    return jnp.sum(jnp.where(_is(x, i), x, 0), axis=0)
+
+
+def _replaced(x, i, new):
+    return jnp.where(_is(x, i), new, x)
+
+
+def _is(x, i):
+    return jnp.reshape(jnp.arange(len(x)) == i, (len(x),) + (1,) * (x.ndim - 1))
