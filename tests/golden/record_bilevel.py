@@ -1,7 +1,7 @@
 """Records what EPO's and Auto-Lambda's official codes compute, in float64, into ``official_bilevel.json``.
 
-Run by hand, with the ``parity`` extra, ``cvxpy`` and ``cvxopt``: ``python -m tests.golden.record_bilevel FOLDER``, where
-FOLDER contains clones of these GitHub repositories, each in a folder of its name:
+Run by hand, with the ``parity`` extra, ``cvxpy`` and ``cvxopt``: ``python -m tests.golden.record_bilevel FOLDER``,
+where FOLDER contains clones of these GitHub repositories, each in a folder of its name:
 
 * dbmptr/EPOSearch at 19f14dd61e1d: ``toy_experiments/solvers``;
 * lorenmt/auto-lambda at bdba6365953f: ``auto_lambda.py``.
