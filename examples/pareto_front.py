@@ -8,8 +8,8 @@ The fronts are known: ``loss 2 = 1 - sqrt(loss 1)`` is convex, ``loss 2 = 1 - (l
 hypervolume, the area of the loss pairs that are worse than some point found, up to the pair (1.1, 1.1).
 
 The problems are F1 and F4 of Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", ICML
-2024, https://arxiv.org/abs/2402.19078, whose official code gives them: https://github.com/Xi-L/STCH. EPO reads losses and
-gradients: it is an aggregator, and the training step is the same.
+2024, https://arxiv.org/abs/2402.19078, whose official code gives them: https://github.com/Xi-L/STCH. EPO reads
+losses and gradients: it is an aggregator, and the training step is the same.
 
 Run it with ``python examples/pareto_front.py``: some ten seconds on two CPU cores. It needs ``mtlbalance[examples]``.
 """

@@ -171,7 +171,7 @@ def test_a_validation_loss_that_is_not_finite_can_be_left_out():
 def test_errors_say_what_is_missing():
     grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg")
     state = grad_fn.init(PARAMS, BATCH)
-    with pytest.raises(TypeError, match="opt_state: expected the state of the parameters' optimizer.*found None"):
+    with pytest.raises(TypeError, match=r"opt_state: expected the state of the parameters' optimizer.*found None"):
         grad_fn(PARAMS, state, BATCH, validation=(OTHER,))
     for wrong in (OTHER, list(OTHER), OTHER[0]):
         with pytest.raises(TypeError, match=r"validation: expected a tuple of 1.*validation=\(batch,\)"):
