@@ -86,7 +86,8 @@ def epo(
     def weigh(state, gramian, values, mask):
         r = read_preference(mask, gramian.dtype)
         relative = numerics.normalize(r * numerics.nonnegative(values.astype(r.dtype)), mask)
-        logs = jnp.log(jnp.maximum(relative * jnp.sum(mask), jnp.finfo(r.dtype).tiny))
+        n_present = jnp.sum(mask).astype(r.dtype)
+        logs = jnp.log(jnp.maximum(relative * n_present, jnp.finfo(r.dtype).tiny))
         mu = jnp.sum(relative * logs, where=mask)
         a = jnp.where(mask, r * (logs - mu), 0)
         gramian = gramian / numerics.scale(gramian)

@@ -69,8 +69,8 @@ def auto_lambda(
     Through one step the hypergradient is exact at first-order cost: one more gradient, on the validation data, pulled
     back through the optimizer's update, and its inner products with the tasks' gradients, all at once by the
     transposed pull-back (:func:`value_and_gramian` says what that needs). The second derivatives of the optimizer's
-    update count, as Adam's normalization; those of the model do not occur. A step takes some three to four of
-    the plain sum, and keeps no gradient of a single task.
+    update count, as Adam's normalization; those of the model do not occur. A step takes some three to four of the plain
+    sum, and keeps no gradient of a single task.
 
     The weights have no fixed total and may become negative, which says that a task harms the primary ones: where that
     must not be, ``optax.chain(optax.adam(1e-4), optax.keep_params_nonnegative())``, or ``softmax``. A validation loss
@@ -79,12 +79,12 @@ def auto_lambda(
     Note:
       The official code takes the hypergradient of an SGD step by finite differences along the validation gradient, of
       length 0.01, in two more passes over the training data: on small networks 1e-5 of its length off, 4e-4 at worst.
-      Here it is exact, and of any optimizer's step. LibMTL's
-      has ``softmax=True, initial_weights=1 / m``, a learning rate of 1e-3, all tasks primary, and a plain SGD step in
-      the place of the model's Adam. Its MOML is that with ``aggregator=aggregation.mgda()`` on hypergradients of unit
-      length. FORUM does not stand on this function: its update of the parameters is no weighted sum of training
-      gradients but of validation gradients and that of :math:`f(\lambda, \theta) - \min_\theta f(\lambda, \theta)`,
-      after several inner steps, with its own quadratic program of m + 1 weights.
+      Here it is exact, and of any optimizer's step. LibMTL's has ``softmax=True``, a learning rate of 1e-3, all tasks
+      primary, and a plain SGD step in the place of the model's Adam. Its MOML is that with
+      ``aggregator=aggregation.mgda()``, on hypergradients of unit length. FORUM does not stand on this function: its
+      update of the parameters is no weighted sum of training gradients but one of validation gradients and of that of
+      :math:`f(\lambda, \theta) - \min_\theta f(\lambda, \theta)`, after several inner steps, with a quadratic program
+      of m + 1 weights. It needs a step of its own, which returns the weights' and the parameters' gradient together.
 
     Args:
       losses_fn: ``(params, *args, **kwargs) -> losses``, one per task, an array or a tree of names.

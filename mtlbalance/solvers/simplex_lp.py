@@ -6,7 +6,6 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import numerics
 from mtlbalance.mapped_axes import varying_as
 
 
@@ -78,7 +77,10 @@ def simplex_lp(
     proceeds = lambda carry: (carry[0] < 4 * (m + k)) & carry[1]
     _, unfinished, feasible, tableau = jax.lax.while_loop(proceeds, program.step, carry)
     y = jnp.maximum(program.weights_at(tableau), 0)
-    weights = numerics.normalize(y * total, present)
+    weights = jnp.where(present, y * total, 0)
+    # Rounding may leave nothing above zero.
+    weights = jnp.where(jnp.sum(weights) > 0, weights, present.astype(weights.dtype))
+    weights = weights / jnp.where(jnp.any(present), jnp.sum(weights), 1)
     return jnp.where(present & ~sound, jnp.nan, weights), feasible & ~unfinished
 
 
@@ -94,7 +96,8 @@ class _Program(NamedTuple):
         """The dictionary at the best corner of the simplex, where all slacks are basic."""
         k, m = self.rows.shape
         top = jnp.concatenate([-self.rows, -self.lower[:, None]], axis=1)
-        equation, bottom = jnp.append(self.total, 1), jnp.append(-objective, 0)
+        equation = jnp.append(self.total, jnp.ones_like(objective[:1]))
+        bottom = jnp.append(-objective, jnp.zeros_like(objective[:1]))
         matrix = jnp.concatenate([top, equation[None, :], bottom[None, :]])
         best = jnp.argmax(jnp.where(self.present, objective / self.total, -jnp.inf))
         return _pivot(_Tableau(matrix, jnp.append(m + jnp.arange(k), m + k), jnp.arange(m)), k, best)
@@ -119,8 +122,8 @@ class _Program(NamedTuple):
         matrix = tableau.matrix.at[:-1, -1].set(values)
         tableau = tableau._replace(matrix=matrix)
         # The magnitudes that values are differences of.
-        sizes = jnp.append(_dot(jnp.abs(self.rows), jnp.abs(y)) + jnp.abs(self.lower), 1)
-        sizes = jnp.concatenate([jnp.full(m, jnp.max(jnp.abs(y))), sizes])[tableau.basic]
+        of_slacks = _dot(jnp.abs(self.rows), jnp.abs(y)) + jnp.abs(self.lower)
+        sizes = jnp.concatenate([jnp.full(m, jnp.max(jnp.abs(y))), of_slacks, jnp.ones_like(y[:1])])[tableau.basic]
 
         relative = values / jnp.where(sizes > 0, sizes, 1)
         leaving = jnp.argmin(relative)
