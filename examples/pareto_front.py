@@ -1,4 +1,4 @@
-"""Two hundred preferences in one compiled program, for each of four methods, on a convex and a concave Pareto front.
+"""Two hundred preferences in one compiled program, for each of five methods, on a convex and a concave Pareto front.
 
 Two losses pull six numbers to different places, so the best for one is not the best for the other. A preference says
 how important each loss is: the more important, the smaller it gets. Every preference is a training of its own, and
@@ -8,9 +8,10 @@ The fronts are known: ``loss 2 = 1 - sqrt(loss 1)`` is convex, ``loss 2 = 1 - (l
 hypervolume, the area of the loss pairs that are worse than some point found, up to the pair (1.1, 1.1).
 
 The problems are F1 and F4 of Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", ICML
-2024, https://arxiv.org/abs/2402.19078, whose official code gives them: https://github.com/Xi-L/STCH.
+2024, https://arxiv.org/abs/2402.19078, whose official code gives them: https://github.com/Xi-L/STCH. EPO reads
+losses and gradients: it is an aggregator, and the training step is the same.
 
-Run it with ``python examples/pareto_front.py``: some five seconds on two CPU cores. It needs ``mtlbalance[examples]``.
+Run it with ``python examples/pareto_front.py``: some ten seconds on two CPU cores. It needs ``mtlbalance[examples]``.
 """
 
 import itertools
@@ -23,7 +24,8 @@ import optax
 import show
 from tqdm import tqdm
 
-from mtlbalance import scalarization
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization
 
 POWERS = {"convex": 0.5, "concave": 2.0}  # the front is loss 2 = 1 - (loss 1)**power
 WORST = 1.1  # the corner of the hypervolume, in both losses
@@ -36,11 +38,13 @@ PREFERENCES = np.stack([FIRST, 1 - FIRST], axis=1)
 
 # The weighted sum and STCH take importance as it is. PBI and COSMOS take a direction to go in, where the less important
 # loss may be the larger one: of two losses, the importance the other way round. (COSMOS also has a weighted sum in it.)
+# EPO takes importance too, and asks for one ray, on which importance times loss is the same for both: that direction.
 METHODS = {
     "weighted sum": scalarization.constant,
     "STCH": lambda importance: scalarization.stch(mu=0.01, weights=importance),
     "PBI": lambda importance: scalarization.pbi(theta=5.0, weights=importance[::-1]),
     "COSMOS": lambda importance: scalarization.cosmos(lambda_=8.0, weights=importance[::-1]),
+    "EPO": lambda importance: aggregation.epo(importance, eps=1e-6),
 }
 
 
@@ -73,23 +77,30 @@ def n_between(points):
     return np.sum(np.all(points > MARGIN, axis=1))
 
 
+def degrees_off_the_ray(points):
+    """The angle of each point from the ray on which importance times loss is the same for both losses."""
+    first, second = PREFERENCES.T
+    return np.degrees(np.abs(np.arctan2(points[:, 1], points[:, 0]) - np.arctan2(first, second)))
+
+
 # The training.
 
 
 def train(build, power, n_steps, preference):
     """One training from start to end, for one preference: the two losses at the end."""
-    method = build(preference)
+    grad_fn = mtl.value_and_grad(task_losses, build(preference))
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, n_steps))
 
     def step(carry, _):
         params, opt_state, state = carry
-        loss_fn = lambda params: method.apply(state, task_losses(params, power))
-        gradient, state = jax.grad(loss_fn, has_aux=True)(params)
+        (_, state), gradient = grad_fn(params, state, power)
         updates, opt_state = optimizer.update(gradient, opt_state)
         return (optax.apply_updates(params, updates), opt_state, state), None
 
     params = jnp.zeros(6)
-    (params, _, _), _ = jax.lax.scan(step, (params, optimizer.init(params), method.init(2)), length=n_steps)
+    (params, _, _), _ = jax.lax.scan(
+        step, (params, optimizer.init(params), grad_fn.init(params, power)), length=n_steps
+    )
     return task_losses(params, power)
 
 
@@ -105,19 +116,21 @@ def print_table(points):
     def format_front(name, front):
         found = points[name, front]
         area = hypervolume(found)
-        return f"{area:.4f} ({area / best_hypervolume(POWERS[front]):.1%})", f"{n_between(found)}"
+        degrees = np.median(degrees_off_the_ray(found))
+        return f"{area:.4f} ({area / best_hypervolume(POWERS[front]):.1%})", f"{n_between(found)}", f"{degrees:.2f}°"
 
-    columns = ["method", *(column for front in POWERS for column in (f"{front} ↑", "between"))]
+    columns = ["method", *(column for front in POWERS for column in (f"{front} ↑", "between", "off ↓"))]
     rows = [[name, *(cell for front in POWERS for cell in format_front(name, front))] for name in METHODS]
     caption = "In brackets: the share of what the whole front has. between: how many of the "
-    caption += f"{N_PREFERENCES} points lie between the ends of the front, with both losses above {MARGIN}."
+    caption += f"{N_PREFERENCES} points lie between the ends of the front, with both losses above {MARGIN}. "
+    caption += "off: the median angle from the ray on which importance times loss is the same for both losses."
     show.print_table("Hypervolume", columns, rows, caption)
 
 
 def draw_fronts(points, output):
     """One panel per method and front: the front as a line, and a point per preference."""
     line, ends = np.linspace(0, 1, 500), {"lim": (-0.06, 1.06), "ticks": [0, 0.5, 1]}
-    shared = {"figsize": (9.6, 5.0), "sharex": True, "sharey": True, "layout": "compressed"}
+    shared = {"figsize": (11.6, 5.0), "sharex": True, "sharey": True, "layout": "compressed"}
     corners = {"convex": (0.95, 0.77, "right"), "concave": (0.05, 0.07, "left")}  # that the fronts leave free
     with show.picture(output, "The fronts", 2, len(METHODS), **shared) as (fig, axes):
         for ax, (front, name) in zip(axes.flat, itertools.product(POWERS, METHODS), strict=True):
@@ -150,6 +163,8 @@ def main(argv=None):
     linear, stch = (n_between(points[name, "concave"]) for name in ("weighted sum", "STCH"))
     print("Whatever the importance, a weighted sum is least at one of the two ends of a concave front.")
     print(f"Of its {N_PREFERENCES} points {linear} lie between them, of STCH's {stch}.")
+    furthest = max(np.max(degrees_off_the_ray(points["EPO", front])) for front in POWERS)
+    print(f"EPO's points lie on the rays asked for, the furthest {furthest:.2f} degrees off.")
     draw_fronts(points, args.output)
 
 

@@ -121,6 +121,7 @@ METHODS = {
     "MoDo": Run(aggregation.modo),
     "SDMGrad": Run(aggregation.sdmgrad),
     "CR-MOGM of MGDA": Run(lambda: aggregation.cr_mogm(aggregation.mgda())),
+    "EPO": Run(lambda: aggregation.epo(1 / SCALES), shifted=True),
     "ExcessMTL": Run(aggregation.excess_mtl),
     # Losses to losses, and their gradients to one.
     "IMTL": Run(lambda: mtl.chain(learned(scalarization.imtl_l()), aggregation.imtl_g()), shifted=True),

@@ -14,7 +14,14 @@ from mtlbalance import (
     states,
     weights,
 )
-from mtlbalance.autodiff import subset, value_and_grad, value_and_gramian, value_and_jac
+from mtlbalance.autodiff import (
+    AutoLambdaState,
+    auto_lambda,
+    subset,
+    value_and_grad,
+    value_and_gramian,
+    value_and_jac,
+)
 from mtlbalance.changed_tasks import carry_over
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Weighting
 from mtlbalance.diagnostics import audit, report
@@ -50,6 +57,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Aggregator",
     "AmortizeState",
+    "AutoLambdaState",
     "ChainState",
     "Counted",
     "LearnState",
@@ -67,6 +75,7 @@ __all__ = [
     "aggregation",
     "amortize",
     "audit",
+    "auto_lambda",
     "base",
     "carry_over",
     "chain",

@@ -312,6 +312,16 @@ AGGREGATORS = [
         variants={"constant": {"weights": np.linspace(0.5, 2.0, 8)}},
         required={"weights": PREFERENCE},
     ),
+    Case(
+        "epo",
+        lambda tasks=THREE, **kwargs: aggregation.epo(_preference(tasks), **kwargs),
+        {"eps": (2.0, 1e-4)},  # at 2 the losses always count as preferred
+        sharded=True,
+        per_task=True,
+        total="1",
+        reads_losses=True,
+        required={"preference": PREFERENCE},
+    ),
     Case("excess_mtl", aggregation.excess_mtl, {"robust_step_size": (0.01, 0.3, 1.0)}, sharded=True, total="1"),
     Case("excess_mtl-warmup", partial(aggregation.excess_mtl, n_warmup_steps=2), sharded=True, total="1"),
     Case("excess_mtl-raw", partial(aggregation.excess_mtl, 0.1, normalize_first_step=False), sharded=True, total="1"),

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.by_default(
     "test_what_is_known_*",
     "test_who_reaches_the_front[[]ExcessMTL, 0.01*",
     "test_stch_covers_*",
+    "test_epo_lies_on_*concave*",
     "test_weighted_sums_*",
 )
 
@@ -375,6 +376,14 @@ def test_stch_covers_the_front(example, front):
     steps = np.diff(points[np.argsort(points[:, 0])], axis=0)
     assert example.n_between(points) > 150
     assert np.max(np.linalg.norm(steps, axis=1)) < 0.1
+
+
+@pytest.mark.parametrize("front", ["convex", "concave"])
+def test_epo_lies_on_the_rays_asked_for(example, front):
+    """Mahapatra and Rajan 2020: preferred losses are equal, at a point of the front, of any shape."""
+    points = example.trace_front(example.METHODS["EPO"], example.POWERS[front], n_steps=3000)
+    assert np.max(example.degrees_off_the_ray(points)) < 0.2
+    assert 0.99 < share_found(example, points, front) <= 1
 
 
 def test_weighted_sums_find_only_the_ends_of_a_concave_front(example):

@@ -8,6 +8,7 @@ from mtlbalance.aggregation.constant import constant
 from mtlbalance.aggregation.cosine_gate import cosine_gate
 from mtlbalance.aggregation.db_mtl import DBMTLState, db_mtl
 from mtlbalance.aggregation.dual_proj import dual_proj
+from mtlbalance.aggregation.epo import epo
 from mtlbalance.aggregation.excess_mtl import ExcessMTLState, excess_mtl
 from mtlbalance.aggregation.fairgrad import fairgrad
 from mtlbalance.aggregation.grad_norm_weights import GradNormWeightsState, grad_norm_weights
@@ -64,6 +65,7 @@ __all__ = [
     "cr_mogm",
     "db_mtl",
     "dual_proj",
+    "epo",
     "excess_mtl",
     "fairgrad",
     "grad_norm_weights",

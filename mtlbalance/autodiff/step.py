@@ -167,7 +167,7 @@ def value_and_grad(
         is_shared, restrict = problem.subsets(params)
         point = problem.evaluate(params, args, kwargs)
         check_per_task(point.evaluated, state)
-        present = _read_present(mask, point.evaluated)
+        present = read_present(mask, point.evaluated)
         chosen = at if at == "features" else rows or cheapest_rows(possible, task_axis, point, restrict(params))
         decide = partial(_decide, method, state, point, present, restrict, chosen, rows)
         decision = decide() if refresh is None else _refresh(method, refresh, decide, state, point.evaluated, present)
@@ -333,7 +333,8 @@ def _ones(like, present):
     return jnp.ones_like(like) if present is None else present.astype(like.dtype)
 
 
-def _read_present(mask, evaluated):
+def read_present(mask: chex.ArrayTree | None, evaluated: Evaluated) -> chex.Array | None:
+    """Which tasks are present, by the mask and the counts; ``None`` where neither says anything."""
     if mask is None:
         return evaluated.present
     check_mask_names(mask, evaluated.losses)

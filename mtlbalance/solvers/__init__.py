@@ -5,6 +5,7 @@ from mtlbalance.solvers.cagrad_dual import cagrad_dual
 from mtlbalance.solvers.dual_cone import dual_cone
 from mtlbalance.solvers.nash_bargaining import nash_bargaining
 from mtlbalance.solvers.priority_constrained import priority_constrained
+from mtlbalance.solvers.simplex_lp import simplex_lp
 from mtlbalance.solvers.simplex_qp import simplex_qp
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "dual_cone",
     "nash_bargaining",
     "priority_constrained",
+    "simplex_lp",
     "simplex_qp",
 ]

@@ -34,9 +34,17 @@ class Case(NamedTuple):
     splits: bool = False
 
 
+def epo_corner(gramian, mask=None):
+    """The fastest fall of the first loss with which none rises."""
+    present = jnp.ones(len(gramian), bool) if mask is None else mask
+    lower = jnp.where(present, jnp.zeros((), gramian.dtype), -jnp.inf)
+    return solvers.simplex_lp(gramian[:, 0], gramian, lower, mask)[0]
+
+
 CASES = [
     Case("simplex_qp", solvers.simplex_qp),
     Case("simplex_qp-linear", lambda matrix, mask=None: solvers.simplex_qp(matrix, matrix[0], mask)),
+    Case("simplex_lp", lambda gramian, mask=None: epo_corner(gramian, mask)),
     # Of some tasks less than what resolves the conflicts below, of others more.
     Case("dual_cone", solvers.dual_cone, (np.array([0.1, 0.3, 0.0, 2.0, 0.0], np.float32),)),
     Case("cagrad_dual", solvers.cagrad_dual, (0.5,)),

@@ -1,0 +1,191 @@
+"""Auto-Lambda's step: its hypergradient against differentiating twice, absent tasks, transformations, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation
+from tests.autodiff.models import layers, normal_batch, squared_errors
+
+pytestmark = pytest.mark.unoptimized
+
+NAMES = ("depth", "edges", "seg")
+BATCH, OTHER = (normal_batch(seed, 8, n_in=4, n_out=3) for seed in (1, 2))
+PARAMS = layers(jax.random.key(0), (4, 5, 3))
+ADAM = optax.adam(0.05)
+# In the middle of a training.
+OPT_STATE = ADAM.update(PARAMS, ADAM.init(PARAMS), PARAMS)[1]
+
+
+def losses_fn(params, batch):
+    return dict(zip(NAMES, squared_errors(params, batch), strict=True))
+
+
+def plain_hypergradient(weights, primary):
+    """By differentiating a step that has a gradient in it, of an array of weights."""
+
+    def after(weights):
+        gradient = jax.grad(lambda params: jnp.sum(weights * squared_errors(params, BATCH)))(PARAMS)
+        updates, _ = ADAM.update(gradient, OPT_STATE, PARAMS)
+        return squared_errors(optax.apply_updates(PARAMS, updates), OTHER)[jnp.array(primary)]
+
+    return np.asarray(jax.jit(jax.jacrev(after))(weights))
+
+
+def step(grad_fn, **kwargs):
+    state = grad_fn.init(PARAMS, BATCH)
+    given = {"validation": (OTHER,), "opt_state": OPT_STATE} | kwargs
+    return jax.jit(lambda state: grad_fn(PARAMS, state, BATCH, **given))(state)
+
+
+@pytest.mark.parametrize(("primary", "at"), [("seg", [2]), (("depth", "seg"), [0, 2]), (None, [0, 1, 2])])
+def test_the_hypergradient_is_exact_through_any_optimizer(primary, at):
+    """Adam's: what it makes of a gradient is not linear in the weights."""
+    (_, state), _ = step(mtl.auto_lambda(losses_fn, ADAM, primary, optax.sgd(1.0)))
+    expected = np.sum(plain_hypergradient(jnp.full(3, 0.1), at), axis=0)
+    np.testing.assert_allclose(0.1 - state.raw_weights, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_gradient_is_that_of_the_new_weights():
+    grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg", optax.sgd(1.0), return_weights=True)
+    (losses, state, weights), grads = step(grad_fn)
+    assert tuple(weights) == tuple(losses) == NAMES
+    np.testing.assert_array_equal(jnp.stack(list(weights.values())), state.raw_weights)
+    weighted = lambda params: jnp.sum(state.raw_weights * squared_errors(params, BATCH))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), grads, jax.grad(weighted)(PARAMS))
+    np.testing.assert_array_equal(state.seen, 1)
+
+
+def test_an_aggregator_of_the_primary_tasks_hypergradients():
+    """MOML: the shortest combination of what each validation loss asks of the logits."""
+    grad_fn = mtl.auto_lambda(
+        squared_errors,
+        ADAM,
+        meta_optimizer=optax.sgd(1.0),
+        softmax=True,
+        aggregator=aggregation.mgda(),
+        initial_weights=jnp.array([0.3, -0.2, 0.1]),
+        return_weights=True,
+    )
+    (_, state, weights), _ = step(grad_fn)
+    raw = jnp.array([0.3, -0.2, 0.1])
+    rows = plain_hypergradient(jax.nn.softmax(raw), [0, 1, 2]) @ np.asarray(jax.jacobian(jax.nn.softmax)(raw))
+    method = aggregation.mgda()
+    combined, _ = method.apply(method.init(rows.shape), jnp.asarray(rows))
+    np.testing.assert_allclose(raw - state.raw_weights, combined, rtol=2e-3, atol=2e-6)
+    np.testing.assert_allclose(jnp.sum(weights), 1, rtol=1e-6)
+    np.testing.assert_array_equal(state.inner.seen, 1)
+
+
+def test_an_absent_task_is_as_if_it_did_not_exist():
+    mask = {"depth": True, "edges": False, "seg": True}
+    grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg", optax.adam(0.1), softmax=True, return_weights=True)
+    (_, state, weights), grads = step(grad_fn, mask=jax.tree.map(jnp.array, mask))
+
+    two = lambda params, batch: {name: loss for name, loss in losses_fn(params, batch).items() if mask[name]}
+    alone = mtl.auto_lambda(two, ADAM, "seg", optax.adam(0.1), softmax=True, return_weights=True)
+    (_, _, weights_alone), grads_alone = step(alone)
+    assert weights["edges"] == state.raw_weights[1] == 0
+    present = {name: weights[name] for name in weights_alone}
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, (present, grads), (weights_alone, grads_alone))
+    np.testing.assert_array_equal(state.seen, [1, 0, 1])
+    np.testing.assert_array_equal(state.opt_state[0].mu["raw_weights"][1], 0)
+
+
+def test_without_any_task_nothing_changes():
+    grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg")
+    (_, state), grads = step(grad_fn, mask=jnp.zeros(3, bool))
+    jax.tree.map(np.testing.assert_array_equal, state, grad_fn.init(PARAMS, BATCH))
+    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_without_labels_for_the_primary_task_the_weights_stay():
+    """Counts decide in either batch: the validation batch has no labels for it."""
+
+    def counted(params, batch, n_labels):
+        losses = losses_fn(params, batch)
+        return losses | {"seg": mtl.Counted(n_labels * losses["seg"], n_labels)}
+
+    grad_fn = mtl.auto_lambda(counted, ADAM, "seg", optax.adam(0.1))
+    state = grad_fn.init(PARAMS, BATCH, 4.0)
+    moved = []
+    for n_labels in (0.0, 4.0):
+        given = {"validation": (OTHER, n_labels), "opt_state": OPT_STATE}
+        (_, new), _ = grad_fn(PARAMS, state, BATCH, 4.0, **given)
+        moved.append(np.any(new.raw_weights != state.raw_weights))
+        assert np.all(np.isfinite(new.raw_weights))
+    assert moved == [False, True]
+
+
+def test_vmap_over_hyperparameters_is_a_loop():
+    def weights(start, lr):
+        grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg", optax.sgd(lr), start)
+        state = grad_fn.init(PARAMS, BATCH)
+        return grad_fn(PARAMS, state, BATCH, validation=(OTHER,), opt_state=OPT_STATE)[0][1].raw_weights
+
+    starts, rates = jnp.array([0.1, 0.5]), jnp.array([1.0, 0.3])
+    mapped = jax.vmap(weights)(starts, rates)
+    for found, start, rate in zip(mapped, starts, rates, strict=True):
+        np.testing.assert_allclose(found, jax.jit(weights)(start, rate), rtol=1e-5)
+
+
+def test_auxiliary_outputs_are_of_the_training_data():
+    grad_fn = mtl.auto_lambda(lambda *args: (losses_fn(*args), args[1][0][0]), ADAM, "seg", has_aux=True)
+    (_, _, aux), _ = step(grad_fn)
+    np.testing.assert_array_equal(aux, BATCH[0][0])
+
+
+def test_a_task_that_harms_loses_its_weight_and_one_that_helps_gains():
+    """The auxiliary losses pull towards the validation loss's minimum, and away from it."""
+    pull = lambda params, to: jnp.sum((params - to) ** 2)
+    losses_fn = lambda params: {"harms": pull(params, -3.0), "helps": pull(params, 3.0), "main": pull(params, 2.0)}
+    optimizer = optax.sgd(0.01)
+    grad_fn = mtl.auto_lambda(losses_fn, optimizer, "main", optax.adam(0.02))
+
+    def step(carry, _):
+        params, opt_state, state = carry
+        (_, state), grads = grad_fn(params, state, validation=(), opt_state=opt_state)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state, state), state.raw_weights
+
+    params = jnp.zeros(2)
+    carry = params, optimizer.init(params), grad_fn.init(params)
+    _, weights = jax.lax.scan(step, carry, length=40)
+    harms, helps, main = weights[-1]
+    assert harms < 0.1 < min(helps, main)
+
+
+def test_a_validation_loss_that_is_not_finite_can_be_left_out():
+    poisoned = lambda params, x: {"a": jnp.sum(params**2) * x, "b": jnp.sum(params)}
+    for meta_optimizer, is_finite in ((optax.adam(0.1), False), (optax.apply_if_finite(optax.adam(0.1), 5), True)):
+        grad_fn = mtl.auto_lambda(poisoned, optax.sgd(0.1), "a", meta_optimizer)
+        state = grad_fn.init(jnp.ones(2), 1.0)
+        (_, state), _ = grad_fn(jnp.ones(2), state, 1.0, validation=(jnp.nan,))
+        assert np.all(np.isfinite(state.raw_weights)) == is_finite
+
+
+def test_errors_say_what_is_missing():
+    grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg")
+    state = grad_fn.init(PARAMS, BATCH)
+    with pytest.raises(TypeError, match=r"opt_state: expected the state of the parameters' optimizer.*found None"):
+        grad_fn(PARAMS, state, BATCH, validation=(OTHER,))
+    for wrong in (OTHER, list(OTHER), OTHER[0]):
+        with pytest.raises(TypeError, match=r"validation: expected a tuple of 1.*validation=\(batch,\)"):
+            grad_fn(PARAMS, state, BATCH, validation=wrong, opt_state=OPT_STATE)
+    for primary, message in (("pose", "one of the losses' names"), (1, "index 1, which is a sorted position")):
+        with pytest.raises(ValueError, match=message):
+            mtl.auto_lambda(losses_fn, ADAM, primary).init(PARAMS, BATCH)
+    with pytest.raises(ValueError, match="primary: expected at least one task"):
+        mtl.auto_lambda(losses_fn, ADAM, ())
+    with pytest.raises(TypeError, match="losses_fn: expected one function"):
+        mtl.auto_lambda((losses_fn, {"a": losses_fn}), ADAM)
+    with pytest.raises(TypeError, match="meta_optimizer: expected an optax optimizer"):
+        mtl.auto_lambda(losses_fn, ADAM, "seg", 0.1)
+    with pytest.raises(ValueError, match="initial_weights: expected the losses' names"):
+        mtl.auto_lambda(losses_fn, ADAM, "seg", initial_weights={"a": 1.0, "b": 1.0, "c": 1.0}).init(PARAMS, BATCH)
+    with pytest.raises(TypeError, match="aggregator: expected an aggregator"):
+        mtl.auto_lambda(losses_fn, ADAM, "seg", aggregator=aggregation.mgda)
