@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
+import show
 from digits import TASKS, draw_pairs, evaluate, init_params, load_data, losses_of, predict
 from tqdm import tqdm
 
@@ -86,19 +86,19 @@ def print_table(found):
         last = {key: values[-1] for key, values in log.items()}
         digits = (last["loss/left"] + last["loss/right"]) / 2
         in_training = f"{last['weight/sum']:.2f}", f"{last['loss/sum']:.2f}", f"{digits:.3f}"
-        rows.append((name, *in_training, *report.format_scores(metrics)))
-    columns = "sum by", "its weight", "its error", "digits' loss", *report.SCORES
+        rows.append((name, *in_training, *show.format_scores(metrics)))
+    columns = "sum by", "its weight", "its error", "digits' loss", *show.SCORES
     about = "its weight, its error, digits' loss: means of the last epoch, in training. Then on the test images: left, "
     about += (
         f"right: accuracy; sum: mean absolute error, in raw units. All but the weights by hand have the bound {BOUND}."
     )
-    report.print_table("What the sum's error costs the digits", columns, rows, about)
+    show.print_table("What the sum's error costs the digits", columns, rows, about)
 
 
 def draw(found, output):
     """The constrained loss and its bound; the objectives; the weight: the multiplier and what is added to it."""
     size = {"figsize": (9.6, 3.8), "sharex": True}
-    with report.picture(output, "Losses, bound and multipliers", 1, 3, **size) as (fig, axes):
+    with show.picture(output, "Losses, bound and multipliers", 1, 3, **size) as (fig, axes):
         curves = {name: log for name, (_, log) in found.items()}
         epochs = np.arange(1, 1 + len(next(iter(curves.values()))["loss/sum"]))
         panels = {
@@ -122,7 +122,7 @@ def draw(found, output):
 
 
 def main(argv=None):
-    args = report.arguments(__doc__, __file__, seed=0, epochs=30).parse_args(argv)
+    args = show.arguments(__doc__, __file__, seed=0, epochs=30).parse_args(argv)
     train_digits, test_pairs = load_data()
     init_key, data_key = jax.random.split(jax.random.key(args.seed))
     start = init_params(init_key, WIDTH)
