@@ -32,8 +32,8 @@ def simplex_lp(
     Note:
       Rows and columns are scaled, so that gradients' norms may differ by 1e6. Rows that are missed by less than their
       rounding count as satisfied, and of several optimal corners it gives any. Where rows leave w as much room as
-      rounding does, as between many gradients that are opposite but for 1e-5, it may stop short: then w misses some,
-      by up to a third of the longest weighted gradient, and no w that is feasible may be found.
+      rounding does, as between eight or more gradients that are opposite but for 1e-5, it may stop short: then w misses
+      some, of forty gradients by up to .9 of the longest weighted one, and no w that is feasible may be found.
 
     Args:
       objective: c, shape ``[m]``.
