@@ -25,15 +25,16 @@ def kept_shape(shape: tuple[int, ...], stride: int) -> tuple[int, ...]:
 
     Args:
       shape: the parameter's.
-      stride: a power of two. Each factor goes to the axis that can be halved most often without a remainder, the longer
-        of two: so every axis can still be split over many devices.
+      stride: a power of two. Each factor goes to the axis that has had fewest, of axes of even length if there are
+        any, the longest of several: so blocks are square, and axes can still be split over many devices.
     """
-    kept = list(shape)
+    kept, halvings = list(shape), [0] * len(shape)
     for _ in range(stride.bit_length() - 1):
         long = [axis for axis, n in enumerate(kept) if n >= 2 * _FEWEST]
         if not long:
             break
-        kept[max(long, key=lambda axis: (kept[axis] & -kept[axis], kept[axis]))] //= 2
+        axis = max(long, key=lambda axis: (kept[axis] % 2 == 0, -halvings[axis], kept[axis]))
+        kept[axis], halvings[axis] = kept[axis] // 2, halvings[axis] + 1
     return tuple(kept)
 
 
