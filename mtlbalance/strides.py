@@ -46,12 +46,14 @@ def keep(x: chex.Array, shape: tuple[int, ...]) -> chex.Array:
     """
     sizes = [n // max(kept, 1) or 1 for n, kept in zip(x.shape, shape, strict=True)]
     mesh = explicit_mesh(x)
-    if mesh:  # where types say how arrays lie, JAX makes no shares that are not equal
-        x = jax.sharding.reshard(x, NamedSharding(mesh, _dividing(mesh, jax.typeof(x).sharding.spec, shape)))
+    # Where types say how arrays lie, JAX makes no shares that are not equal, and selects among what lies alike.
+    lies = mesh and NamedSharding(mesh, _dividing(mesh, jax.typeof(x).sharding.spec, shape))
+    x = jax.sharding.reshard(x, lies) if lies else x
     ends = [kept * size for kept, size in zip(shape, sizes, strict=True)]
     along = lambda axis: jnp.arange(shape[axis]).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
     places = min(_MOST_PLACES, max(sizes)) if x.ndim > 1 else 1
     place = sum(map(along, range(x.ndim)), jnp.zeros([1] * x.ndim, int)) % places
+    place = jax.sharding.reshard(place, lies) if lies and places > 1 else place
     kept = jax.lax.slice(x, [0] * x.ndim, ends, sizes)
     for i in range(1, places):
         starts = [i * size // places if size > places else i % size for size in sizes]

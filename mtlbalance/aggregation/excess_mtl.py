@@ -73,8 +73,8 @@ def excess_mtl(
     is split over devices as the parameter is; where its part of a device is no multiple of the stride along an axis (12
     kept of 768, on 8 devices) it is whole on each, and a call moves that parameter's numbers between devices.
 
-    The error of the weights after 200 steps, of the task where it is largest, averaged over two seeds, for step sizes of
-    .01, .1 and 1: each form saw the same gradients (memory over m x P;
+    The error of the weights after 200 steps, of the task where it is largest, averaged over two seeds, for step sizes
+    of .01, .1 and 1: each form saw the same gradients (memory over m x P;
     ``tests/benchmarks/excess_mtl_memory.py --steps 200 --seeds 2``):
 
     ========================  ======  ====================  ======  ====================
