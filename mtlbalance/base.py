@@ -225,8 +225,8 @@ def rowwise_aggregator(
       finish: ``(state, statistics, values, mask) -> (gradient, new_state)`` in place of ``weigh``, for methods that
         combine what is in ``memory``.
       visits: ``(state, mask) -> indices`` of the rows that this call takes in; all by default.
-      memory: the state field with leaves ``[m, *param.shape]``, made by :func:`mtlbalance.states.zeros_jacobian`; none
-        by default.
+      memory: the state field with leaves ``[m, *param.shape]``, made by :func:`mtlbalance.states.zeros_jacobian`, or as
+        ``"field.*"`` one with leaves ``[m, ...]`` of any shape; none by default.
       of_moduli: whether ``memory`` has one real leaf for a complex parameter, made for its ``entries``, and not two.
       nan_if_nonfinite: as in :func:`aggregator`, also of the statistics.
       **others: as there.
@@ -270,17 +270,18 @@ def rowwise_aggregator(
         returned.check_fields(state, ("seen",))
         return state
 
+    field = memory and memory.removesuffix(".*")
+
     def read_memory(state, name, jacobian):
         cast = lambda rows, dtype: jax.tree.map(lambda x: x.astype(dtype), rows)
-        if memory is None:
-            return (), cast(jacobian, state_dtype(state, jacobian))
-        remembered = getattr(state, memory)
+        remembered = getattr(state, field) if field else ()
+        if field is None or field != memory:  # there is nothing to compare with
+            return remembered, cast(jacobian, state_dtype(state, jacobian))
         if not of_moduli:
             boundary.check_kinds(name, jacobian, remembered)
         return remembered, jax.tree.map(lambda old, rows: cast(rows, old.dtype), remembered, jacobian)
 
-    def with_memory(state, remembered):
-        return state if memory is None else state._replace(**{memory: remembered})
+    with_memory = lambda state, remembered: state._replace(**{field: remembered}) if field else state
 
     def tasks(state, values, mask):
         return Task(mask if visits is None else among(visits(state, mask), mask), values, state.seen)

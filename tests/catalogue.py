@@ -325,6 +325,7 @@ AGGREGATORS = [
     Case("excess_mtl", aggregation.excess_mtl, {"robust_step_size": (0.01, 0.3, 1.0)}, sharded=True, total="1"),
     Case("excess_mtl-warmup", partial(aggregation.excess_mtl, n_warmup_steps=2), sharded=True, total="1"),
     Case("excess_mtl-raw", partial(aggregation.excess_mtl, 0.1, normalize_first_step=False), sharded=True, total="1"),
+    Case("excess_mtl-every64", partial(aggregation.excess_mtl, accumulate=64), sharded=True, total="1"),
     Case("imtl_g", aggregation.imtl_g, sharded=True, total="1", variants={"imtl_g": {}}),
     Case("config", preferring(aggregation.config), sharded=True, per_task=True, variants={"config": {}}),
     Case(

@@ -13,7 +13,7 @@ FLOORS = [
     ["complex_parts", "decompositions", "memo", "meshes"],
     ["hyperparameters", "numerics"],
     ["mapped_axes", "parameters", "states"],
-    ["losses"],
+    ["losses", "strides"],
     ["names"],
     ["constraints"],
     ["gramian", "contract", "solvers"],
