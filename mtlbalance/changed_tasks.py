@@ -41,8 +41,8 @@ def carry_over(
       old_losses: the named losses that the state was made for, whatever their values, or the names alone: a list, a
         tuple or a set, in the order of a dict with these keys.
       new_losses: the same of the new ones.
-      params: as given to an aggregator's ``init``: only for a method whose state depends on them and has no field shaped
-        like them, nor like their Jacobian, as ``excess_mtl(accumulate=64)``.
+      params: as given to an aggregator's ``init``: only for a method whose state depends on them and has no field
+        shaped like them, nor like their Jacobian, as ``excess_mtl(accumulate=64)``.
 
     Returns:
       A state as ``method.init`` makes it for the new tasks.
