@@ -3,7 +3,8 @@
 By default other settings of a method run only where they are of a kind of their own. Two marks narrow that down.
 ``cases`` has a predicate: of the others the check says nothing. ``one_of_a_kind("engine")`` is for what tests the
 engine, ``one_of_a_kind("boundary")`` the boundary, which know no method by name and treat those of a kind alike: on all
-but the first case of a kind it is slow, unless the methods are a user's.
+but the first case of a kind it is slow, unless the methods are a user's, and one of the engine does without other
+settings of a method.
 """
 
 import importlib.util
@@ -76,7 +77,8 @@ def pytest_collection_modifyitems(config, items):
     # A check for which a user's catalogue has no case would be reported as skipped.
     found = [(built, item) for built, item in found if built or not ARGUMENTS & set(getattr(item, "fixturenames", ()))]
     if not config.getoption("catalogue"):
-        mark_slow([(built, item) for built, item in found if built is not None])
+        left_out = mark_slow([(built, item) for built, item in found if built is not None])
+        found = [(built, item) for built, item in found if item not in left_out]
     order = {None: -1} | {built: i for i, built in enumerate(config.built)}
     is_optimized = lambda item: item.get_closest_marker("unoptimized") is None
     by_method = lambda pair: (pair[0] is not None, not is_optimized(pair[1]), order[pair[0]])
@@ -84,16 +86,24 @@ def pytest_collection_modifyitems(config, items):
 
 
 def mark_slow(found):
-    """By default every check runs on every public method and on one case of each kind, some on these alone."""
-    representatives = {}
+    """By default every check runs on every public method and on one case of each kind, some on these alone.
+
+    Returns the checks of the engine that run nowhere: on what is neither, and where the first case is slow already.
+    """
+    representatives, left_out = {}, set()
     for built, item in found:
         mark = item.get_closest_marker("one_of_a_kind")
         of_check = item.nodeid.split("[")[0] if mark else None
         kind = getattr(built, f"{mark.args[0]}_kind") if mark else built.boundary_kind
         first = representatives.setdefault((of_check, kind), built)
         is_another_setting = "-" in built.case.name
-        if built is not first and (of_check or is_another_setting):
-            item.add_marker(pytest.mark.slow)
+        if built is first or not (of_check or is_another_setting):
+            continue
+        of_engine = mark is not None and mark.args == ("engine",)
+        if of_engine and (is_another_setting or item.get_closest_marker("slow")):
+            left_out.add(item)
+        item.add_marker(pytest.mark.slow)
+    return left_out
 
 
 def method_of(item):
