@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mtlbalance import base
 from mtlbalance.constraints import read_constraints
 from mtlbalance.hyperparameters import DECAY, NONNEGATIVE, POSITIVE, check
-from mtlbalance.names import of_some
+from mtlbalance.names import per_task_with_default
 from mtlbalance.states import count_seen, running_average, zero_counts
 
 
@@ -86,18 +86,18 @@ def geco(
       https://github.com/applied-ai-lab/genesis.
     """
     check("alpha", alpha, DECAY)
-    for name, value in {"min_multiplier": min_multiplier, "max_multiplier": max_multiplier}.items():
-        check(name, value, POSITIVE)
+    check("min_multiplier", min_multiplier, POSITIVE)
+    check("max_multiplier", max_multiplier, POSITIVE)
 
     def init(shape, dtype):
         read_constraints(bounds, (), shape, dtype, is_call=False)
-        of_some("lr", lr, shape, dtype, 0.0, NONNEGATIVE, is_call=False)
-        start = of_some("initial_multipliers", initial_multipliers, shape, dtype, 1.0, POSITIVE)
+        per_task_with_default("lr", lr, shape, dtype, 0.0, NONNEGATIVE, is_call=False)
+        start = per_task_with_default("initial_multipliers", initial_multipliers, shape, dtype, 1.0, POSITIVE)
         return GECOState(jnp.log(start), jnp.zeros(shape, dtype), zero_counts(shape))
 
     def apply(state, values, mask):
         constraints = read_constraints(bounds, (), mask.shape, values.dtype)
-        rate = of_some("lr", lr, mask.shape, values.dtype, 0.0, NONNEGATIVE)
+        rate = per_task_with_default("lr", lr, mask.shape, values.dtype, 0.0, NONNEGATIVE)
         violation = constraints.violation(values)
         average = jax.lax.stop_gradient(running_average(state.average, violation, alpha, state.seen))
         weights = jax.lax.stop_gradient(jnp.exp(state.log_multipliers))
@@ -107,9 +107,9 @@ def geco(
         lowest, highest = (jnp.log(jnp.asarray(x, values.dtype)) for x in (min_multiplier, max_multiplier))
         log_multipliers = jnp.clip(state.log_multipliers + rate * average, lowest, highest)
         new = count_seen(state, mask)._replace(
-            log_multipliers=jnp.where(mask & constraints.are, log_multipliers, state.log_multipliers),
+            log_multipliers=jnp.where(mask & constraints.constrained, log_multipliers, state.log_multipliers),
             average=jnp.where(mask, average, state.average),
         )
-        return jnp.sum(jnp.where(constraints.are, added, values), where=mask), new
+        return jnp.sum(jnp.where(constraints.constrained, added, values), where=mask), new
 
     return base.scalarizer(init, apply)
