@@ -34,8 +34,8 @@ def epo(
     goes together. A linear program of m weights in either case, solved on the device.
 
     Losses must be positive; a negative one makes the weights NaN. The weights sum to 1, and stop at a Pareto-optimal
-    point only if it is the preferred one: to get there some losses may have to rise. Steps near the preference are
-    short ones of alternating kind; let the learning rate fall. The method reads the losses: give them as ``values=``.
+    point only if it is the preferred one: to get there some losses may have to rise. Near the preference both kinds of
+    steps alternate; let the learning rate fall. The method reads the losses: give them as ``values=``.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
