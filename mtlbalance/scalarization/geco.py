@@ -45,10 +45,11 @@ def geco(
               C_i \leftarrow \alpha C_i + (1 - \alpha)(L_i - c_i), \quad \lambda_i \leftarrow \lambda_i e^{\eta C_i}
 
     A multiplier is always positive, and is moved by the running average :math:`C`, which starts at the first violation:
-    suited to noisy losses, and to multipliers of an unknown order of magnitude. A constraint that is met all the time loses its weight step by step,
-    where :func:`lagrangian` has 0. The average is a constant of differentiation, and the gradient that of :math:`L_i`:
-    an objective has weight 1, a constraint its multiplier from before the call, with no fixed total. Any real losses
-    will do; :math:`\eta` is in units of one over the constraint. An absent constraint keeps its multiplier and average.
+    suited to noisy losses, and to multipliers of an unknown order of magnitude. A constraint that is met all the time
+    loses its weight step by step, where :func:`lagrangian` has 0. The average is a constant of differentiation, and the
+    gradient that of :math:`L_i`: an objective has weight 1, a constraint its multiplier from before the call, with no
+    fixed total. Any real losses will do; :math:`\eta` is in units of one over the constraint. An absent constraint keeps
+    its multiplier and average.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
