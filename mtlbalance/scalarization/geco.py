@@ -48,8 +48,8 @@ def geco(
     suited to noisy losses, and to multipliers of an unknown order of magnitude. A constraint that is met all the time
     loses its weight step by step, where :func:`lagrangian` has 0. The average is a constant of differentiation, and the
     gradient that of :math:`L_i`: an objective has weight 1, a constraint its multiplier from before the call, with no
-    fixed total. Any real losses will do; :math:`\eta` is in units of one over the constraint. An absent constraint keeps
-    its multiplier and average.
+    fixed total. Any real losses will do; :math:`\eta` is in units of one over the constraint. An absent constraint
+    keeps its multiplier and average.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
