@@ -106,7 +106,7 @@ def epo(
         rows = jnp.concatenate([gramian, along[None, :]])
         weights, feasible = simplex_lp(objective, rows, jnp.append(bounds, bound_of_mu), mask)
         if not relax:
-            # Under vmap both are computed: without bounds there is nothing to do.
+            # Under vmap this one always runs; without bounds it ends at once.
             again, _ = simplex_lp(objective, gramian, jnp.where(feasible, -jnp.inf, bounds), mask)
             weights = jnp.where(feasible, weights, again)
         return numerics.nan_unless(jnp.isfinite(mu), weights), count_seen(state, mask)

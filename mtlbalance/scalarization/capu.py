@@ -127,7 +127,7 @@ def capu(
 
         before, known = terms(state), mask & (state.seen > 0)
         last = jnp.sum(state.last, where=known)
-        rests = jnp.sum(before, where=known) >= last - (1 - omega) * jnp.abs(last)  # omega times a positive one
+        rests = jnp.sum(before, where=known) >= last - (1 - omega) * jnp.abs(last)  # omega * last, if that is positive
         moving, measured = known & constraints.constrained & rests, mask & constraints.constrained
         squares = jnp.where(measured, zeta * state.squares + (1 - zeta) * violation**2, state.squares)
         stepped = constraints.project(state.multipliers + state.penalties * violation, max_multiplier)
