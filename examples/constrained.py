@@ -88,10 +88,8 @@ def print_table(found):
         in_training = f"{last['weight/sum']:.2f}", f"{last['loss/sum']:.2f}", f"{digits:.3f}"
         rows.append((name, *in_training, *show.format_scores(metrics)))
     columns = "sum by", "its weight", "its error", "digits' loss", *show.SCORES
-    about = "its weight, its error, digits' loss: means of the last epoch, in training. Then on the test images: left, "
-    about += (
-        f"right: accuracy; sum: mean absolute error, in raw units. All but the weights by hand have the bound {BOUND}."
-    )
+    about = "its weight, its error, digits' loss: means of the last epoch, in training. On the test images: "
+    about += f"{show.ABOUT_SCORES} All but the weights by hand have the bound {BOUND}."
     show.print_table("What the sum's error costs the digits", columns, rows, about)
 
 

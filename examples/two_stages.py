@@ -1,9 +1,9 @@
 """Two stages, as physics-informed networks are trained: Adam while a method balances, then L-BFGS with weights frozen.
 
-A small network learns the solution of ``u'' = f`` on an interval from two losses: what is left over of the equation
-inside, and of ``u = 0`` at the two ends. Adam trains it, with equal weights or with those of learning-rate annealing.
-From there it goes on in two ways: by Adam as before, or by L-BFGS. The line search of L-BFGS compares values, so that
-it must see one and the same function: ``mtl.freeze`` keeps the last weights as constants. All seeds are trained in one
+A small network learns the solution of ``u'' = f`` on an interval from two losses: the residual of the equation inside,
+and that of ``u = 0`` at the two ends. Adam trains it, with equal weights or with those of learning-rate annealing. From
+there it goes on in two ways: by Adam as before, or by L-BFGS. The line search of L-BFGS compares values, so that it
+must see one and the same function: ``mtl.freeze`` keeps the last weights as constants. All seeds are trained in one
 program.
 
 The method is that of Wang et al., "Understanding and mitigating gradient pathologies in physics-informed neural
@@ -60,9 +60,9 @@ def predict(params, x):
 def task_losses(params):
     u = partial(predict, params)
     second_derivative = lambda f: jax.vmap(jax.grad(jax.grad(f)))(INSIDE)
-    left_over = second_derivative(u) - second_derivative(solution)
+    residual = second_derivative(u) - second_derivative(solution)
     ends = jax.vmap(u)(np.array([0.0, 1.0]))
-    return {"equation": jnp.mean(left_over**2), "ends": jnp.sum(ends**2)}
+    return {"equation": jnp.mean(residual**2), "ends": jnp.sum(ends**2)}
 
 
 def error(params):

@@ -1,4 +1,4 @@
-"""Losses with bounds, for the methods with multipliers: which are constraints, by how much they are violated."""
+"""Losses with bounds, for the methods with multipliers: which are constraints, how far they are violated."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtlbalance.hyperparameters import Bound, is_asking_for_shapes, is_int, reject
-from mtlbalance.names import names_are_known, of_some, positions_of
+from mtlbalance.names import known_names, per_task_with_default, positions_of
 
 BOUND = Bound("a number, or infinity (or None, by name) for an objective,", lambda x: x > -np.inf)
 
@@ -18,17 +18,29 @@ class Constraints(NamedTuple):
 
     Attributes:
       bounds: infinite for objectives.
-      are: which losses are constraints, the others being objectives.
+      constrained: which losses are constraints, the others being objectives.
       equality: which of them are to be met exactly.
     """
 
     bounds: chex.Array
-    are: chex.Array
+    constrained: chex.Array
     equality: chex.Array
 
     def violation(self, values: chex.Array) -> chex.Array:
         """How far the losses are above their bounds; 0 for objectives."""
-        return jnp.where(self.are, values - jnp.where(self.are, self.bounds, 0), 0)
+        return jnp.where(self.constrained, values - jnp.where(self.constrained, self.bounds, 0), 0)
+
+    def augmented(self, violation: chex.Array, multipliers: chex.Array, penalties: chex.Array) -> chex.Array:
+        """What each adds to an augmented Lagrangian: ``multiplier * violation + penalty / 2 * violation**2``.
+
+        Its derivative is ``multiplier + penalty * violation``. Of an inequality that is no less than 0: where it would
+        be, the violation counts as the one at which it is 0, as if a slack variable had been minimized.
+        """
+        multipliers, penalties = jax.lax.stop_gradient((multipliers, penalties))
+        has_least = ~self.equality & (penalties > 0)
+        least = jnp.where(has_least, -multipliers / jnp.where(has_least, penalties, 1), -jnp.inf)
+        violation = jnp.maximum(violation, least)
+        return multipliers * violation + (penalties / 2 * violation) * violation  # in this order no square of 0 * inf
 
     def project(self, multipliers: chex.Array, largest: chex.Numeric) -> chex.Array:
         """The nearest multipliers: at least 0 of inequalities, and at most ``largest``."""
@@ -64,12 +76,13 @@ def read_constraints(
     """
     if bounds is None:
         reject("bounds", 'upper bounds by the names of the constraints, such as {"kl": 0.1}', "None", TypeError)
-    numbers = jax.lax.stop_gradient(of_some("bounds", bounds, shape, dtype, np.inf, BOUND, is_call=is_call))
+    numbers = per_task_with_default("bounds", bounds, shape, dtype, np.inf, BOUND, is_call=is_call)
+    numbers = jax.lax.stop_gradient(numbers)
     exact = np.zeros(shape, bool)
-    if not is_asking_for_shapes() and (is_call or names_are_known()):
+    if not is_asking_for_shapes() and (is_call or known_names() is not None):
         for task in equality:
             exact |= np.isin(np.arange(exact.size), positions_of("equality", task)).reshape(shape)
-    are = numbers < np.inf
-    if exact.any() and not isinstance(are, jax.core.Tracer) and not np.all(are | ~exact):
+    constrained = numbers < np.inf
+    if exact.any() and not isinstance(constrained, jax.core.Tracer) and not np.all(constrained | ~exact):
         reject("equality", "constraints with a finite bound", f"{equality} and the bounds {bounds}")
-    return Constraints(numbers, are, jnp.asarray(exact))
+    return Constraints(numbers, constrained, jnp.asarray(exact))

@@ -214,12 +214,12 @@ def by_group(argument: str, value: chex.ArrayTree) -> chex.ArrayTree:
     return jnp.stack([given[name] for (name,) in matches])
 
 
-def of_some(
+def per_task_with_default(
     argument: str,
     value: chex.ArrayTree,
     shape: tuple[int, ...],
     dtype: chex.ArrayDType,
-    otherwise: float,
+    default: float,
     bound: Bound,
     *,
     is_call: bool = True,
@@ -231,7 +231,7 @@ def of_some(
       value: one number for all tasks, one for each, or a tree of some of the losses' names.
       shape: of the losses.
       dtype: of what is returned.
-      otherwise: the number of the others.
+      default: the number of the tasks that are not named.
       bound: of the numbers.
       is_call: whether the losses' names must be known by now; in ``init`` they may not be: then nothing is checked.
 
@@ -239,28 +239,23 @@ def of_some(
       ValueError: if a name is none of the losses', or a number is out of bounds.
       TypeError: if something is not a real number.
     """
-    value = jax.tree.map(lambda x: otherwise if x is None else x, value, is_leaf=lambda x: x is None)
-    found, names = list(names_of(value).entries), _outermost.get()
+    value = jax.tree.map(lambda x: default if x is None else x, value, is_leaf=lambda x: x is None)
+    found, names = list(names_of(value).entries), known_names()
     if not found or is_asking_for_shapes():
         check_names({argument: value}, is_call=is_call)
         return per_task(argument, value, shape, dtype, bound=bound)
     given = per_task(argument, value, (len(found),), dtype, bound=bound)
-    entries = () if names in (None, ...) else names.entries
-    if names in (None, ...) and is_call:
+    entries = () if names is None else names.entries
+    if names is None and is_call:
         reject(argument, "values= with the losses' names, or an array", f"{found} and no names")
-    numbers = jnp.full(shape, otherwise, dtype)
+    numbers = jnp.full(shape, default, dtype)
     for name, number in zip(found, given, strict=True):
         here = np.array([_is_in(entry, name) for entry in entries], bool)
         if here.any():
             numbers = jnp.where(here.reshape(shape), number, numbers)
-        elif names not in (None, ...):
+        elif names is not None:
             reject(argument, f"the losses' names {list(entries)}" if entries else NO_NAMES, f"{found}")
     return numbers
-
-
-def names_are_known() -> bool:
-    """Whether it is known by now which names the losses have, or that they have none."""
-    return _outermost.get() not in (None, ...)
 
 
 def groups_of(argument: str, given: tuple[str, ...]) -> dict[str, tuple[list[int], Names]]:

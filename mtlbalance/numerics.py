@@ -177,19 +177,6 @@ def held(
     return x, jnp.where(beyond, bounded + (x - jax.lax.stop_gradient(x)), x)
 
 
-def augmented(violation: chex.Array, multipliers: chex.Array, penalty: chex.Array, equality: chex.Array) -> chex.Array:
-    """What each constraint adds to an augmented Lagrangian: ``multiplier * violation + penalty / 2 * violation**2``.
-
-    Its derivative is ``multiplier + penalty * violation``. Of an inequality that is no less than 0: where it would be,
-    the violation counts as the one at which it is 0, as if a slack variable had been minimized.
-    """
-    multipliers, penalty = jax.lax.stop_gradient((multipliers, penalty))
-    has_least = ~equality & (penalty > 0)
-    least = jnp.where(has_least, -multipliers / jnp.where(has_least, penalty, 1), -jnp.inf)
-    violation = jnp.maximum(violation, least)
-    return multipliers * violation + (penalty / 2 * violation) * violation  # in this order no square of 0 * inf
-
-
 def magnitude(x: chex.Array) -> chex.Array:
     """``abs(x)``, whose gradient at zero is 1."""
     return jnp.where(x < 0, -x, x)

@@ -45,6 +45,7 @@ KEYWORDS = {
     "dual_proj pref_vector": (aggregation.dual_proj, "pref_vector"),
     "config pref_vector": (aggregation.config, "pref_vector"),
     "aligned_mtl pref_vector": (aggregation.aligned_mtl, "pref_vector"),
+    "epo preference": (aggregation.epo, "preference"),
     "sdmgrad pref_vector": (aggregation.sdmgrad, "pref_vector"),
     "graddrop leak": (aggregation.graddrop, "leak"),
     "gradient_shares shares": (aggregation.gradient_shares, "shares"),
@@ -152,7 +153,8 @@ def refused(method, losses, message, *left_out):
 def test_the_losses_names_are_taken(keyword):
     """And one number for all is, where it may be."""
     method, argument = make(keyword, RIGHT)
-    for given in (RIGHT, 0.5) if argument not in ("weights", "pref_vector", "initial_weights") else (RIGHT,):
+    for_each = argument in ("weights", "pref_vector", "preference", "initial_weights")
+    for given in (RIGHT,) if for_each else (RIGHT, 0.5):
         method, _ = make(keyword, given)
         for _, outer in wrapped(method).items():
             for _, call in calls(outer):
@@ -167,8 +169,9 @@ def test_every_keyword_with_a_number_per_task_is_here():
             found.add((path.stem, argument))
         if re.search(r"preference\(\s*pref_vector|partial\(preference, pref_vector", path.read_text()):
             found.add((path.stem, "pref_vector"))
-    # The first takes groups too, see tests/test_weights.py; the second stands for what is read by `names.of_some`.
-    assert found == (here | {("prioritize", "prior")}) - {("lagrangian", "bounds")}
+    # The first takes groups too, see tests/test_weights.py; the second is no method's, see tests/autodiff.
+    elsewhere = {("prioritize", "prior"), ("auto_lambda", "initial_weights")}
+    assert found == (here | elsewhere) - {("lagrangian", "bounds")}  # that stands for `per_task_with_default`
 
 
 def factory_of(keyword):

@@ -104,7 +104,7 @@ def bloop(
         follow = lambda old, rows: jnp.where(mask[at], decay * old + (1 - decay) * rows[at], old)
         average = jax.tree.map(follow, state.average, jacobian)
 
-        def others(rows):  # one by one: so they are added where they are used
+        def others(rows):  # one by one, no jnp.sum: so XLA adds them where they are used
             first, *more = [row for i, row in enumerate(rows) if i != at] or [jnp.zeros_like(rows[at])]
             return sum(more, first)
 

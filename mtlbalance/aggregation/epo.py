@@ -1,4 +1,4 @@
-"""EPO: exact Pareto optimal search, descent to the point of the front at which preferred losses are equal.
+"""EPO: exact Pareto optimal search, descent to the point of the front at which preference times loss is equal for all.
 
 Mahapatra and Rajan, "Multi-Task Learning with User Preferences: Gradient Descent with Controlled Ascent in Pareto
 Optimization", ICML 2020, https://proceedings.mlr.press/v119/mahapatra20a.html
@@ -28,14 +28,14 @@ def epo(
 
     Where the losses are not yet as preferred, :math:`\mu > \epsilon`, the weights balance: they maximize
     :math:`w^\top G a`, the rate at which :math:`\mu` falls, such that the tasks with :math:`(G a)_j \le 0` rise no
-    faster than along :math:`a` itself, :math:`(G w)_j \ge (G a)_j`, and the largest preferred loss does not rise; if
-    these are all tasks, none rises. Elsewhere they descend: they maximize the fall of all losses together,
+    faster than along :math:`a` itself, :math:`(G w)_j \ge (G a)_j`, and the loss with the largest :math:`r_j L_j` does
+    not rise; if these are all tasks, none rises. Elsewhere they descend: they maximize the fall of all losses together,
     :math:`\sum_j (G w)_j`, such that no loss rises, and with ``relax=False`` neither does :math:`\mu`, as far as that
     goes together. A linear program of m weights in either case, solved on the device.
 
     Losses must be positive; a negative one makes the weights NaN. The weights sum to 1, and stop at a Pareto-optimal
-    point only if it is the preferred one: to get there some losses may have to rise. Steps near the preference are
-    short ones of alternating kind; let the learning rate fall. The method reads the losses: give them as ``values=``.
+    point only if it is the preferred one: to get there some losses may have to rise. Near the preference both kinds of
+    steps alternate; let the learning rate fall. The method reads the losses: give them as ``values=``.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
@@ -98,14 +98,15 @@ def epo(
         bounds = jnp.where(is_largest, 0, jnp.where(falls, -jnp.inf, along))
         balances = mu > eps
         bounds = jnp.where(mask, jnp.where(balances & jnp.any(falls), bounds, 0), -jnp.inf)
+        # mu falls at the rate along @ w; where no gradient lets it fall, it rises no faster than it must.
         fastest = jnp.minimum(jnp.max(along, where=mask, initial=-jnp.inf), 0)
-        of_mu = jnp.where(balances | relax, -jnp.inf, fastest)
+        bound_of_mu = jnp.where(balances | relax, -jnp.inf, fastest)
         objective = jnp.where(balances, along, jnp.sum(gramian, axis=0))
 
         rows = jnp.concatenate([gramian, along[None, :]])
-        weights, feasible = simplex_lp(objective, rows, jnp.append(bounds, of_mu), mask)
+        weights, feasible = simplex_lp(objective, rows, jnp.append(bounds, bound_of_mu), mask)
         if not relax:
-            # Under vmap both are computed: without bounds there is nothing to do.
+            # Under vmap this one always runs; without bounds it ends at once.
             again, _ = simplex_lp(objective, gramian, jnp.where(feasible, -jnp.inf, bounds), mask)
             weights = jnp.where(feasible, weights, again)
         return numerics.nan_unless(jnp.isfinite(mu), weights), count_seen(state, mask)

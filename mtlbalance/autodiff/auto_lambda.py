@@ -78,7 +78,7 @@ def auto_lambda(
 
     Note:
       The official code takes the hypergradient of an SGD step by finite differences along the validation gradient, of
-      length 0.01, in two more passes over the training data: on small networks 1e-5 of its length off, 4e-4 at worst.
+      length 0.01, in two more passes over the training data: in the recorded trainings 4e-6 to 9e-5 of its length off.
       Here it is exact, and of any optimizer's step. LibMTL's has ``softmax=True``, a learning rate of 1e-3, all tasks
       primary, and a plain SGD step in the place of the model's Adam. Its MOML is that with
       ``aggregator=aggregation.mgda()``, on hypergradients of unit length. FORUM does not stand on this function: its
@@ -108,8 +108,10 @@ def auto_lambda(
       state, an :class:`AutoLambdaState`.
 
     Raises:
-      TypeError: if a loss or parameter is not floating point, an optimizer none of optax, or ``validation`` no tuple.
-      ValueError: if a primary task is none, ``opt_state`` is missing, or ``initial_weights`` are not one per task.
+      TypeError: if a loss or parameter is not floating point, an optimizer none of optax, ``aggregator`` none of
+        ours; at a call, if ``validation`` is not a tuple of as many as ``args``, or ``opt_state`` is missing.
+      ValueError: if ``primary`` is empty; at ``init``, if it names no task, or ``initial_weights`` are not one per
+        task; at a call, if the validation data have another number of losses.
 
     Example:
       >>> import jax.numpy as jnp, optax

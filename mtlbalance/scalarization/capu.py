@@ -10,10 +10,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, numerics
+from mtlbalance import base
 from mtlbalance.constraints import read_constraints
 from mtlbalance.hyperparameters import DECAY, NONNEGATIVE, POSITIVE_OR_INFINITE, check
-from mtlbalance.names import of_some
+from mtlbalance.names import per_task_with_default
 from mtlbalance.states import count_seen, zero_counts
 
 
@@ -110,25 +110,25 @@ def capu(
 
     def init(shape, dtype):
         read_constraints(bounds, (), shape, dtype, is_call=False)
-        of_some("eta", eta, shape, dtype, 0.0, NONNEGATIVE, is_call=False)
-        multipliers = of_some("initial_multipliers", initial_multipliers, shape, dtype, 1.0, NONNEGATIVE)
-        penalties = of_some("initial_penalties", initial_penalties, shape, dtype, 1.0, NONNEGATIVE)
+        per_task_with_default("eta", eta, shape, dtype, 0.0, NONNEGATIVE, is_call=False)
+        multipliers = per_task_with_default("initial_multipliers", initial_multipliers, shape, dtype, 1.0, NONNEGATIVE)
+        penalties = per_task_with_default("initial_penalties", initial_penalties, shape, dtype, 1.0, NONNEGATIVE)
         zeros = jnp.zeros(shape, dtype)
         return CAPUState(multipliers, penalties, zeros, zeros, zero_counts(shape))
 
     def apply(state, values, mask):
         constraints = read_constraints(bounds, (), mask.shape, values.dtype)
-        growth = of_some("eta", eta, mask.shape, values.dtype, 0.0, NONNEGATIVE)
+        growth = per_task_with_default("eta", eta, mask.shape, values.dtype, 0.0, NONNEGATIVE)
         violation = constraints.violation(values)
 
         def terms(state):
-            added = numerics.augmented(violation, state.multipliers, state.penalties, constraints.equality)
-            return jnp.where(constraints.are, added, values)
+            added = constraints.augmented(violation, state.multipliers, state.penalties)
+            return jnp.where(constraints.constrained, added, values)
 
         before, known = terms(state), mask & (state.seen > 0)
         last = jnp.sum(state.last, where=known)
-        rests = jnp.sum(before, where=known) >= last - (1 - omega) * jnp.abs(last)  # omega times a positive one
-        moving, measured = known & constraints.are & rests, mask & constraints.are
+        rests = jnp.sum(before, where=known) >= last - (1 - omega) * jnp.abs(last)  # omega * last, if that is positive
+        moving, measured = known & constraints.constrained & rests, mask & constraints.constrained
         squares = jnp.where(measured, zeta * state.squares + (1 - zeta) * violation**2, state.squares)
         stepped = constraints.project(state.multipliers + state.penalties * violation, max_multiplier)
         grown = jnp.maximum(state.penalties, growth / jnp.sqrt(squares + 1e-16))

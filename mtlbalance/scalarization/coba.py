@@ -129,8 +129,8 @@ def coba(tau: chex.Numeric = 5.0, window: int = 200, n_warmup_steps: int = 100) 
         ratios, slopes = extend(state.ratios, state.slopes, ratio, state.seen, is_later)
         worst, is_any = jnp.max(ratio, where=is_later, initial=-jnp.inf), jnp.any(is_later)
         worst_seen = increment(state.worst_seen, is_any)
-        worst = extend(state.worst_ratios, state.worst_slopes, worst, worst_seen, is_any)
-        return count_seen(CoBaState(state.seen, first, ratios, slopes, worst_seen, *worst), mask)
+        histories = extend(state.worst_ratios, state.worst_slopes, worst, worst_seen, is_any)
+        return count_seen(CoBaState(state.seen, first, ratios, slopes, worst_seen, *histories), mask)
 
     def extend(ratios, slopes, ratio, n_ratios, is_new):
         """Both histories with a new ratio, which makes it ``n_ratios``, and with the slope that this gives."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mtlbalance import base
 from mtlbalance.constraints import read_constraints
 from mtlbalance.hyperparameters import DECAY, NONNEGATIVE, POSITIVE, check
-from mtlbalance.names import of_some
+from mtlbalance.names import per_task_with_default
 from mtlbalance.states import count_seen, running_average, zero_counts
 
 
@@ -44,11 +44,12 @@ def geco(
     .. math:: \sum_{i \text{ an objective}} L_i + \sum_{i \text{ a constraint}} \lambda_i C_i, \quad
               C_i \leftarrow \alpha C_i + (1 - \alpha)(L_i - c_i), \quad \lambda_i \leftarrow \lambda_i e^{\eta C_i}
 
-    A multiplier is always positive, and is moved by the running average :math:`C`: suited to noisy losses, and to
-    multipliers of an unknown order of magnitude. A constraint that is met all the time loses its weight step by step,
-    where :func:`lagrangian` has 0. The average is a constant of differentiation, and the gradient that of :math:`L_i`:
-    an objective has weight 1, a constraint its multiplier from before the call, with no fixed total. Any real losses
-    will do; :math:`\eta` is in units of one over the constraint. An absent constraint keeps its multiplier and average.
+    A multiplier is always positive, and is moved by the running average :math:`C`, which starts at the first violation:
+    suited to noisy losses, and to multipliers of an unknown order of magnitude. A constraint that is met all the time
+    loses its weight step by step, where :func:`lagrangian` has 0. The average is a constant of differentiation, and the
+    gradient that of :math:`L_i`: an objective has weight 1, a constraint its multiplier from before the call, with no
+    fixed total. Any real losses will do; :math:`\eta` is in units of one over the constraint. An absent constraint
+    keeps its multiplier and average.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
@@ -86,18 +87,18 @@ def geco(
       https://github.com/applied-ai-lab/genesis.
     """
     check("alpha", alpha, DECAY)
-    for name, value in {"min_multiplier": min_multiplier, "max_multiplier": max_multiplier}.items():
-        check(name, value, POSITIVE)
+    check("min_multiplier", min_multiplier, POSITIVE)
+    check("max_multiplier", max_multiplier, POSITIVE)
 
     def init(shape, dtype):
         read_constraints(bounds, (), shape, dtype, is_call=False)
-        of_some("lr", lr, shape, dtype, 0.0, NONNEGATIVE, is_call=False)
-        start = of_some("initial_multipliers", initial_multipliers, shape, dtype, 1.0, POSITIVE)
+        per_task_with_default("lr", lr, shape, dtype, 0.0, NONNEGATIVE, is_call=False)
+        start = per_task_with_default("initial_multipliers", initial_multipliers, shape, dtype, 1.0, POSITIVE)
         return GECOState(jnp.log(start), jnp.zeros(shape, dtype), zero_counts(shape))
 
     def apply(state, values, mask):
         constraints = read_constraints(bounds, (), mask.shape, values.dtype)
-        rate = of_some("lr", lr, mask.shape, values.dtype, 0.0, NONNEGATIVE)
+        rate = per_task_with_default("lr", lr, mask.shape, values.dtype, 0.0, NONNEGATIVE)
         violation = constraints.violation(values)
         average = jax.lax.stop_gradient(running_average(state.average, violation, alpha, state.seen))
         weights = jax.lax.stop_gradient(jnp.exp(state.log_multipliers))
@@ -107,9 +108,9 @@ def geco(
         lowest, highest = (jnp.log(jnp.asarray(x, values.dtype)) for x in (min_multiplier, max_multiplier))
         log_multipliers = jnp.clip(state.log_multipliers + rate * average, lowest, highest)
         new = count_seen(state, mask)._replace(
-            log_multipliers=jnp.where(mask & constraints.are, log_multipliers, state.log_multipliers),
+            log_multipliers=jnp.where(mask & constraints.constrained, log_multipliers, state.log_multipliers),
             average=jnp.where(mask, average, state.average),
         )
-        return jnp.sum(jnp.where(constraints.are, added, values), where=mask), new
+        return jnp.sum(jnp.where(constraints.constrained, added, values), where=mask), new
 
     return base.scalarizer(init, apply)

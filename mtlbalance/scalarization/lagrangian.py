@@ -10,10 +10,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, numerics
+from mtlbalance import base
 from mtlbalance.constraints import check_equality, read_constraints
 from mtlbalance.hyperparameters import FINITE, NONNEGATIVE, POSITIVE_OR_INFINITE, Bound, check
-from mtlbalance.names import of_some
+from mtlbalance.names import per_task_with_default
 from mtlbalance.states import count_seen, zero_counts
 
 SMOOTHING = Bound("a number above -1 and below 1", lambda x: (x > -1) & (x < 1))
@@ -77,7 +77,7 @@ def lagrangian(
     ==========================================  ======  =====  =============  ==========================
 
     An absent constraint keeps its multiplier. A multiplier is moved by a call's losses before it weighs them, at the
-    cost of a second pass over micro-batches; not so with ``simultaneous``.
+    cost of a second pass over micro-batches; not so with ``simultaneous``, without damping.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
@@ -131,29 +131,32 @@ def lagrangian(
     check("max_multiplier", max_multiplier, POSITIVE_OR_INFINITE)
     check_equality(equality)
     of_start = FINITE if equality else NONNEGATIVE
+    is_damped = not (isinstance(damping, int | float) and damping == 0)
 
     def init(shape, dtype):
         read_constraints(bounds, equality, shape, dtype, is_call=False)
-        for name, value in {"lr": lr, "damping": damping}.items():
-            of_some(name, value, shape, dtype, 0.0, NONNEGATIVE, is_call=False)
-        start = of_some("initial_multipliers", initial_multipliers, shape, dtype, 0.0, of_start)
+        per_task_with_default("lr", lr, shape, dtype, 0.0, NONNEGATIVE, is_call=False)
+        per_task_with_default("damping", damping, shape, dtype, 0.0, NONNEGATIVE, is_call=False)
+        start = per_task_with_default("initial_multipliers", initial_multipliers, shape, dtype, 0.0, of_start)
         return LagrangianState(start, jnp.zeros(shape, dtype), zero_counts(shape))
 
     def apply(state, values, mask):
         shape, dtype = mask.shape, values.dtype
         constraints = read_constraints(bounds, equality, shape, dtype)
-        rate = of_some("lr", lr, shape, dtype, 0.0, NONNEGATIVE)
-        penalty = of_some("damping", damping, shape, dtype, 0.0, NONNEGATIVE)
+        rate = per_task_with_default("lr", lr, shape, dtype, 0.0, NONNEGATIVE)
+        penalties = per_task_with_default("damping", damping, shape, dtype, 0.0, NONNEGATIVE)
         violation = constraints.violation(values)
         smoothed = jnp.where(state.seen == 0, 0, nu * state.smoothed + (1 - nu) * violation)
         moved = state.multipliers + rate * (violation + kappa_p * (smoothed - state.smoothed))
-        moving = mask & constraints.are
+        moving = mask & constraints.constrained
         new = count_seen(state, mask)._replace(
             multipliers=jnp.where(moving, constraints.project(moved, max_multiplier), state.multipliers),
             smoothed=jnp.where(moving, smoothed, state.smoothed),
         )
         weighing = (state if simultaneous else new).multipliers
-        added = numerics.augmented(violation, weighing, penalty, constraints.equality)
-        return jnp.sum(jnp.where(constraints.are, added, values), where=mask), jax.lax.stop_gradient(new)
+        # Without damping the simultaneous form must not read the losses for its weights: micro-batches then run once.
+        undamped = jax.lax.stop_gradient(weighing) * violation
+        added = constraints.augmented(violation, weighing, penalties) if is_damped else undamped
+        return jnp.sum(jnp.where(constraints.constrained, added, values), where=mask), jax.lax.stop_gradient(new)
 
     return base.scalarizer(init, apply)

@@ -87,10 +87,10 @@ def slaw(decay: chex.Numeric = 0.99, eps: chex.Numeric = 1e-5) -> base.Scalarize
         return numerics.weighted_sum(weights, values, mask), count_seen(state, mask)
 
     def follow(state, values):
-        new = mean_rate(state.seen, values.dtype, 1 - decay)
-        mean = new * values + (1 - new) * state.mean
-        # With d the difference to the old mean, the variance v becomes (1 - new) (v + new d ** 2).
-        difference = jnp.sqrt(1 - new) * jnp.abs(values - state.mean)
-        return SLAWState(mean, numerics.root_mean(state.deviation, difference, new), state.seen)
+        rate = mean_rate(state.seen, values.dtype, 1 - decay)
+        mean = rate * values + (1 - rate) * state.mean
+        # With d the difference to the old mean, the variance v becomes (1 - rate) (v + rate d ** 2).
+        difference = jnp.sqrt(1 - rate) * jnp.abs(values - state.mean)
+        return SLAWState(mean, numerics.root_mean(state.deviation, difference, rate), state.seen)
 
     return base.scalarizer(init, apply)

@@ -1,4 +1,4 @@
-"""Small convex problems over the tasks, solved on the device, for square matrices of float32 or float64."""
+"""Small convex problems over the tasks, solved on the device, for matrices of float32 or float64."""
 
 from mtlbalance.solvers.alpha_fair import alpha_fair
 from mtlbalance.solvers.cagrad_dual import cagrad_dual

@@ -17,7 +17,7 @@ class _Tableau(NamedTuple):
 
     matrix: chex.Array
     basic: chex.Array
-    free: chex.Array
+    nonbasic: chex.Array
 
 
 @jax.jit  # a bare call would compile the loop each time
@@ -43,7 +43,7 @@ def simplex_lp(
 
     Returns:
       w, shape ``[m]``, in the matrix's dtype: 0 where absent, all 0 if nothing is there, NaN if what was given is not
-      finite. And whether it satisfies all rows: if not, no w does, and this one misses as few as were found.
+      finite. And whether it satisfies all rows: if not, no w does, but for what the note says.
 
     Example:
       >>> import jax.numpy as jnp
@@ -85,7 +85,7 @@ def simplex_lp(
 
 
 class _Program(NamedTuple):
-    """What was given, scaled."""
+    """What was given, scaled: rows, their lower bounds, the equation's coefficients, which entries are there."""
 
     rows: chex.Array
     lower: chex.Array
@@ -113,11 +113,11 @@ class _Program(NamedTuple):
         count, _, feasible, tableau = carry
         k, m = self.rows.shape
         eps = jnp.finfo(self.rows.dtype).eps
-        # What the exchanges have rounded is taken back: by the numbers given free variables are not quite zero.
+        # What the exchanges have rounded is taken back: by the numbers given nonbasic variables are not quite zero.
         y = self.weights_at(tableau)
         off = jnp.concatenate([y, _dot(self.rows, y) - self.lower, 1 - _dot(self.total[None, :], y)])
         values = tableau.matrix[:-1, -1]
-        exact = values + _dot(tableau.matrix[:-1, :-1], off[tableau.free])
+        exact = values + _dot(tableau.matrix[:-1, :-1], off[tableau.nonbasic])
         values = jnp.where(jnp.all(jnp.isfinite(exact)), exact, values)
         matrix = tableau.matrix.at[:-1, -1].set(values)
         tableau = tableau._replace(matrix=matrix)
@@ -129,7 +129,7 @@ class _Program(NamedTuple):
         leaving = jnp.argmin(relative)
         is_below = jnp.min(relative) < -10 * eps
         row = _entry(matrix, leaving)[:-1]
-        is_dead = (tableau.free == m + k) | ~jnp.append(self.present, jnp.ones(k + 1, bool))[tableau.free]
+        is_dead = (tableau.nonbasic == m + k) | ~jnp.append(self.present, jnp.ones(k + 1, bool))[tableau.nonbasic]
         enters = (row < -10 * eps * jnp.max(jnp.abs(row))) & ~is_dead
         price = jnp.maximum(matrix[-1, :-1], 0)
         entering = jnp.argmin(jnp.where(enters, price / jnp.where(enters, -row, 1), jnp.inf))
@@ -140,17 +140,17 @@ class _Program(NamedTuple):
 
 
 def _pivot(tableau, leaving, entering):
-    """Exchanges a basic variable and a free one."""
-    matrix, basic, free = tableau
+    """Exchanges a basic variable and a nonbasic one."""
+    matrix, basic, nonbasic = tableau
     row, column = _entry(matrix, leaving), _entry(matrix.T, entering)
     pivot = _entry(row, entering)
-    # The column of the variable that becomes free: 1 / pivot in its own row, -column / pivot in the others.
+    # The column of the variable that becomes nonbasic: 1 / pivot in its own row, -column / pivot in the others.
     row = _replaced(row, entering, 1) / pivot
     others = _replaced(matrix.T, entering, 0).T - column[:, None] * row[None, :]
     return _Tableau(
         _replaced(others, leaving, row[None, :]),
-        _replaced(basic, leaving, _entry(free, entering)),
-        _replaced(free, entering, _entry(basic, leaving)),
+        _replaced(basic, leaving, _entry(nonbasic, entering)),
+        _replaced(nonbasic, entering, _entry(basic, leaving)),
     )
 
 

@@ -145,6 +145,16 @@ def test_passes_are_as_in_the_readme(name):
     assert len(re.findall(r"= \S+ tanh\(", compiled.as_text())) == int(passes)
 
 
+@pytest.mark.parametrize(("damping", "passes"), [(0.0, 1), (0.5, 2)])
+def test_multipliers_from_before_the_call_take_one_pass(damping, passes):
+    """Unless damping makes the weights depend on the losses."""
+    bounds = {"rare": 0.1, "dense": None, "sparse": None}
+    method = scalarization.lagrangian(bounds, damping=damping, simultaneous=True)
+    step = jax.jit(mtl.value_and_grad(counted_losses, method, microbatches=4))
+    text = step.lower(PARAMS, init(method), (X, Y, LABELS)).compile().as_text()
+    assert len(re.findall(r"= \S+ tanh\(", text)) == passes
+
+
 def test_last_weights_take_one_pass():
     method = mtl.amortize(scalarization.geometric_mean())
     step = jax.jit(mtl.value_and_grad(counted_losses, method, microbatches=4), static_argnames="refresh")

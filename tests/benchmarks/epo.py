@@ -59,9 +59,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    spec = importlib.util.spec_from_file_location(
-        "epo_lp", arguments.folder / "EPOSearch/toy_experiments/solvers/epo_lp.py"
-    )
+    spec = importlib.util.spec_from_file_location("epo_lp", arguments.folder / FILE)
     epo_lp = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(epo_lp)
     for n_tasks in (2, 3, 8, 20):

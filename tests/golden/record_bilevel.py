@@ -34,10 +34,8 @@ def record(folder, seed=0):
     with mock.patch.dict(sys.modules, {"solvers": types.ModuleType("solvers"), "solvers.epo_lp": epo_lp}):
         epo_search = load(solvers / "epo_search.py", "solvers.epo_search")
     stand_in = types.ModuleType("utils")
-    stand_in.torch, stand_in.compute_loss = (
-        torch,
-        lambda prediction, target, task: torch.mean((prediction - target) ** 2),
-    )
+    stand_in.torch = torch
+    stand_in.compute_loss = lambda prediction, target, task: torch.mean((prediction - target) ** 2)
     with mock.patch.dict(sys.modules, {"utils": stand_in}):
         auto_lambda = load(folder / "auto-lambda" / "auto_lambda.py", "auto_lambda")
     data = {

@@ -1,8 +1,7 @@
 """EPO and Auto-Lambda against their official codes, held as data.
 
-``official_bilevel.json`` was recorded by ``record_bilevel.py``, which needs torch, cvxpy and cvxopt.
-None is needed here.
-Where a code departs from its paper, or from what we do, a test pins its way beside ours.
+``official_bilevel.json`` was recorded by ``record_bilevel.py``, which needs torch, cvxpy and cvxopt; none is needed
+here. Where a code departs from its paper, or from what we do, a test pins its way beside ours.
 """
 
 import json
