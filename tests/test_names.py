@@ -150,6 +150,7 @@ def refused(method, losses, message, *left_out):
 
 
 @each_keyword
+@one_of_each_kind
 def test_the_losses_names_are_taken(keyword):
     """And one number for all is, where it may be."""
     method, argument = make(keyword, RIGHT)

@@ -171,6 +171,7 @@ def test_identity_gives_the_methods_own_numbers_and_has_no_state(case):
     chex.assert_trees_all_equal_structs(method.end_epoch(method.observe(state, losses)), start)
 
 
+@pytest.mark.by_default(*SOME)
 @pytest.mark.parametrize("case", AGGREGATORS, ids=lambda case: case.name)
 def test_every_aggregator_takes_transformed_rows(case):
     """And the method can be guarded, balanced twice and carried by optax; nothing is compiled."""
@@ -202,7 +203,10 @@ def test_hyperparameters_of_the_transformation_may_be_traced():
 # In a training step.
 
 
-@pytest.mark.parametrize("make", [*MAKERS, aggregation.mgda, aggregation.m_config])
+@pytest.mark.by_default("sum", "m_config")
+@pytest.mark.parametrize(
+    "make", [*MAKERS, aggregation.mgda, aggregation.m_config], ids=["sum", "db_mtl", "mgda", "m_config"]
+)
 def test_every_way_of_a_step_gives_the_same(make):
     # All that Adam makes of a first gradient is its signs: too few directions for M-ConFIG.
     transformation = optax.trace(0.5) if make is aggregation.m_config else ADAM

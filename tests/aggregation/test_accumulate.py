@@ -15,6 +15,8 @@ from mtlbalance import aggregation
 from mtlbalance.strides import keep, kept_shape
 from tests.autodiff.models import layers, normal_batch, squared_errors
 
+pytestmark = pytest.mark.unoptimized
+
 FULL, EVERY_64TH = aggregation.excess_mtl(0.1), aggregation.excess_mtl(0.1, accumulate=64)
 PARAMS = {
     "w": jax.ShapeDtypeStruct((256, 256), jnp.float32),

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from mtlbalance import aggregation
 from tests.aggregation.problems import METHODS, PARAMS, TASKS, examples, jacobian, problems, solve
 
+pytestmark = pytest.mark.unoptimized
+
 # Where gradients depend on each other these jump: pseudoinverses, angles to what a projection left of nothing, and the
 # direction of a combination that vanishes.
 JUMPING = "imtl_g", "config", "gradvac", "cagrad c=1", "cagrad c=2"

@@ -121,6 +121,7 @@ def one_on_each(train):
     return jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec))
 
 
+@pytest.mark.slow
 def test_every_method_trains_on_each_device_on_its_own():
     for case in SCALARIZERS + AGGREGATORS:
         method = case.make()

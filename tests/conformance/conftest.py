@@ -79,6 +79,7 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("catalogue"):
         left_out = mark_slow([(built, item) for built, item in found if built is not None])
         found = [(built, item) for built, item in found if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
     order = {None: -1} | {built: i for i, built in enumerate(config.built)}
     is_optimized = lambda item: item.get_closest_marker("unoptimized") is None
     by_method = lambda pair: (pair[0] is not None, not is_optimized(pair[1]), order[pair[0]])

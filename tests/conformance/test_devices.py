@@ -28,7 +28,7 @@ def on(mesh, tree, specs):
     return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs)
 
 
-@pytest.fixture(params=MESHES)
+@pytest.fixture(params=[pytest.param("Auto", marks=pytest.mark.one_of_a_kind("boundary")), "Explicit"])
 def mesh(request):
     return MESHES[request.param]
 
@@ -49,7 +49,7 @@ def sharded_init(built, mesh):
     return built.init(params=on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), SPECS))
 
 
-@pytest.mark.one_of_a_kind("boundary")
+@pytest.mark.one_of_a_kind("engine")
 def test_eight_devices_give_what_one_gives(built, mesh):
     """With a state that lies with the parameters and stays there, from one program that gathers nothing."""
     state, sharded = built.init(), sharded_init(built, mesh)

@@ -266,7 +266,7 @@ def agrees_over_four_calls(aggregator, path):
         state = assert_path_agrees(aggregator, path, state, aggregator.sample(i))
 
 
-@pytest.mark.one_of_a_kind("boundary")
+@pytest.mark.one_of_a_kind("engine")
 def test_checkpoint_and_resume_is_a_straight_run(built, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     xs = built.stack(6)

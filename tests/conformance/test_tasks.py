@@ -162,7 +162,7 @@ def test_counted_losses_are_value_and_mask(scalarizer):
     chex.assert_trees_all_equal(scalarizer.method.apply(state, absent), (jnp.zeros(()), state))
 
 
-@pytest.mark.one_of_a_kind("boundary")
+@pytest.mark.one_of_a_kind("engine")
 def test_counted_and_masked_values_reach_an_aggregator(aggregator):
     state, x = warmed_up(aggregator), aggregator.sample(0)
     apply = jax.jit(aggregator.method.apply)

@@ -16,6 +16,8 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation
 
+pytestmark = pytest.mark.unoptimized
+
 RECORDED = json.loads(Path(__file__).with_name("official_bilevel.json").read_text())
 TASKS = ("a", "b", "c")
 
@@ -23,6 +25,7 @@ TASKS = ("a", "b", "c")
 # EPO.
 
 
+@pytest.mark.by_default("3-*", "2-relaxTrue")
 @pytest.mark.parametrize("case", RECORDED["epo"], ids=lambda case: f"{len(case['preference'])}-relax{case['relax']}")
 def test_epo_weights(case):
     """Number for number; the corners of m rows amplify rounding, by up to some 200 here."""

@@ -20,6 +20,8 @@ import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from tests.golden.comparisons import ROUNDING
 
+pytestmark = pytest.mark.unoptimized
+
 RECORDED = json.loads(Path(__file__).with_name("official_gradients.json").read_text())
 # Stored with the few digits that tell a float32 from its neighbours.
 SEQUENCES = [

@@ -10,6 +10,8 @@ import pytest
 from mtlbalance import aggregation
 from tests.golden.gramian_equations import RESIDUALS, TOLERANCE, only_zero_has_equal_projections, unstable
 
+pytestmark = pytest.mark.unoptimized
+
 RECORDED = json.loads(Path(__file__).with_name("torchjd_gramian.json").read_text())
 METHODS = {
     "upgrad": aggregation.upgrad,

@@ -18,6 +18,8 @@ from mtlbalance import scalarization
 from mtlbalance.states import select
 from tests.golden.comparisons import ROUNDING, arrays, assert_near, check_learned
 
+pytestmark = pytest.mark.unoptimized
+
 RECORDED, OFFICIAL = (
     json.loads(Path(__file__).with_name(name).read_text()) for name in ("official_recorded.json", "official.json")
 )

@@ -13,6 +13,8 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
+pytestmark = pytest.mark.unoptimized
+
 RECORDED = json.loads(Path(__file__).with_name("torchjd_training.json").read_text())
 RUNS = {(run["model"], run["method"], run["optimizer"]): run for run in RECORDED["runs"]}
 OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
