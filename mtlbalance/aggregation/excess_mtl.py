@@ -4,7 +4,7 @@ He et al., "Robust Multi-Task Learning with Excess Risks", ICML 2024, https://ar
 """
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import jax
@@ -43,7 +43,7 @@ def excess_mtl(
     n_warmup_steps: int = 0,
     normalize_first_step: bool = True,
     *,
-    accumulate: str | int = "full",
+    accumulate: Literal["full"] | int = "full",
     axis_name: Hashable | None = None,
 ) -> base.Aggregator:
     r"""Weights each task by how far it is from its best, estimated from its gradients.
