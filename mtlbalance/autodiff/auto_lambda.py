@@ -59,8 +59,10 @@ def auto_lambda(
               L_k^{\text{val}} \big( \theta + u(\textstyle\sum_i \lambda_i \nabla L_i(\theta)) \big) \Big), \qquad
               g = \sum_i \lambda_i \nabla L_i(\theta)
 
-    where u is the update that ``optimizer`` makes of a gradient. The step is only tried; what comes back is the
-    gradient with the new weights, for the real one. Used like :func:`value_and_grad`, with two more things to give::
+    where u is the update that ``optimizer`` makes of a gradient, and of the weighted losses if it reads them. The step
+    is only tried; what comes back is the gradient with the new weights, for the real one. A parameter whose gradient is
+    exactly zero counts for nothing where u has no derivative, as Adam's first one. Used like :func:`value_and_grad`,
+    with two more things to give::
 
         grad_fn = mtl.auto_lambda(losses_fn, optimizer, primary="seg")
         state = grad_fn.init(params, batch)
@@ -152,21 +154,21 @@ def auto_lambda(
         _, new_state = method.apply(state, evaluated.named, mask=mask)
         present = jnp.ones(evaluated.values.shape, bool) if mask is None else mask
 
-        def gradient_of(raw):
+        def descended(raw):
             weights = to_weights(raw, present)
-            return point.pull(lambda pullback: pullback.weighted(weights, mask)), weights
+            value = jnp.sum(weights * jnp.where(present, evaluated.values, 0))
+            return (value, point.pull(lambda pullback: pullback.weighted(weights, mask))), weights
 
-        def losses_after(gradient, weights):
-            value = jnp.sum(weights * evaluated.values, where=present)
+        def losses_after(value, gradient):
             stepped = tried.step(gradient, opt_state, params, value)
             with with_names(names_of(evaluated.losses)):
                 return tried.losses(stepped, validation, kwargs, present)
 
-        hypergradient, inner, is_any = _hypergradient(gradient_of, losses_after, state, aggregator)
+        hypergradient, inner, is_any = _hypergradient(descended, losses_after, state, aggregator)
         raw, meta_state = _descend(meta_optimizer, hypergradient, state, present)
         learned = new_state._replace(raw_weights=raw, opt_state=meta_state, inner=inner)
         new_state = select(is_any & jnp.any(present), learned, new_state)
-        gradient, weights = gradient_of(new_state.raw_weights)
+        (_, gradient), weights = descended(new_state.raw_weights)
         outputs = evaluated.losses, new_state
         outputs += (like_losses(weights, evaluated.losses),) if return_weights else ()
         outputs += (evaluated.aux,) if has_aux else ()
@@ -249,16 +251,20 @@ def _check_validation(validation, args):
         reject("validation", f"{expected}, as in validation=(batch,)", found, TypeError)
 
 
-def _hypergradient(gradient_of, losses_after, state, aggregator):
+def _hypergradient(descended, losses_after, state, aggregator):
     """What descends the losses after the step; the aggregator's state; and whether any of these losses is there."""
-    gradient, to_raw, weights = jax.vjp(gradient_of, state.raw_weights, has_aux=True)
-    values, to_gradient, there = jax.vjp(lambda gradient: losses_after(gradient, weights), gradient, has_aux=True)
+    (value, gradient), to_raw, _ = jax.vjp(descended, state.raw_weights, has_aux=True)
+    values, to_descended, there = jax.vjp(losses_after, value, gradient, has_aux=True)
 
     def of_sum(cotangent):
-        (after,) = to_gradient(cotangent)
+        by_value, by_gradient = to_descended(cotangent)
+        # Adam has no derivative by a number that was never other than zero, as of a dead unit: there the tasks'
+        # gradients are zero too, and so is the product.
+        moot = lambda after, gradient: jnp.where((gradient == 0) & ~jnp.isfinite(after), 0, after)
+        by_gradient = jax.tree.map(moot, by_gradient, gradient)
         # What a weight depends on is not left to the default of GPU and TPU, TF32 or bfloat16.
         with jax.default_matmul_precision("highest"):
-            return to_raw(after)[0]
+            return to_raw((by_value, by_gradient))[0]
 
     if aggregator is None:
         return of_sum(jnp.ones_like(values)), (), jnp.any(there)

@@ -49,6 +49,35 @@ def test_the_hypergradient_is_exact_through_any_optimizer(primary, at):
     np.testing.assert_allclose(0.1 - state.raw_weights, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_an_optimizer_that_reads_the_value_is_differentiated_by_it():
+    """Polyak's step: as long as the weighted losses are large."""
+    losses_fn = lambda x, target: jnp.stack([jnp.sum((x - target) ** 2), 1.0 + jnp.sum((x + 1) ** 2)])
+    optimizer, x, raw = optax.polyak_sgd(max_learning_rate=100.0), jnp.array([0.3, -0.2]), jnp.array([0.5, 0.2])
+
+    def after(weights):
+        value, gradient = jax.value_and_grad(lambda x: jnp.sum(weights * losses_fn(x, 1.0)))(x)
+        updates, _ = optimizer.update(gradient, optimizer.init(x), x, value=value)
+        return losses_fn(x + updates, 2.0)[0]
+
+    grad_fn = mtl.auto_lambda(losses_fn, optimizer, 0, optax.sgd(1.0), initial_weights=raw)
+    (_, state), _ = grad_fn(x, grad_fn.init(x, 1.0), 1.0, validation=(2.0,), opt_state=optimizer.init(x))
+    np.testing.assert_allclose(raw - state.raw_weights, jax.grad(after)(raw), rtol=1e-5)
+
+
+def test_parameters_without_any_gradient_move_no_weight():
+    """As of a pixel that is always black: Adam's derivative by a gradient of zero is none at its first step."""
+    losses_fn = lambda x, scale: {"main": jnp.sum((scale * x - 1) ** 2), "other": jnp.sum((scale * x + 1) ** 2)}
+    states = []
+    for n in 1, 2:
+        x, scale, validation = jnp.full(n, 0.3), jnp.eye(n)[0], jnp.ones(n)
+        grad_fn = mtl.auto_lambda(losses_fn, optax.adam(0.1, eps=0.1), "main", optax.sgd(1.0))
+        opt_state = optax.adam(0.1).init(x)
+        (_, state), _ = grad_fn(x, grad_fn.init(x, scale), scale, validation=(validation,), opt_state=opt_state)
+        states.append(state.raw_weights)
+    assert np.all(states[0] != 0.1)
+    np.testing.assert_allclose(states[1], states[0], rtol=1e-6)
+
+
 def test_the_gradient_is_that_of_the_new_weights():
     grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg", optax.sgd(1.0), return_weights=True)
     (losses, state, weights), grads = step(grad_fn)
