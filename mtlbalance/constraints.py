@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtlbalance.hyperparameters import Bound, is_asking_for_shapes, is_int, reject
-from mtlbalance.names import names_are_known, of_some, positions_of
+from mtlbalance.names import check_task, names_are_known, of_some, positions_of
 
 BOUND = Bound("a number, or infinity (or None, by name) for an objective,", lambda x: x > -np.inf)
 
@@ -59,13 +59,17 @@ def read_constraints(
       is_call: whether the losses' names must be known by now.
 
     Raises:
-      ValueError: if a bound is minus infinity or NaN, a name is none of the losses', or an equality has no bound.
+      ValueError: if a bound is minus infinity or NaN, a name or index is none of the losses', or an equality has no
+        bound.
       TypeError: if there are no bounds.
     """
     if bounds is None:
         reject("bounds", 'upper bounds by the names of the constraints, such as {"kl": 0.1}', "None", TypeError)
     numbers = jax.lax.stop_gradient(of_some("bounds", bounds, shape, dtype, np.inf, BOUND, is_call=is_call))
     exact = np.zeros(shape, bool)
+    for task in equality:
+        if is_int(task):
+            check_task("equality", task, exact.size)
     if not is_asking_for_shapes() and (is_call or names_are_known()):
         for task in equality:
             exact |= np.isin(np.arange(exact.size), positions_of("equality", task)).reshape(shape)
