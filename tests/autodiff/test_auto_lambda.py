@@ -109,6 +109,27 @@ def test_an_aggregator_of_the_primary_tasks_hypergradients():
     np.testing.assert_array_equal(state.inner.seen, 1)
 
 
+@pytest.mark.parametrize(
+    ("names", "primary", "method"),
+    [
+        (NAMES, ("seg", "depth"), aggregation.epo({"depth": 1.0, "seg": 3.0})),
+        (NAMES, None, aggregation.bloop("seg", 2.0)),
+        (None, (2, 0), aggregation.epo([3.0, 1.0])),
+    ],
+)
+def test_the_aggregator_goes_by_the_names_of_the_primary_tasks(names, primary, method):
+    grad_fn = mtl.auto_lambda(losses_fn if names else squared_errors, ADAM, primary, optax.sgd(1.0), aggregator=method)
+    (_, state), _ = step(grad_fn)
+    at = [0, 1, 2] if primary is None else [0, 2]
+    rows = jnp.asarray(plain_hypergradient(jnp.full(3, 0.1), at))
+    gradient = jax.grad(lambda params: 0.1 * jnp.sum(squared_errors(params, BATCH)))(PARAMS)
+    updates, _ = ADAM.update(gradient, OPT_STATE, PARAMS)
+    values = squared_errors(optax.apply_updates(PARAMS, updates), OTHER)[jnp.array(at)]
+    plain = aggregation.bloop(2, 2.0) if primary is None else aggregation.epo([1.0, 3.0])
+    expected, _ = plain.apply(plain.init(rows.shape), rows, values=values)
+    np.testing.assert_allclose(0.1 - state.raw_weights, expected, rtol=2e-3, atol=2e-6)
+
+
 def test_an_absent_task_is_as_if_it_did_not_exist():
     mask = {"depth": True, "edges": False, "seg": True}
     grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg", optax.adam(0.1), softmax=True, return_weights=True)
@@ -210,6 +231,8 @@ def test_errors_say_what_is_missing():
             mtl.auto_lambda(losses_fn, ADAM, primary).init(PARAMS, BATCH)
     with pytest.raises(ValueError, match="primary: expected at least one task"):
         mtl.auto_lambda(losses_fn, ADAM, ())
+    with pytest.raises(ValueError, match="primary: expected each task once"):
+        mtl.auto_lambda(losses_fn, ADAM, ("seg", "seg"))
     with pytest.raises(TypeError, match="losses_fn: expected one function"):
         mtl.auto_lambda((losses_fn, {"a": losses_fn}), ADAM)
     with pytest.raises(TypeError, match="meta_optimizer: expected an optax optimizer"):
