@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtlbalance.hyperparameters import Bound, is_asking_for_shapes, is_int, reject
-from mtlbalance.names import known_names, per_task_with_default, positions_of
+from mtlbalance.names import check_task, known_names, per_task_with_default, positions_of
 
 BOUND = Bound("a number, or infinity (or None, by name) for an objective,", lambda x: x > -np.inf)
 
@@ -37,7 +37,7 @@ class Constraints(NamedTuple):
         be, the violation counts as the one at which it is 0, as if a slack variable had been minimized.
         """
         multipliers, penalties = jax.lax.stop_gradient((multipliers, penalties))
-        has_least = ~self.equality & (penalties > 0)
+        has_least = ~self.equality & (penalties >= jnp.finfo(penalties.dtype).tiny)  # XLA takes less for 0
         least = jnp.where(has_least, -multipliers / jnp.where(has_least, penalties, 1), -jnp.inf)
         violation = jnp.maximum(violation, least)
         return multipliers * violation + (penalties / 2 * violation) * violation  # in this order no square of 0 * inf
@@ -71,7 +71,8 @@ def read_constraints(
       is_call: whether the losses' names must be known by now.
 
     Raises:
-      ValueError: if a bound is minus infinity or NaN, a name is none of the losses', or an equality has no bound.
+      ValueError: if a bound is minus infinity or NaN, a name or index is none of the losses', or an equality has no
+        bound.
       TypeError: if there are no bounds.
     """
     if bounds is None:
@@ -79,6 +80,9 @@ def read_constraints(
     numbers = per_task_with_default("bounds", bounds, shape, dtype, np.inf, BOUND, is_call=is_call)
     numbers = jax.lax.stop_gradient(numbers)
     exact = np.zeros(shape, bool)
+    for task in equality:
+        if is_int(task):
+            check_task("equality", task, exact.size)
     if not is_asking_for_shapes() and (is_call or known_names() is not None):
         for task in equality:
             exact |= np.isin(np.arange(exact.size), positions_of("equality", task)).reshape(shape)

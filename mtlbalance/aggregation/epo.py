@@ -85,7 +85,9 @@ def epo(
 
     def weigh(state, gramian, values, mask):
         r = read_preference(mask, gramian.dtype)
-        relative = numerics.normalize(r * numerics.nonnegative(values.astype(r.dtype)), mask)
+        losses = numerics.nonnegative(values.astype(r.dtype))
+        # Each at a scale of 1, so that their product neither overflows nor vanishes.
+        relative = numerics.normalize((r / numerics.scale(r)) * (losses / numerics.scale(losses)), mask)
         n_present = jnp.sum(mask).astype(r.dtype)
         logs = jnp.log(jnp.maximum(relative * n_present, jnp.finfo(r.dtype).tiny))
         mu = jnp.sum(relative * logs, where=mask)

@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base, gramian
+from mtlbalance import base, gramian, numerics
 from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, POSITIVE, check, per_task, reject
 from mtlbalance.states import count_seen, unbiased_average, zero_counts
 
@@ -101,6 +101,7 @@ def gradient_shares(
         del values
         averages = jnp.where(mask, unbiased_average(state.norms, norms, decay, state.seen), state.norms)
         share = jnp.where(mask, read_shares(len(mask), averages.dtype), 0)
+        share = share / numerics.scale(share)
         share = share / jnp.where(jnp.any(share != 0), jnp.sum(share), 1)
         weights = jnp.where(averages == 0, 0, total * share / jnp.where(averages == 0, 1, averages))
         return weights, count_seen(state._replace(norms=averages), mask)

@@ -40,9 +40,10 @@ def inverse_dirichlet(
               \sigma_i^2 = \frac{1}{n} \sum_k (g_{ik} - \bar g_i)^2, \qquad g = \sum_i w_i g_i
 
     with :math:`\bar g_i` the mean of the gradient's n entries. The weights start at 1 and have no fixed total. A task
-    keeps its weight while it is absent or the entries of its gradient are all the same, and all do while that holds for
-    the reference, if there is one. Where the weights need not be new at every step, :func:`mtlbalance.amortize` saves
-    the gradients of the single tasks in between: the official code takes new ones every 5 epochs.
+    keeps its weight while it is absent or the entries of its gradient are all the same, to rounding, and all do while
+    that holds for the reference, if there is one. Where the weights need not be new at every step,
+    :func:`mtlbalance.amortize` saves the gradients of the single tasks in between: the official code takes new ones
+    every 5 epochs.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
@@ -90,9 +91,17 @@ def inverse_dirichlet(
     def visit(memory, gradient, task):
         del task
         n = float(max(n_entries(gradient, axis_name), 1))
-        mean = jnp.asarray(total(gradient, axis_name)) / n
-        deviations = jax.tree.map(lambda x: x - mean.astype(x.dtype), gradient)
-        return memory, jnp.sqrt(squared_norm(deviations, axis_name) / n)
+        mean, deviations = centered(gradient, n)
+        _, deviations = centered(deviations, n)  # again, for what was rounded off the mean of many
+        deviation = jnp.sqrt(squared_norm(deviations, axis_name) / n)
+        # Entries that are all the same would get a weight of their rounding.
+        rounding = 10 * jnp.finfo(deviation.dtype).eps * jnp.abs(mean)
+        return memory, jnp.where(deviation <= rounding, 0, deviation)
+
+    def centered(tree, n):
+        """The mean of a tree's entries, and the tree without it."""
+        mean = jnp.asarray(total(tree, axis_name)) / n
+        return mean, jax.tree.map(lambda x: x - mean.astype(x.dtype), tree)
 
     def weigh(state, deviations, values, mask):
         del values

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2202.03091
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -19,7 +20,7 @@ from mtlbalance.autodiff.step import read_present
 from mtlbalance.contract import Aggregator, check_is_method
 from mtlbalance.hyperparameters import per_task, reject
 from mtlbalance.losses import like_losses, read_labelled, read_losses
-from mtlbalance.names import check_task, index_of, names_of, with_names
+from mtlbalance.names import Names, check_task, index_of, known_names, names_of, with_names
 from mtlbalance.states import count_seen, read_optimizer, select, updated, zero_counts
 
 _RAW = "raw_weights"
@@ -59,8 +60,10 @@ def auto_lambda(
               L_k^{\text{val}} \big( \theta + u(\textstyle\sum_i \lambda_i \nabla L_i(\theta)) \big) \Big), \qquad
               g = \sum_i \lambda_i \nabla L_i(\theta)
 
-    where u is the update that ``optimizer`` makes of a gradient. The step is only tried; what comes back is the
-    gradient with the new weights, for the real one. Used like :func:`value_and_grad`, with two more things to give::
+    where u is the update that ``optimizer`` makes of a gradient, and of the weighted losses if it reads them. The step
+    is only tried; what comes back is the gradient with the new weights, for the real one. A parameter whose gradient is
+    exactly zero counts for nothing where u has no derivative, as Adam's first one. Used like :func:`value_and_grad`,
+    with two more things to give::
 
         grad_fn = mtl.auto_lambda(losses_fn, optimizer, primary="seg")
         state = grad_fn.init(params, batch)
@@ -95,7 +98,8 @@ def auto_lambda(
       initial_weights: one number for all tasks or one for each (an array or a tree of the same names); 0.1 by default,
         with ``softmax`` the logits, 0.
       softmax: whether the weights are a softmax over the tasks present, of total 1.
-      aggregator: makes one hypergradient of those of the single primary tasks; their sum by default.
+      aggregator: makes one hypergradient of those of the single primary tasks, whose names it goes by, or whose order
+        in ``primary`` where they have none; their sum by default.
       has_aux: ``losses_fn`` returns a pair ``(losses, aux)``; that of the training data is returned.
       return_weights: also return the new weights, in the structure of the losses.
 
@@ -110,8 +114,8 @@ def auto_lambda(
     Raises:
       TypeError: if a loss or parameter is not floating point, an optimizer none of optax, ``aggregator`` none of
         ours; at a call, if ``validation`` is not a tuple of as many as ``args``, or ``opt_state`` is missing.
-      ValueError: if ``primary`` is empty; at ``init``, if it names no task, or ``initial_weights`` are not one per
-        task; at a call, if the validation data have another number of losses.
+      ValueError: if ``primary`` is empty; at ``init``, if it names no task or one twice, or ``initial_weights`` are not
+        one per task; at a call, if the validation data have another number of losses.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -154,21 +158,22 @@ def auto_lambda(
         _, new_state = method.apply(state, evaluated.named, mask=mask)
         present = jnp.ones(evaluated.values.shape, bool) if mask is None else mask
 
-        def gradient_of(raw):
+        def descended(raw):
             weights = to_weights(raw, present)
-            return point.pull(lambda pullback: pullback.weighted(weights, mask)), weights
+            value = jnp.sum(weights * jnp.where(present, evaluated.values, 0))
+            return (value, point.pull(lambda pullback: pullback.weighted(weights, mask))), weights
 
-        def losses_after(gradient, weights):
-            value = jnp.sum(weights * evaluated.values, where=present)
+        def losses_after(value, gradient):
             stepped = tried.step(gradient, opt_state, params, value)
-            with with_names(names_of(evaluated.losses)):
-                return tried.losses(stepped, validation, kwargs, present)
+            return tried.losses(stepped, validation, kwargs, present)
 
-        hypergradient, inner, is_any = _hypergradient(gradient_of, losses_after, state, aggregator)
+        with with_names(names_of(evaluated.losses)):
+            combine = partial(_combine, aggregator, state.inner, tasks) if aggregator is not None else None
+            hypergradient, inner, is_any = _hypergradient(descended, losses_after, state, combine)
         raw, meta_state = _descend(meta_optimizer, hypergradient, state, present)
         learned = new_state._replace(raw_weights=raw, opt_state=meta_state, inner=inner)
         new_state = select(is_any & jnp.any(present), learned, new_state)
-        gradient, weights = gradient_of(new_state.raw_weights)
+        (_, gradient), weights = descended(new_state.raw_weights)
         outputs = evaluated.losses, new_state
         outputs += (like_losses(weights, evaluated.losses),) if return_weights else ()
         outputs += (evaluated.aux,) if has_aux else ()
@@ -180,12 +185,23 @@ def auto_lambda(
 def _read_primary(primary: int | str | Sequence[int | str] | None) -> tuple[int | str, ...] | None:
     if primary is None:
         return None
-    tasks = (primary,) if isinstance(primary, int | str) else tuple(primary)
+    tasks = tuple(primary) if isinstance(primary, Sequence) and not isinstance(primary, str) else (primary,)
     if not tasks:
         reject("primary", "at least one task, or None for all", "none")
     for task in tasks:
         check_task("primary", task)
+    if len(set(tasks)) != len(tasks):
+        reject("primary", "each task once", f"{tasks}")
     return tasks
+
+
+def _names_of_primary(primary: Sequence[int | str] | None) -> Names | None:
+    """The names that the aggregator goes by."""
+    names = known_names()
+    if primary is None or names is None or not names.entries:
+        return names
+    entries = tuple(entry for entry in names.entries if entry in primary)
+    return Names(entries, len(entries))
 
 
 def _weights(initial_weights, softmax, primary, meta_optimizer, aggregator):
@@ -196,7 +212,8 @@ def _weights(initial_weights, softmax, primary, meta_optimizer, aggregator):
         raw = per_task("initial_weights", start, shape, dtype)
         for task in primary or ():
             check_task("primary", task, raw.size)
-        inner = () if aggregator is None else aggregator.init((len(primary or range(raw.size)), raw.size))
+        with with_names(_names_of_primary(primary)):
+            inner = () if aggregator is None else aggregator.init((len(primary or range(raw.size)), raw.size))
         return AutoLambdaState(raw, zero_counts(shape), meta_optimizer.init({_RAW: raw}), inner)
 
     def to_weights(raw, present):
@@ -240,7 +257,9 @@ class _Tried(NamedTuple):
         values = jnp.where(there, jnp.ravel(values), 0)
         if self.primary is None:
             return values, there
-        at = jnp.array([index_of("primary", task) for task in self.primary])
+        at = [index_of("primary", task) for task in self.primary]
+        # Names have their order, and the aggregator's hyperparameters go by them.
+        at = jnp.array(sorted(at) if names_of(losses).entries else at)
         return values[at], there[at]
 
 
@@ -251,22 +270,32 @@ def _check_validation(validation, args):
         reject("validation", f"{expected}, as in validation=(batch,)", found, TypeError)
 
 
-def _hypergradient(gradient_of, losses_after, state, aggregator):
+def _hypergradient(descended, losses_after, state, combine):
     """What descends the losses after the step; the aggregator's state; and whether any of these losses is there."""
-    gradient, to_raw, weights = jax.vjp(gradient_of, state.raw_weights, has_aux=True)
-    values, to_gradient, there = jax.vjp(lambda gradient: losses_after(gradient, weights), gradient, has_aux=True)
+    (value, gradient), to_raw, _ = jax.vjp(descended, state.raw_weights, has_aux=True)
+    values, to_descended, there = jax.vjp(losses_after, value, gradient, has_aux=True)
 
     def of_sum(cotangent):
-        (after,) = to_gradient(cotangent)
+        by_value, by_gradient = to_descended(cotangent)
+        # Adam has no derivative by a number that was never other than zero, as of a dead unit: there the tasks'
+        # gradients are zero too, and so is the product.
+        moot = lambda after, gradient: jnp.where((gradient == 0) & ~jnp.isfinite(after), 0, after)
+        by_gradient = jax.tree.map(moot, by_gradient, gradient)
         # What a weight depends on is not left to the default of GPU and TPU, TF32 or bfloat16.
         with jax.default_matmul_precision("highest"):
-            return to_raw(after)[0]
+            return to_raw((by_value, by_gradient))[0]
 
-    if aggregator is None:
+    if combine is None:
         return of_sum(jnp.ones_like(values)), (), jnp.any(there)
     rows = jnp.reshape(jax.vmap(of_sum)(jnp.eye(values.size, dtype=values.dtype)), (values.size, -1))
-    combined, inner = aggregator.apply(state.inner, rows, values=values, mask=there)
+    combined, inner = combine(rows, values=values, mask=there)
     return jnp.reshape(combined, state.raw_weights.shape), inner, jnp.any(there)
+
+
+def _combine(aggregator, inner, primary, rows, **call):
+    """One hypergradient of those of the primary tasks, which the aggregator knows by name."""
+    with with_names(_names_of_primary(primary)):
+        return aggregator.apply(inner, rows, **call)
 
 
 def _descend(optimizer, hypergradient, state, present):

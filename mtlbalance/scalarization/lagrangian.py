@@ -106,8 +106,8 @@ def lagrangian(
       A :class:`~mtlbalance.Scalarizer` with state :class:`LagrangianState`.
 
     Raises:
-      ValueError: if a number is out of bounds; at ``init`` or the first call, if a name is none of the losses', or an
-        ``equality`` has no bound that is known to be finite.
+      ValueError: if a number is out of bounds; at ``init`` or the first call, if a name or an index is none of the
+        losses', or an ``equality`` has no bound that is known to be finite.
       TypeError: if ``bounds`` is ``None``, or ``equality`` is not a tuple of names or indices.
 
     Example:

@@ -44,6 +44,9 @@ def test_neither_the_losses_scale_counts_nor_the_gradients(factor):
     expected = weights_of(rows, losses, preference)
     np.testing.assert_allclose(weights_of(factor * rows, losses, preference), expected, atol=1e-5)
     np.testing.assert_allclose(weights_of(rows, factor * losses, preference), expected, atol=1e-5)
+    large = weights_of(rows, factor**4 * losses, 1e15 * preference)  # their product is beyond float32
+    np.testing.assert_allclose(large, weights_of(rows, losses, 1e15 * preference), atol=1e-5)
+    assert np.all(np.isnan(weights_of(rows, np.append(losses[1:], np.inf), preference)))
 
 
 def test_zero_and_negative_losses():

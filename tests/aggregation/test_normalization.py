@@ -101,6 +101,9 @@ def test_inverse_dirichlet_of_entries_that_are_all_the_same():
     rows = np.array([[3.0, -3.0], [1e3 / 3, 1e3 / 3], [0.0, 0.0], [1.0, -1.0]])
     np.testing.assert_allclose(weights_of(method, rows, None), [1, 1, 1, 3], rtol=1e-6)
     np.testing.assert_array_equal(weights_of(method, [[3.0], [1.0]], None), 1)
+    for n in 7, 100_003:  # whose means are not exact
+        rows = np.stack([np.full(n, 0.1), np.arange(n) - n / 2])
+        np.testing.assert_array_equal(weights_of(method, rows, None), 1)
 
 
 def test_inverse_dirichlet_reference_goes_by_name_and_may_be_absent():

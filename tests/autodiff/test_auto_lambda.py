@@ -49,6 +49,35 @@ def test_the_hypergradient_is_exact_through_any_optimizer(primary, at):
     np.testing.assert_allclose(0.1 - state.raw_weights, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_an_optimizer_that_reads_the_value_is_differentiated_by_it():
+    """Polyak's step: as long as the weighted losses are large."""
+    losses_fn = lambda x, target: jnp.stack([jnp.sum((x - target) ** 2), 1.0 + jnp.sum((x + 1) ** 2)])
+    optimizer, x, raw = optax.polyak_sgd(max_learning_rate=100.0), jnp.array([0.3, -0.2]), jnp.array([0.5, 0.2])
+
+    def after(weights):
+        value, gradient = jax.value_and_grad(lambda x: jnp.sum(weights * losses_fn(x, 1.0)))(x)
+        updates, _ = optimizer.update(gradient, optimizer.init(x), x, value=value)
+        return losses_fn(x + updates, 2.0)[0]
+
+    grad_fn = mtl.auto_lambda(losses_fn, optimizer, 0, optax.sgd(1.0), initial_weights=raw)
+    (_, state), _ = grad_fn(x, grad_fn.init(x, 1.0), 1.0, validation=(2.0,), opt_state=optimizer.init(x))
+    np.testing.assert_allclose(raw - state.raw_weights, jax.grad(after)(raw), rtol=1e-5)
+
+
+def test_parameters_without_any_gradient_move_no_weight():
+    """As of a pixel that is always black: Adam's derivative by a gradient of zero is none at its first step."""
+    losses_fn = lambda x, scale: {"main": jnp.sum((scale * x - 1) ** 2), "other": jnp.sum((scale * x + 1) ** 2)}
+    states = []
+    for n in 1, 2:
+        x, scale, validation = jnp.full(n, 0.3), jnp.eye(n)[0], jnp.ones(n)
+        grad_fn = mtl.auto_lambda(losses_fn, optax.adam(0.1, eps=0.1), "main", optax.sgd(1.0))
+        opt_state = optax.adam(0.1).init(x)
+        (_, state), _ = grad_fn(x, grad_fn.init(x, scale), scale, validation=(validation,), opt_state=opt_state)
+        states.append(state.raw_weights)
+    assert np.all(states[0] != 0.1)
+    np.testing.assert_allclose(states[1], states[0], rtol=1e-6)
+
+
 def test_the_gradient_is_that_of_the_new_weights():
     grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg", optax.sgd(1.0), return_weights=True)
     (losses, state, weights), grads = step(grad_fn)
@@ -78,6 +107,27 @@ def test_an_aggregator_of_the_primary_tasks_hypergradients():
     np.testing.assert_allclose(raw - state.raw_weights, combined, rtol=2e-3, atol=2e-6)
     np.testing.assert_allclose(jnp.sum(weights), 1, rtol=1e-6)
     np.testing.assert_array_equal(state.inner.seen, 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "primary", "method"),
+    [
+        (NAMES, ("seg", "depth"), aggregation.epo({"depth": 1.0, "seg": 3.0})),
+        (NAMES, None, aggregation.bloop("seg", 2.0)),
+        (None, (2, 0), aggregation.epo([3.0, 1.0])),
+    ],
+)
+def test_the_aggregator_goes_by_the_names_of_the_primary_tasks(names, primary, method):
+    grad_fn = mtl.auto_lambda(losses_fn if names else squared_errors, ADAM, primary, optax.sgd(1.0), aggregator=method)
+    (_, state), _ = step(grad_fn)
+    at = [0, 1, 2] if primary is None else [0, 2]
+    rows = jnp.asarray(plain_hypergradient(jnp.full(3, 0.1), at))
+    gradient = jax.grad(lambda params: 0.1 * jnp.sum(squared_errors(params, BATCH)))(PARAMS)
+    updates, _ = ADAM.update(gradient, OPT_STATE, PARAMS)
+    values = squared_errors(optax.apply_updates(PARAMS, updates), OTHER)[jnp.array(at)]
+    plain = aggregation.bloop(2, 2.0) if primary is None else aggregation.epo([1.0, 3.0])
+    expected, _ = plain.apply(plain.init(rows.shape), rows, values=values)
+    np.testing.assert_allclose(0.1 - state.raw_weights, expected, rtol=2e-3, atol=2e-6)
 
 
 def test_an_absent_task_is_as_if_it_did_not_exist():
@@ -181,6 +231,8 @@ def test_errors_say_what_is_missing():
             mtl.auto_lambda(losses_fn, ADAM, primary).init(PARAMS, BATCH)
     with pytest.raises(ValueError, match="primary: expected at least one task"):
         mtl.auto_lambda(losses_fn, ADAM, ())
+    with pytest.raises(ValueError, match="primary: expected each task once"):
+        mtl.auto_lambda(losses_fn, ADAM, ("seg", "seg"))
     with pytest.raises(TypeError, match="losses_fn: expected one function"):
         mtl.auto_lambda((losses_fn, {"a": losses_fn}), ADAM)
     with pytest.raises(TypeError, match="meta_optimizer: expected an optax optimizer"):

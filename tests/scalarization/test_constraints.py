@@ -247,6 +247,9 @@ def test_wrong_equalities_raise():
         lagrangian({"kl": 1.0}, equality=("rate",)).init(LOSSES)
     with pytest.raises(ValueError, match="equality: expected one of the losses' names"):
         lagrangian({"kl": 1.0}, equality=("lk",)).init(LOSSES)
+    for index in 2, -1:
+        with pytest.raises(ValueError, match=f"equality: expected a name, or an int of at least 0 below .*{index}$"):
+            lagrangian([INF, 1.0], equality=(index,)).init(2)
 
 
 @pytest.mark.parametrize("keyword", ["damping", "kappa_p", "nu", "max_multiplier"])
