@@ -37,7 +37,7 @@ def test_every_example_is_run():
     assert {*TINY, *MODULES} == {path.stem for path in EXAMPLES.glob("*.py")}
 
 
-@pytest.mark.by_default("pareto_front")
+@pytest.mark.by_default("own_method")
 @pytest.mark.parametrize("name", TINY)
 def test_example_runs(name, tmp_path):
     arguments, expected = TINY[name]

@@ -171,6 +171,7 @@ def test_without_labels_for_the_primary_task_the_weights_stay():
     assert moved == [False, True]
 
 
+@pytest.mark.slow
 def test_vmap_over_hyperparameters_is_a_loop():
     def weights(start, lr):
         grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg", optax.sgd(lr), start)

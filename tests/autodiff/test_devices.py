@@ -140,7 +140,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.by_default("1", "microbatches")
+@pytest.mark.by_default("microbatches")
 def test_each_device_trains_as_one_of_many(way):
     make, options = WAYS[way]
     train = on_their_own(make(), **options)

@@ -68,7 +68,7 @@ def init(method, params):
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.by_default("imtl_g", "without weights")
+@pytest.mark.by_default("imtl_g")
 def test_step_is_that_of_one_function_with_a_mask(method):
     params = TRUNK, HEADS
     state = init(method, mtl.subset(params, MASK))

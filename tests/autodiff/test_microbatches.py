@@ -52,7 +52,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.by_default("geometric_mean", "imtl_g")
+@pytest.mark.by_default("geometric_mean")
 def test_as_the_whole_batch(method):
     """In each way to compute rows, with four labels in 64 for one task; and with the rarest task absent."""
     state = init(method)

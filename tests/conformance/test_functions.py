@@ -146,9 +146,8 @@ def test_a_donated_state_leaves_init_and_method_usable(built):
     chex.assert_tree_all_finite(output)
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(jnp.bfloat16, marks=pytest.mark.one_of_a_kind("boundary")), jnp.float16]
-)
+@pytest.mark.one_of_a_kind("boundary")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_inputs_are_computed_in_float32(built, dtype):
     x = built.sample(0, dtype=dtype)
     state = built.apply(built.init(), built.sample(1))[1]
@@ -186,7 +185,7 @@ def test_half_precision_does_not_overflow_inside(built):
     chex.assert_tree_all_finite((output, state))
 
 
-@pytest.mark.parametrize("made_for", ["float32", "float64"])
+@pytest.mark.parametrize("made_for", [pytest.param("float32", marks=pytest.mark.one_of_a_kind("boundary")), "float64"])
 def test_float64_mode(built, made_for):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, made_for), PARAMS)
@@ -202,6 +201,7 @@ def test_float64_mode(built, made_for):
         assert floats <= {jnp.dtype(made_for)}
 
 
+@pytest.mark.one_of_a_kind("boundary")
 def test_exports_for_cpu_cuda_and_tpu_without_callbacks(built):
     args = jax.eval_shape(lambda: (built.init(), built.sample(0)))
     exported = jax.export.export(jax.jit(built.step), platforms=["cpu", "cuda", "tpu"])(*args)

@@ -183,7 +183,7 @@ def test_one_task(built):
     assert_tasks_stay_finite(built, 1)
 
 
-@pytest.mark.one_of_a_kind("boundary")
+@pytest.mark.one_of_a_kind("engine")
 def test_forty_tasks(built):
     assert_tasks_stay_finite(built, 40)
 

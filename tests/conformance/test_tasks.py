@@ -192,6 +192,7 @@ def test_named_losses_are_the_array(scalarizer):
         chex.assert_trees_all_equal(*observed)
 
 
+@pytest.mark.one_of_a_kind("boundary")
 @pytest.mark.parametrize("shape", [(), (2, 2)])
 def test_losses_of_any_shape(scalarizer, shape):
     method = scalarizer.method_for(jnp.zeros(shape, int))
