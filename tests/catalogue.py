@@ -11,7 +11,7 @@ import optax
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, base, scalarization
-from mtlbalance.names import names_of
+from mtlbalance.names import Names, names_of, with_names
 
 WEIGHTS = jnp.array([0.5, 2.0, 1.25, -0.5])
 THREE = jnp.arange(3)
@@ -30,6 +30,8 @@ class Case(NamedTuple):
       draws: the weights are drawn at random, so that subsets of tasks agree in distribution only.
       sharded: takes ``axis_name``.
       per_task: ``make`` takes the indices of the ``tasks`` that it is for, an array or named as the losses are.
+      own_names: the losses have names that go with the method, and can have no others; nor has each entry of the state
+        a task.
       nonlinear: the scalar is not linear in the losses at a given state, its constants of differentiation held.
       needs_positive: a negative loss makes the scalar NaN, and its own weight.
       largest: the largest loss that must not overflow.
@@ -53,6 +55,7 @@ class Case(NamedTuple):
     draws: bool = False
     sharded: bool = False
     per_task: bool = False
+    own_names: bool = False
     nonlinear: bool = False
     needs_positive: bool = False
     largest: float = 1e30
@@ -111,6 +114,23 @@ def bounded(factory, **fixed):
 def preferring(factory, **fixed):
     """The method with a preference for each task."""
     return lambda tasks=THREE, **kwargs: factory(pref_vector=_preference(tasks), **fixed, **kwargs)
+
+
+def nested_pairs(outer, inner, tasks=THREE):
+    """``nested`` over pairs of tasks; the losses have its names, whatever array they are given as."""
+    entries = [f"{i // 2:02d}.{i}" for leaf in jax.tree.leaves(tasks) for i in np.ravel(leaf)]
+    method = mtl.nested(outer, {entry.partition(".")[0]: inner for entry in entries})
+
+    def named(function):
+        def call(*args, **kwargs):
+            with with_names(Names(tuple(entries), len(entries))):
+                return function(*args, **kwargs)
+
+        return call
+
+    each = lambda part: named(part) if callable(part) else part and type(part)(*map(named, part))
+    parts = {"init", "apply", "end_epoch", "observe", "weighting", "gramian_weighting"} & set(method._fields)
+    return method._replace(**{name: each(getattr(method, name)) for name in parts})
 
 
 def averaging(beta=0.9, beta_sigma=0.5, axis_name=None):
@@ -290,6 +310,12 @@ SCALARIZERS = [
         ),
         per_task=True,
         largest=ADAM_BEARS,
+    ),
+    Case(
+        "nested-dwa",
+        partial(nested_pairs, scalarization.dwa(steps_per_epoch=2), scalarization.uw_so()),
+        per_task=True,
+        own_names=True,
     ),
     Case("transform-dwa", lambda: mtl.transform_weights(scalarization.dwa(steps_per_epoch=2), AVERAGE)),
     Case("skip_zero-famo", lambda: mtl.skip_zero(scalarization.famo()), nonlinear=True, needs_positive=True, total="1"),
@@ -635,6 +661,16 @@ AGGREGATORS = [
         ),
         sharded=True,
         per_task=True,
+    ),
+    Case(
+        "nested-mgda",
+        lambda tasks=THREE, axis_name=None: nested_pairs(
+            aggregation.mgda(axis_name=axis_name), scalarization.uw_so(), tasks
+        ),
+        sharded=True,
+        per_task=True,
+        own_names=True,
+        reads_losses=True,
     ),
     Case(
         "transform-amortize-mgda",

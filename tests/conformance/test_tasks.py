@@ -69,6 +69,7 @@ def test_masked_is_the_method_on_the_present_tasks_alone(built):
 
 
 @pytest.mark.cases(lambda built: built.case.fewest_tasks <= 2)
+@pytest.mark.cases(lambda built: not built.case.own_names)
 def test_masked_goes_on_as_the_present_tasks_would_alone(built):
     """Tasks of different ages, then some of them: as the method whose state is theirs."""
     tasks = np.array([0, 2])
@@ -175,6 +176,7 @@ def test_counted_and_masked_values_reach_an_aggregator(aggregator):
 
 
 @pytest.mark.one_of_a_kind("boundary")
+@pytest.mark.cases(lambda built: not built.case.own_names)
 def test_named_losses_are_the_array(scalarizer):
     names = {"left": jnp.array(0.7), "right": jnp.array(1.9), "sum": jnp.array(31.0)}
     array = jnp.array([0.7, 1.9, 31.0])
@@ -194,6 +196,7 @@ def test_named_losses_are_the_array(scalarizer):
 
 @pytest.mark.one_of_a_kind("boundary")
 @pytest.mark.parametrize("shape", [(), (2, 2)])
+@pytest.mark.cases(lambda built: not built.case.own_names)
 def test_losses_of_any_shape(scalarizer, shape):
     method = scalarizer.method_for(jnp.zeros(shape, int))
     values = jnp.full(shape, 1.5)
