@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 import mtlbalance as mtl
 from mtlbalance import aggregation
 
-pytestmark = pytest.mark.unoptimized
-
 METHOD = aggregation.excess_mtl()
 
 
