@@ -17,7 +17,7 @@ Run it with ``python examples/toy_pareto.py``: some two minutes on two CPU cores
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +41,14 @@ class Run(NamedTuple):
     """A method, how it is run, and what is published.
 
     Attributes:
-      build: makes the method.
+      build: makes the method, or what makes of the losses' function a step of its own.
       shifted: runs on the losses less ``LOWEST``, because the method is for losses that are positive.
       optimizer: what descends.
       published: from how many starts it arrives in the papers' figures.
       seconds: what FAMO's authors report for their 50,000 steps.
     """
 
-    build: Callable[[], mtl.Scalarizer | mtl.Aggregator]
+    build: Callable[[], Any]
     shifted: bool = False
     optimizer: optax.GradientTransformation = optax.adam(1e-3)
     published: str = ""
@@ -59,6 +59,8 @@ def learned(method):
     """Trained along with the numbers, by the optimizer that the papers use for what a method learns."""
     return mtl.learn(method, optax.adam(0.025))
 
+
+AUTO_LAMBDA = {"optimizer": optax.sgd(1e-3), "meta_optimizer": optax.adam(0.025), "softmax": True}
 
 METHODS = {
     # Losses to one scalar.
@@ -123,6 +125,8 @@ METHODS = {
     "CR-MOGM of MGDA": Run(lambda: aggregation.cr_mogm(aggregation.mgda())),
     "EPO": Run(lambda: aggregation.epo(1 / SCALES), shifted=True),
     "ExcessMTL": Run(aggregation.excess_mtl),
+    # By what a step does to the losses: each weight climbs while its gradient lowers their sum.
+    "Auto-Lambda": Run(lambda: partial(mtl.auto_lambda, **AUTO_LAMBDA)),
     # Losses to losses, and their gradients to one.
     "IMTL": Run(lambda: mtl.chain(learned(scalarization.imtl_l()), aggregation.imtl_g()), shifted=True),
     "DB-MTL": Run(lambda: mtl.chain(scalarization.scale_invariant(), aggregation.db_mtl(beta=0.9)), shifted=True),
@@ -178,7 +182,10 @@ def on_front(points, scales=SCALES):
 def training(method, scales=SCALES, lowest=0.0, max_norm=1.0, optimizer=None):
     """How a path begins at a start, and how it goes on for a hundred steps; by any method."""
     losses_fn = lambda x: task_losses(x, scales) - lowest
-    grad_fn = mtl.value_and_grad(losses_fn, method)
+    if isinstance(method, mtl.Scalarizer | mtl.Aggregator):
+        grad_fn, given, observe = mtl.value_and_grad(losses_fn, method), {}, method.observe
+    else:  # a step of its own, here without other data
+        grad_fn, given, observe = method(losses_fn), {"validation": ()}, lambda state, losses: state
     optimizer = optax.chain(optax.clip_by_global_norm(max_norm), optimizer or optax.adam(1e-3))
 
     def begin(start):
@@ -186,10 +193,10 @@ def training(method, scales=SCALES, lowest=0.0, max_norm=1.0, optimizer=None):
 
     def step(carry, _):
         x, opt_state, state = carry
-        (_, state), gradient = grad_fn(x, state)
+        (_, state), gradient = grad_fn(x, state, **given)
         updates, opt_state = optimizer.update(gradient, opt_state)
         x = optax.apply_updates(x, updates)
-        return (x, opt_state, method.observe(state, losses_fn(x))), None  # free where nothing is observed
+        return (x, opt_state, observe(state, losses_fn(x))), None  # free where nothing is observed
 
     return begin, lambda carry: jax.lax.scan(step, carry, length=EVERY)[0]
 
