@@ -209,6 +209,22 @@ def test_capu_waits_for_the_descent():
 LOSSES = {"kl": jnp.float32(2.0), "rate": jnp.float32(3.0), "pose": {"x": jnp.float32(1.0), "y": jnp.float32(4.0)}}
 
 
+def test_capu_rests_where_a_negative_lagrangian_stays():
+    """There the official code's rule, at least omega times the last one, would never hold again."""
+    method = capu([INF, 0.0])
+    losses = jnp.array([-8.0, 0.5])
+    _, once = method.apply(method.init(2), losses)
+    _, twice = method.apply(once, losses)
+    assert jnp.sum(once.last) < 0
+    assert twice.multipliers[1] > once.multipliers[1]
+
+
+def test_gecos_multipliers_are_held_where_its_code_holds_them():
+    method = geco([INF, 0.0, 0.0], lr=100.0)
+    _, state = method.apply(method.init(3), jnp.array([0.0, 5.0, -5.0]))
+    np.testing.assert_allclose(jnp.exp(state.log_multipliers[1:]), [1e10, 1e-10], rtol=1e-4)
+
+
 def test_bounds_go_by_name_and_the_others_are_objectives():
     expected = {"kl": 1.0, "rate": 1.0, "pose": {"x": 0.0, "y": 3.0}}
     group = {"pose": 1.0}
