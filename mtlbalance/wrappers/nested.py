@@ -12,6 +12,7 @@ from mtlbalance import base
 from mtlbalance.contract import check_is_method
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import reject
+from mtlbalance.mapped_axes import varying_as
 from mtlbalance.names import Names, groups_of, with_names
 from mtlbalance.states import count_seen, zero_counts
 from mtlbalance.wrappers.plumbing import check_method, state_after
@@ -157,7 +158,8 @@ def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):
 
             groups, pullback, (present, new_state) = jax.vjp(groups_and_rest, values, has_aux=True)
             # The weight of each loss in each group.
-            inside = jax.vmap(lambda one: pullback(one)[0])(jnp.eye(n_groups, dtype=groups.dtype))
+            ones = varying_as(jnp.eye(n_groups, dtype=groups.dtype), groups)
+            inside = jax.vmap(lambda one: pullback(one)[0])(ones)
             weights, outer_state = over_groups(
                 weigh, state.outer, of_group(inside, statistic), values=groups, mask=present
             )
