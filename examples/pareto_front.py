@@ -11,7 +11,8 @@ The problems are F1 and F4 of Lin et al., "Smooth Tchebycheff Scalarization for 
 2024, https://arxiv.org/abs/2402.19078, whose official code gives them: https://github.com/Xi-L/STCH. EPO reads
 losses and gradients: it is an aggregator, and the training step is the same.
 
-Run it with ``python examples/pareto_front.py``: some ten seconds on two CPU cores. It needs ``mtlbalance[examples]``.
+Run it with ``python examples/pareto_front.py``: some twenty seconds on two CPU cores, with compiling. It needs
+``mtlbalance[examples]``.
 """
 
 import itertools

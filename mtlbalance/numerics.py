@@ -146,6 +146,11 @@ def solve_psd(decomposition: tuple[chex.Array, chex.Array, chex.Array], vector: 
     return jnp.dot(vectors, jnp.where(kept, components / jnp.where(kept, eigenvalues, 1), 0), precision="highest")
 
 
+def wide(tree: chex.ArrayTree) -> chex.ArrayTree:
+    """The same numbers in float32 or wider: where narrow ones would overflow, or be rounded on their way."""
+    return jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), tree)
+
+
 def scale(x: chex.Array, axis: int | None = None) -> chex.Array:
     """The largest magnitude, to divide by, a constant of differentiation; 1 for zeros. Of all, or along an axis.
 

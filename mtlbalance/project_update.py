@@ -86,8 +86,8 @@ def project_update(
 @partial(jax.jit, static_argnums=3)  # a bare call is one compiled program
 def _projected(updates, jacobian, limits, axis_name):
     """The nearest update that raises the loss of none of the tasks in ``limits``."""
-    rows = _directions(_wide(split(present_rows(jacobian, limits))), axis_name)
-    descent = _wide(split(jax.tree.map(lambda u: -jnp.conj(u), updates)))
+    rows = _directions(numerics.wide(split(present_rows(jacobian, limits))), axis_name)
+    descent = numerics.wide(split(jax.tree.map(lambda u: -jnp.conj(u), updates)))
     # Twice: of an update that all but vanishes the first leaves what is rounding beside the one that was given.
     products = gramian(rows, axis_name=axis_name)
     for _ in range(2):
@@ -110,8 +110,3 @@ def _project(descent, rows, products, limits, axis_name):
     with_descent = jnp.block([[square[None, None], along[None, :]], [along[:, None], products]])
     multipliers = priority_constrained(with_descent, 0.0, jnp.append(True, limits))[1:]
     return jax.tree.map(lambda d, g: d + g.astype(d.dtype), descent, combine(multipliers, rows))
-
-
-def _wide(tree):
-    """In float32 or wider: a narrow row would be rounded on its way into the update."""
-    return jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), tree)

@@ -307,9 +307,9 @@ def test_famo_with_decay_gets_stuck(toy, weight_decay):
 
 # On the losses less their bound, which are positive; in no paper. From C none of them arrives.
 SHIFTED = {
-    # B lies on the line of symmetry: from (1e-9, 0) it goes to one side, from (-1e-9, 0) and (1e-6, 0) to the other;
-    # and by the release of XLA.
+    # B lies on the line of symmetry: from (1e-6, 0) it goes to the other side; with JAX 0.12 from B.
     "geometric mean": (scalarization.geometric_mean, {"B": (-6.24, 6.24), "D": -6.24, "E": 6.24}),
+    # From (1e-9, 0) to one side, from (-1e-9, 0) and (1e-6, 0) to the other.
     "scale-invariant": (scalarization.scale_invariant, {"B": (-6.24, 6.24), "D": -6.24, "E": 6.24}),
     # At its best UW is the sum of the logarithms, and so is IMTL-L.
     "UW": (lambda: mtl.learn(scalarization.uw(), optax.adam(0.025)), {"B": 6.24, "D": -6.24, "E": 6.24}),

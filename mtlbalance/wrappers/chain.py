@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base
+from mtlbalance import base, numerics
 from mtlbalance.contract import Rowwise, check_is_method, weights_of
 from mtlbalance.losses import broadcast_to_rows
 from mtlbalance.states import select
@@ -154,8 +154,7 @@ def _after_gradient(*parts):
 
 
 def _scale_rows(weights, rows):
-    wide = lambda x: x.astype(jnp.result_type(jnp.float32, x))
-    return jax.tree.map(lambda x: broadcast_to_rows(weights, x) * wide(x), rows)
+    return jax.tree.map(lambda x: broadcast_to_rows(weights, x) * x, numerics.wide(rows))
 
 
 def _scale_gramian(weights, gramian):

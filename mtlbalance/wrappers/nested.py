@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtlbalance import base
+from mtlbalance import base, numerics
 from mtlbalance.contract import check_is_method
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import reject
@@ -170,7 +170,7 @@ def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):
 
     def combine_rows(inside, jacobian):
         # Wide, or the sums are rounded to the leaves' dtype: weights of small losses are beyond float16's range.
-        jacobian = jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), jacobian)
+        jacobian = numerics.wide(jacobian)
         return jax.vmap(lambda weights: combine(weights, jacobian))(inside)
 
     def combine_gramian(inside, gramian):

@@ -91,7 +91,7 @@ def nan_tree_unless(ok: chex.Array, output: chex.ArrayTree) -> chex.ArrayTree:
 
 def wide_squared_norm(row: chex.ArrayTree, axis_name: Hashable | None) -> chex.Array:
     """The squared norm of one task's gradient, in float32 or wider whatever its dtype."""
-    return squared_norm(jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), row), axis_name)
+    return squared_norm(numerics.wide(row), axis_name)
 
 
 def within(field: str, fields: tuple[str, ...]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mtlbalance import base
+from mtlbalance import base, numerics
 from mtlbalance.complex_parts import join, split
 from mtlbalance.contract import Rowwise, check_is_method
 from mtlbalance.hyperparameters import reject
@@ -120,7 +120,7 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
         return mask if visits is None else among(visits(state, mask), mask)
 
     def apply(state, jacobian, values, mask):
-        given = state.transformation, _wide(jacobian), taken_in(state, mask), values
+        given = state.transformation, numerics.wide(jacobian), taken_in(state, mask), values
         rows, rows_state, finite = jax.vmap(lambda *given: _transform(transformation, *given))(*given)
         gradient, inner = aggregator.apply(state.inner, rows, values=values, mask=mask)
         return _nan_unless(finite, gradient), TransformRowsState(inner, rows_state)
@@ -128,7 +128,7 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
     def visit(state, i, row, values, mask):
         value = None if values is None else values[i]
         old = _entries(state.transformation, i)
-        row, new, finite = _transform(transformation, old, _wide(row), taken_in(state, mask)[i], value)
+        row, new, finite = _transform(transformation, old, numerics.wide(row), taken_in(state, mask)[i], value)
         put = lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, i, 0)
         transformation_state = jax.tree.map(put, state.transformation, new)
         inner, statistic = aggregator.rowwise.visit(state.inner, i, row, values=values, mask=mask)
@@ -209,10 +209,6 @@ def _entries(state, i):
 
 def _is_inexact(x):
     return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _wide(rows):
-    return jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), rows)
 
 
 # What a transformation is like is asked of it, on shapes alone.

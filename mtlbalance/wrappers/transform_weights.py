@@ -50,8 +50,8 @@ def transform_weights(method: Method, transformation: optax.GradientTransformati
     task is kept for an absent one; what it has for all, such as a count of calls, goes on. It gets no params, and
     ``mask=`` as an extra argument. Weights that are not finite, or come with losses that are not, are transformed too,
     for the output to show them, but not remembered; :func:`skip_nonfinite` goes around this wrapper, for what it takes
-    back to be forgotten here too. In a chain what ``optax.ema`` has of an absent task counts for what
-    comes after it, as in the length that a clip sees; those of ``mtl.weights`` leave it out.
+    back to be forgotten here too. In a chain what ``optax.ema`` has of an absent task counts for what comes after it,
+    as in the length that a clip sees; those of ``mtl.weights`` leave it out.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
