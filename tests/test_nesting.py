@@ -39,7 +39,7 @@ def one_of_each_kind():
             if "-" not in case.name or case.name.startswith("learn-"):
                 built = Built(case, family)
                 if not built.method.learned and not case.per_task and case.fewest_tasks == 1:
-                    kinds.setdefault(built.engine_kind, built)
+                    kinds.setdefault(built.paths, built)
     return {built.case.name: built for built in kinds.values()}
 
 

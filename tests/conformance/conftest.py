@@ -1,10 +1,10 @@
 """Runs every check on every case of the catalogue: a check takes ``built``, ``scalarizer`` or ``aggregator``.
 
-By default other settings of a method run only where they are of a kind of their own. Two marks narrow that down.
-``cases`` has a predicate: of the others the check says nothing. ``one_of_a_kind("engine")`` is for what tests the
-engine, ``one_of_a_kind("boundary")`` the boundary, which know no method by name and treat those of a kind alike: on all
-but the first case of a kind it is slow, unless the methods are a user's, and one of the engine does without other
-settings of a method.
+By default a check runs on one case of each kind, and one with the mark ``every_method`` on every public method; on all
+others it is slow, unless the methods are a user's. Two marks say more. ``cases`` has a predicate: of the others the
+check says nothing. ``one_of_a_kind("engine")`` is for what tests the engine, ``one_of_a_kind("boundary")`` the
+boundary, which know no method by name and treat those that offer the same paths alike; one of the engine does without
+other settings of a method.
 """
 
 import importlib.util
@@ -87,18 +87,17 @@ def pytest_collection_modifyitems(config, items):
 
 
 def mark_slow(found):
-    """By default every check runs on every public method and on one case of each kind, some on these alone.
+    """By default every check runs on one case of each kind, and what is said to on every public method.
 
     Returns the checks of the engine that run nowhere: on what is neither, and where the first case is slow already.
     """
     representatives, left_out = {}, set()
     for built, item in found:
         mark = item.get_closest_marker("one_of_a_kind")
-        of_check = item.nodeid.split("[")[0] if mark else None
-        kind = getattr(built, f"{mark.args[0]}_kind") if mark else built.boundary_kind
-        first = representatives.setdefault((of_check, kind), built)
+        kind = built.paths if mark else built.kind
+        first = representatives.setdefault((item.nodeid.split("[")[0], kind), built)
         is_another_setting = "-" in built.case.name
-        if built is first or not (of_check or is_another_setting):
+        if built is first or (item.get_closest_marker("every_method") and not is_another_setting):
             continue
         of_engine = mark is not None and mark.args == ("engine",)
         if of_engine and (is_another_setting or item.get_closest_marker("slow")):

@@ -29,10 +29,10 @@ class Built:
         self.method = case.make()
 
     @functools.cached_property
-    def engine_kind(self):
-        """What the engine can tell of a method: the paths it offers."""
+    def paths(self):
+        """What the engine and the boundary can tell of a method: the ways it offers."""
         rowwise = getattr(self.method, "rowwise", None)
-        kind = {
+        ways = {
             "weighting": getattr(self.method, "weighting", None),
             "gramian_weighting": getattr(self.method, "gramian_weighting", None),
             **(rowwise._asdict() if rowwise else {}),
@@ -40,11 +40,11 @@ class Built:
             "last_weights": self.method.last_weights,
             "learned": self.method.learned,
         }
-        return self.family, *(name for name, has in kind.items() if has)
+        return self.family, *(name for name, has in ways.items() if has)
 
     @functools.cached_property
-    def boundary_kind(self):
-        """What the boundary can: also its hooks, and whether its weights depend on the losses.
+    def kind(self):
+        """The paths, the hooks that do something, and whether the weights depend on the losses.
 
         Or, for a wrapper, which one, and whether a state shaped like the Jacobian is in it; those that change the
         weights are one.
@@ -53,12 +53,12 @@ class Built:
         if any(hasattr(field, "_fields") for field in state):  # another method's state
             wrapper = CHANGES_WEIGHTS if isinstance(state, CHANGES_WEIGHTS) else type(state)
             return self.family, wrapper, bool(self.method.jacobian_shaped)
-        kind = {
+        more = {
             "end_epoch": jax.make_jaxpr(self.method.end_epoch)(state).eqns,
             "observe": jax.make_jaxpr(self.method.observe)(state, np.ones(3, np.float32)).eqns,
             "nonlinear": self.case.nonlinear,
         }
-        return *self.engine_kind, *(name for name, has in kind.items() if has)
+        return *self.paths, *(name for name, has in more.items() if has)
 
     def method_for(self, tasks):
         """The method for some of the tasks alone, in that order, or for tasks with names."""

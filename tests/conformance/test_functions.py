@@ -43,6 +43,7 @@ def test_jit_gives_what_eager_gives(built):
     chex.assert_trees_all_close(jitted, eager, **SAME)
 
 
+@pytest.mark.every_method
 def test_scan_gives_what_a_loop_gives(built):
     xs = built.stack(5)
     scan = partial(jax.lax.scan, lambda state, x: built.step(state, x)[::-1])
@@ -59,6 +60,18 @@ def test_vmap_over_states_and_inputs_gives_what_a_loop_gives(built):
     for i, state in enumerate(states):
         single = built.apply(state, built.restrict(xs, i))
         chex.assert_trees_all_close(built.restrict(mapped, i), single, **SAME)
+
+
+@pytest.mark.every_method
+@pytest.mark.cases(lambda built: built.case.hyperparameters)
+def test_float_hyperparameters_may_be_traced(built):
+    def states(given):
+        method = built.case.make(**given)
+        return built.init(method), built.step(built.init(method), built.sample(0), method=method)[1]
+
+    given = {name: jnp.float32(values[1]) for name, values in built.case.hyperparameters.items()}
+    before, after = jax.eval_shape(states, given)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
 
 
 @pytest.mark.cases(lambda built: built.case.hyperparameters)
@@ -111,6 +124,7 @@ def test_many_bare_calls_trace_once(built):
     assert traces(events) == compilations(events) == 0
 
 
+@pytest.mark.every_method
 def test_state_keeps_structure_shapes_and_strong_dtypes(built):
     def check(new):
         chex.assert_trees_all_equal_structs(new, state)
@@ -126,11 +140,13 @@ def test_state_keeps_structure_shapes_and_strong_dtypes(built):
     check(jax.eval_shape(built.init))
 
 
+@pytest.mark.every_method
 def test_first_leaf_has_one_entry_per_task(built):
     method = built.method_for(jnp.arange(5))
     assert jax.tree.leaves(jax.eval_shape(lambda: built.init(method, n_tasks=5)))[0].shape == (5,)
 
 
+@pytest.mark.every_method
 def test_no_two_leaves_share_a_buffer(built):
     """Nor with the hyperparameters or the key of the method, which would be in both states."""
     leaves = [leaf for leaf in jax.tree.leaves((built.init(), built.init())) if leaf.size]

@@ -51,6 +51,7 @@ def assert_stays_finite(built, x, state=None, method=None):
         chex.assert_tree_all_finite((output, state))
 
 
+@pytest.mark.every_method
 @pytest.mark.parametrize("losses", LOSSES.values(), ids=LOSSES.keys())
 def test_losses_without_sign_or_scale_stay_finite(scalarizer, losses):
     losses = jnp.minimum(losses, scalarizer.case.largest)
@@ -58,6 +59,7 @@ def test_losses_without_sign_or_scale_stay_finite(scalarizer, losses):
         assert_stays_finite(scalarizer, losses)
 
 
+@pytest.mark.every_method
 @pytest.mark.cases(lambda built: built.case.needs_positive)
 def test_a_negative_loss_has_no_weight_to_climb_on(scalarizer):
     """In three epochs: its weight is NaN, no other is negative, a guard skips it, and absent it does not count."""
@@ -86,6 +88,7 @@ JUMPS = {
 }
 
 
+@pytest.mark.every_method
 @pytest.mark.parametrize("jump", JUMPS.values(), ids=JUMPS.keys())
 def test_losses_that_jump_between_calls_stay_finite(scalarizer, jump):
     before, after = jnp.minimum(jnp.array(jump), scalarizer.case.largest)
@@ -109,6 +112,7 @@ def guarded(make):
     return make_guarded
 
 
+@pytest.mark.every_method
 @pytest.mark.parametrize("combination", ROWS.values(), ids=ROWS.keys())
 def test_degenerate_jacobians_stay_finite(aggregator, combination):
     one, other = aggregator.sample(0, n_tasks=1), aggregator.sample(1, n_tasks=1)
@@ -117,6 +121,7 @@ def test_degenerate_jacobians_stay_finite(aggregator, combination):
     assert_stays_finite(aggregator, x)
 
 
+@pytest.mark.every_method
 @pytest.mark.parametrize("start", [2**31 - 2, 2**31 - 1])
 @pytest.mark.by_default("*-2147483646")
 def test_counters_stop_at_the_largest_int(built, start):

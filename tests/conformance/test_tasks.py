@@ -36,6 +36,7 @@ def test_all_true_mask_is_no_mask(built):
     chex.assert_trees_all_close(built.apply(state, x, mask=ALL), built.apply(state, x), **SAME)
 
 
+@pytest.mark.every_method
 def test_all_false_mask_gives_zero_and_the_same_state(built):
     state, x = warmed_up(built), built.sample(0)
     for value in 1.0, jnp.nan:
@@ -44,6 +45,7 @@ def test_all_false_mask_gives_zero_and_the_same_state(built):
         chex.assert_trees_all_equal(new_state, state)
 
 
+@pytest.mark.every_method
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf, 1e30])
 def test_an_absent_tasks_value_changes_nothing(built, value):
     state, x = warmed_up(built), built.sample(0)
@@ -53,6 +55,7 @@ def test_an_absent_tasks_value_changes_nothing(built, value):
     chex.assert_tree_all_finite(poisoned)
 
 
+@pytest.mark.every_method
 @pytest.mark.cases(lambda built: built.case.fewest_tasks <= 2)
 def test_masked_is_the_method_on_the_present_tasks_alone(built):
     tasks = np.array([0, 2])
@@ -68,6 +71,7 @@ def test_masked_is_the_method_on_the_present_tasks_alone(built):
         chex.assert_trees_all_close(masked, expected, **SAME)
 
 
+@pytest.mark.every_method
 @pytest.mark.cases(lambda built: built.case.fewest_tasks <= 2)
 @pytest.mark.cases(lambda built: not built.case.own_names)
 def test_masked_goes_on_as_the_present_tasks_would_alone(built):
@@ -86,6 +90,7 @@ def test_masked_goes_on_as_the_present_tasks_would_alone(built):
         chex.assert_trees_all_close(masked, expected, **SAME)
 
 
+@pytest.mark.every_method
 def test_statistics_advance_while_present_and_only_then(built):
     """Over 50 random masks an absent task's part of the state is bit-identical; a present one's moves if any does."""
     masks = np.random.default_rng(0).random((50, 3)) < 0.5
@@ -109,6 +114,7 @@ def test_statistics_advance_while_present_and_only_then(built):
         np.testing.assert_array_equal(seen, np.where(moved, masks.sum(0), 0))  # of what is no task nothing is seen
 
 
+@pytest.mark.every_method
 @pytest.mark.cases(lambda built: built.case.total)
 def test_weights_of_the_tasks_present_add_up_to_their_total(built):
     """Whoever comes and goes."""
@@ -126,6 +132,7 @@ def test_weights_of_the_tasks_present_add_up_to_their_total(built):
         _, state = built.step(state, x, mask=mask, ends_epoch=i % 3 == 2)
 
 
+@pytest.mark.every_method
 def test_gradient_to_an_absent_value_is_zero_and_to_the_others_finite(scalarizer):
     state, x = warmed_up(scalarizer), scalarizer.poison(scalarizer.sample(0), SOME, jnp.nan)
     _, gradient = scalar_and_gradient(scalarizer.method)(state, x, mask=SOME)
@@ -212,6 +219,7 @@ def test_one_loss_given_as_an_aggregators_values_is_checked(aggregator):
         aggregator.method.apply(aggregator.init(), aggregator.sample(0), values=jnp.ones(2))
 
 
+@pytest.mark.every_method
 @pytest.mark.cases(lambda built: built.case.reads_losses)
 def test_losses_that_are_read_must_be_given(aggregator):
     with pytest.raises(TypeError, match="values: expected the losses, as in values=losses, found None"):

@@ -175,6 +175,7 @@ def assert_same_step(step, expected, shared=False, stacked=False, rounding=ROUND
     assert_close(of_all(combined), expected.gradient, terms, rounding)
 
 
+@pytest.mark.every_method
 @pytest.mark.cases(lambda built: built.method.learned)
 def test_learned_fields_must_be_trained_by_someone(scalarizer):
     with pytest.raises(ValueError, match=r"mtl\.learn"):
