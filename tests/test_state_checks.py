@@ -98,7 +98,7 @@ def test_another_methods_state_is_refused_on_every_path(name):
 EXCESS_MTL = aggregation.excess_mtl()
 STATE = jax.eval_shape(lambda: EXCESS_MTL.init((3, PARAMS)))
 WHOLE = re.escape("excess_mtl's ExcessMTLState(log_weights, baseline, seen, squared_gradients), found ")
-AS_RESTORED = re.escape(" (of a checkpoint? restore it into jax.eval_shape of init)")
+AS_RESTORED = re.escape(" (of a checkpoint? mtl.restore makes the state of it, like jax.eval_shape of init)")
 OF_DWA = re.escape("dwa's DWAState(average, count, newer, older)")
 NO_STATES = {
     "fields": (list(STATE), f"a list of 4{AS_RESTORED}"),
