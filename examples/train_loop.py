@@ -209,7 +209,9 @@ def train(method, predict, params, digits, args):
 def open_checkpoints(folder):
     if folder is None:
         return nullcontext()
-    return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
+    # A checkpoint is written beside its place and renamed: of a run that was killed there may be part of one beside.
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 def save(checkpoints, carry, history, settings):

@@ -3,6 +3,7 @@
 ``python -m tests.checkpoints first-half FOLDER`` and ``second-half FOLDER`` are what ``test_checkpoints.py`` runs.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -16,6 +17,14 @@ from tests.conformance.helpers import Built
 
 FIRST_HALF, SECOND_HALF = "first-half", "second-half"
 N_STEPS = 6
+
+
+def numbered(like):
+    """A tree of the same shapes with a number of its own in every entry."""
+    leaves, treedef = jax.tree.flatten(like)
+    return treedef.unflatten(
+        [np.arange(i, i + x.size).reshape(x.shape).astype(x.dtype) for i, x in enumerate(leaves, 1)]
+    )
 
 
 def flat_names(tree):
@@ -72,11 +81,16 @@ def cases():
     return {f"{family}-{case.name}": Built(case, family) for family, rows in families.items() for case in rows}
 
 
+@functools.cache
+def step_of(built):
+    return jax.jit(built.step)
+
+
 def run(built, state, first, last):
     """The outputs and the state after the calls from the first to before the last."""
-    step, xs, outputs = jax.jit(built.step), built.stack(N_STEPS), []
+    xs, outputs = built.stack(N_STEPS), []
     for i in range(first, last):
-        output, state = step(state, built.restrict(xs, i))
+        output, state = step_of(built)(state, built.restrict(xs, i))
         outputs.append(output)
     return outputs, state
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
-from tests.checkpoints import FIRST_HALF, FORMATS, SECOND_HALF, cases, flat_names, load_by_numpy
+from tests.checkpoints import FIRST_HALF, FORMATS, SECOND_HALF, cases, flat_names, load_by_numpy, numbered
 
 pytestmark = pytest.mark.unoptimized
 
@@ -49,7 +49,9 @@ def test_a_run_goes_on_in_another_process_to_the_same_numbers(tmp_path):
     for form in FORMATS:
         found = load_by_numpy(tmp_path / f"ends-{form}")
         assert found.keys() == expected.keys()
-        different = [name for name, x in expected.items() if x.dtype != found[name].dtype or not same_bits(x, found[name])]
+        different = [
+            name for name, x in expected.items() if x.dtype != found[name].dtype or not same_bits(x, found[name])
+        ]
         assert not different, (form, different)
 
 
@@ -76,14 +78,6 @@ def training():
 
 
 STATES = {"learn": learning, "transform_rows": transforming, "training": training}
-
-
-def numbered(like):
-    """A tree of the same shapes with a number of its own in every entry."""
-    leaves, treedef = jax.tree.flatten(like)
-    return treedef.unflatten(
-        [np.arange(i, i + x.size).reshape(x.shape).astype(x.dtype) for i, x in enumerate(leaves, 1)]
-    )
 
 
 def assert_restored(found, expected):
@@ -180,8 +174,8 @@ ERRORS = {
     "a number of tasks": (
         lambda: (scalarization.dwa().init(2)._asdict(), DWA),
         ValueError,
-        "saved.average: expected shape (3,), as in like, found shape (2,) (of other tasks? restore it like their state, "
-        "then mtl.carry_over)",
+        "saved.average: expected shape (3,), as in like, found shape (2,) (of other tasks? restore it like their "
+        "state, then mtl.carry_over)",
     ),
     "a shape": (
         lambda: ({**DWA._asdict(), "count": np.zeros((3, 1), np.int32)}, DWA),
@@ -227,14 +221,18 @@ def test_the_links_of_a_chain_refuse_what_was_restored_without_a_target():
         link = mtl.per_task(transformation, n_tasks=2)
         state = link.init(params)
         restored = {"0": {}, "1": {}} if type(state) is tuple else state._asdict()
-        with pytest.raises(TypeError, match=r"state: expected .* found a dict of .*of a checkpoint\? mtl.restore makes"):
+        with pytest.raises(
+            TypeError, match=r"state: expected .* found a dict of .*of a checkpoint\? mtl.restore makes"
+        ):
             link.update(rows, restored, params)
-        with pytest.raises((TypeError, ValueError), match="state.*: expected "):
+        with pytest.raises((TypeError, ValueError), match=r"state.*: expected "):
             link.update(rows, mtl.per_task(optax.trace(0.9), 2).init(params), params)
         with pytest.raises(ValueError, match=r"state.*: expected shape \(2,.*found shape \(4,"):
             link.update(rows, mtl.per_task(transformation, n_tasks=4).init(params), params)
         link.update(rows, state, params)
-    with pytest.raises(TypeError, match=r"state: expected what .*SeenState\(seen\), found a dict of 'seen' \(of a check"):
+    with pytest.raises(
+        TypeError, match=r"state: expected what .*SeenState\(seen\), found a dict of 'seen' \(of a check"
+    ):
         mtl.aggregate(aggregation.mgda(), 2).update(rows, {"seen": jnp.zeros(2, jnp.int32)}, params)
 
 
