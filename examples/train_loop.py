@@ -12,9 +12,9 @@ The tasks and the network are those of ``digits.py``. The method is an argument,
 The tasks are left, right and sum: what a method takes for each of them, or one of them, goes by these names.
 
 Both families have ``mean``, ``sum``, ``constant`` and ``random``: ``aggregation.mean`` is the second one. With
-``--checkpoints`` a run that was interrupted goes on where it stopped when the same command is given again, to the
-same numbers; with more ``--epochs`` a finished one is trained on. ``--seed`` is the network's and its batches'; a
-method that draws has its own: ``--set key=1``.
+``--checkpoints`` a run that was interrupted or killed goes on where it stopped when the same command is given again,
+to the same numbers; with more ``--epochs`` a finished one is trained on. ``--seed`` is the network's and its batches';
+a method that draws has its own: ``--set key=1``.
 
 The loop knows three methods by name: MoDo and SDMGrad decide on two batches and train on a third, and DTP observes
 accuracies where the others observe losses. It knows nothing of the network but its parameters and ``predict``. An

@@ -16,7 +16,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
-from tests.checkpoints import FIRST_HALF, FORMATS, SECOND_HALF, cases, flat_names, load_by_numpy, numbered
+from tests.checkpoints import (
+    FIRST_HALF,
+    FORMATS,
+    SECOND_HALF,
+    cases,
+    flat_names,
+    load_by_numpy,
+    load_by_orbax,
+    numbered,
+    save_by_orbax,
+)
 
 pytestmark = pytest.mark.unoptimized
 
@@ -120,15 +130,19 @@ def test_what_has_no_arrays_may_be_there_or_not():
     assert mtl.restore({}, like=optax.EmptyState()) == optax.EmptyState()
 
 
-def test_the_state_is_a_copy_where_the_template_is():
+def test_the_state_is_a_copy_where_the_template_is(tmp_path):
+    """On a mesh that is the new state itself, for orbax too."""
     mesh = jax.make_mesh((2,), ("data",))
     params = jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, PartitionSpec("data")))
-    method = aggregation.excess_mtl()
-    like = method.init((2, params))
-    saved = jax.tree.map(np.asarray, numbered(like))
+    like = aggregation.excess_mtl().init((2, params))
+    saved = numbered(like)
+    placed = jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), saved, like)
+    save_by_orbax(tmp_path / "state", placed)
     state = mtl.restore(saved._asdict(), like=like)
-    jax.tree.map(lambda new, old: chex.assert_equal(new.sharding, old.sharding), state, like)
-    chex.assert_trees_all_equal(state, saved)
+    for restored in state, load_by_orbax(tmp_path / "state", like):
+        jax.tree.map(lambda new, old: chex.assert_equal(new.sharding, old.sharding), restored, like)
+        chex.assert_trees_all_equal(restored, saved)
+    assert not state.squared_gradients.sharding.is_fully_replicated
     saved.baseline[:] = 0
     assert np.all(state.baseline != 0)
     one = {"seen": jnp.ones(2, jnp.int32)}
