@@ -12,9 +12,9 @@ The tasks and the network are those of ``digits.py``. The method is an argument,
 The tasks are left, right and sum: what a method takes for each of them, or one of them, goes by these names.
 
 Both families have ``mean``, ``sum``, ``constant`` and ``random``: ``aggregation.mean`` is the second one. With
-``--checkpoints`` a run that was interrupted goes on where it stopped when the same command is given again, to the
-same numbers; with more ``--epochs`` a finished one is trained on. ``--seed`` is the network's and its batches'; a
-method that draws has its own: ``--set key=1``.
+``--checkpoints`` a run that was interrupted or killed goes on where it stopped when the same command is given again,
+to the same numbers; with more ``--epochs`` a finished one is trained on. ``--seed`` is the network's and its batches';
+a method that draws has its own: ``--set key=1``.
 
 The loop knows three methods by name: MoDo and SDMGrad decide on two batches and train on a third, and DTP observes
 accuracies where the others observe losses. It knows nothing of the network but its parameters and ``predict``. An
@@ -209,7 +209,9 @@ def train(method, predict, params, digits, args):
 def open_checkpoints(folder):
     if folder is None:
         return nullcontext()
-    return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
+    # A checkpoint is written beside its place and renamed: of a run that was killed there may be part of one beside.
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
 def save(checkpoints, carry, history, settings):

@@ -27,6 +27,7 @@ from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Weighting
 from mtlbalance.diagnostics import audit, report
 from mtlbalance.losses import Counted
 from mtlbalance.project_update import project_update
+from mtlbalance.restored import restore
 from mtlbalance.transforms import aggregate, per_task
 from mtlbalance.wrappers import (
     AmortizeState,
@@ -93,6 +94,7 @@ __all__ = [
     "project_update",
     "regularize",
     "report",
+    "restore",
     "scalarization",
     "skip_nonfinite",
     "skip_zero",

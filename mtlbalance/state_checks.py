@@ -94,7 +94,9 @@ def check_like(name: str, found: Any, expected: Any, *, method: str | None = Non
         return
     structures = jax.tree.structure(expected), jax.tree.structure(found)
     if structures[0] != structures[1]:
-        reject(name, f"{_described(expected)} as init makes it", f"{_described(found)} of another structure", TypeError)
+        is_same_type = type(expected) is type(found)
+        what = f"{_described(found)} of another structure" if is_same_type else described(found)
+        reject(name, f"{_described(expected)} as init makes it", what, TypeError)
     for (path, leaf), like in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         if np.shape(leaf) != like.shape:
             where = f"{name}{jax.tree_util.keystr(path)}"
@@ -148,7 +150,7 @@ def _kind(x):
 
 def described(x: Any) -> str:
     """What was found where a state is due."""
-    hint = " (of a checkpoint? restore it into jax.eval_shape of init)"
+    hint = " (of a checkpoint? mtl.restore makes the state of it, like jax.eval_shape of init)"
     return _described(x) + (hint if isinstance(x, dict | list) else "")
 
 
@@ -156,7 +158,7 @@ def _described(x, method=None):
     """A state by its type and fields, and by its method where a file has one; anything else in a few words."""
     if hasattr(x, "_fields"):
         *_, folder, file = ("", *type(x).__module__.split("."))
-        if folder in ("scalarization", "aggregation", "wrappers"):
+        if folder in ("scalarization", "aggregation", "wrappers", "autodiff"):
             method = file
         return f"{method}'s {kind_of(x)}" if method else kind_of(x)
     if isinstance(x, dict):

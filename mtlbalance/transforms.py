@@ -118,7 +118,8 @@ def per_task(transformation: optax.GradientTransformation, n_tasks: int) -> opta
       An :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      TypeError: if ``n_tasks`` is not an int, or ``transformation`` none of optax.
+      TypeError: if ``n_tasks`` is not an int, or ``transformation`` none of optax; from ``update``, if the state is
+        another's.
       ValueError: from ``update``, if the Jacobian does not fit the number of tasks, as a plain gradient does not, or
         comes as ``jacobian=``: the aggregator would take that as it is.
 
@@ -148,7 +149,9 @@ def per_task(transformation: optax.GradientTransformation, n_tasks: int) -> opta
             expected = "the Jacobian as updates; mtl.aggregate(mtl.transform_rows(...)) takes it besides"
             reject("jacobian", expected, "jacobian=, which the aggregator would take as it is")
         call = read(init_seen(n_tasks), losses_of(extra_args), extra_args.get("mask"), required=False)
-        rows = present_rows(check_task_axis(updates, n_tasks), call.mask)
+        rows = check_task_axis(updates, n_tasks)
+        check_like("state", state, jax.eval_shape(lambda rows: init(jax.tree.map(lambda x: x[0], rows)), rows))
+        rows = present_rows(rows, call.mask)
         others = {name: x for name, x in extra_args.items() if name not in _READ}
 
         def update_one(state, row, present, value):

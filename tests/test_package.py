@@ -17,7 +17,7 @@ FLOORS = [
     ["names"],
     ["constraints"],
     ["gramian", "contract", "solvers"],
-    ["returned", "state_checks"],
+    ["restored", "returned", "state_checks"],
     ["boundary"],
     ["base", "changed_tasks"],
     ["scalarization", "aggregation"],

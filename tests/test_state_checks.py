@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from flax.serialization import to_state_dict
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, base, diagnostics, scalarization, states
@@ -45,9 +47,10 @@ def paths(method, values=LOSSES):
     params = jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS)
     if not method.learned:
         yield "value_and_grad", lambda state: mtl.value_and_grad(losses_fn, method)(params, state)
-    for hook, args in (method.end_epoch, ()), (method.observe, (values,)):
+    for name, args in ("end_epoch", ()), ("observe", (values,)):
+        hook = getattr(method, name)
         if hook.__name__ != "<lambda>":  # it does nothing with whatever it is given
-            yield "a hook", lambda state, hook=hook, args=args: hook(state, *args)
+            yield name, lambda state, hook=hook, args=args: hook(state, *args)
     if method.last_weights is not None:
         yield "last_weights", method.last_weights
         yield "refresh", lambda state: mtl.value_and_grad(losses_fn, method)(params, state, refresh=False)
@@ -93,12 +96,36 @@ def test_another_methods_state_is_refused_on_every_path(name):
     others = itertools.islice(others, list(CASES).index(name) % len(KINDS), None)
     for _, call in paths(built.method):
         refused(call, next(others))
+    calls = [call for _, call in paths(built.method)]
+    refused(calls[list(CASES).index(name) % len(calls)], to_state_dict(own_state(built)))
+
+
+@each_case
+@pytest.mark.slow
+def test_what_was_restored_or_is_for_others_is_refused_on_every_path(name):
+    """Without its types, for another number of tasks, and, on the paths that see gradients, for other parameters."""
+    built = CASES[name]
+    own, shapes = own_state(built), lambda state: [x.shape for x in jax.tree.leaves(state)]
+    other_params = {"w": jax.ShapeDtypeStruct((5, 2), jnp.float32), "b": PARAMS["b"]}
+    for_others = jax.eval_shape(lambda: built.init(params=other_params))
+    for path, call in paths(built.method):
+        refused(call, to_state_dict(own))
+        refused(call, jax.tree.leaves(own))
+        if not built.case.own_names and path not in ("last_weights", "end_epoch"):
+            of_four = lambda: built.init(built.method_for(np.arange(4)), n_tasks=4, params=PARAMS)
+            with pytest.raises(
+                ValueError, match=r"^values: expected shape \(4,\), as given to init, found shape \(3,\)"
+            ):
+                jax.eval_shape(call, jax.eval_shape(of_four))
+        if shapes(for_others) != shapes(own) and path in ("apply", "aggregate", "value_and_grad", "weighting", "visit"):
+            with pytest.raises(ValueError, match=r"^(jacobian|row).*: expected .*found "):
+                jax.eval_shape(call, for_others)
 
 
 EXCESS_MTL = aggregation.excess_mtl()
 STATE = jax.eval_shape(lambda: EXCESS_MTL.init((3, PARAMS)))
 WHOLE = re.escape("excess_mtl's ExcessMTLState(log_weights, baseline, seen, squared_gradients), found ")
-AS_RESTORED = re.escape(" (of a checkpoint? restore it into jax.eval_shape of init)")
+AS_RESTORED = re.escape(" (of a checkpoint? mtl.restore makes the state of it, like jax.eval_shape of init)")
 OF_DWA = re.escape("dwa's DWAState(average, count, newer, older)")
 NO_STATES = {
     "fields": (list(STATE), f"a list of 4{AS_RESTORED}"),
@@ -302,7 +329,7 @@ def test_another_number_of_tasks_is_named():
     for method in methods:
         state = method.init(3 if isinstance(method, mtl.Scalarizer) else (3, PARAMS))
         for path, call in paths(method, losses):
-            if path not in ("last_weights", "a hook"):
+            if path not in ("last_weights", "end_epoch"):
                 with pytest.raises(ValueError, match=f"values: {found}"):
                     jax.eval_shape(call, state)
     with pytest.raises(ValueError, match=f"mask: {found}"):

@@ -134,6 +134,15 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(name, tmp_path, monkeypa
     chex.assert_trees_all_equal(*(saved(folder, 4) for folder in (straight, interrupted)))
 
 
+def test_a_run_that_is_killed_goes_on_to_the_same_numbers():
+    """At random times; by default the script kills fifty times."""
+    script = EXAMPLES.parent / "tests" / "benchmarks" / "kill_and_resume.py"
+    command = [sys.executable, script, "--kills", "3", "--epochs", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"3 kills; [1-9]\d* runs came to their end, to the same table and numbers\n", done.stdout)
+
+
 @pytest.fixture(scope="module")
 def run_of_dual_proj(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")

@@ -11,6 +11,7 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance.losses import broadcast_to_rows
+from tests.checkpoints import FORMATS, numbered
 from tests.conformance.helpers import PARAMS, SAME, assert_path_agrees
 from tests.events import compilations, recorded, traces
 
@@ -283,15 +284,13 @@ def agrees_over_four_calls(aggregator, path):
 
 
 @pytest.mark.one_of_a_kind("engine")
-def test_checkpoint_and_resume_is_a_straight_run(built, tmp_path):
-    ocp = pytest.importorskip("orbax.checkpoint")
-    xs = built.stack(6)
-    straight = outputs_and_state(built, built.init(), xs)[1]
-    halfway = outputs_and_state(built, built.init(), built.restrict(xs, slice(3)))[1]
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", halfway)
-        checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(built.init))
-    chex.assert_trees_all_equal_shapes_and_dtypes(restored, halfway)
-    resumed = outputs_and_state(built, restored, built.restrict(xs, slice(3, None)))[1]
-    chex.assert_trees_all_equal(resumed, straight)
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_state_comes_back_from_a_file(built, form, tmp_path):
+    """With a target and without; that a run then goes on to the same numbers is shown across processes."""
+    (save, load), like = FORMATS[form], jax.eval_shape(built.init)
+    state = numbered(like)
+    save(tmp_path / "state", state)
+    for restored in load(tmp_path / "state", like), mtl.restore(load(tmp_path / "state"), like=like):
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
+        chex.assert_trees_all_equal(restored, state)
