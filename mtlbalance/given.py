@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mtlbalance import returned
 from mtlbalance.gramian import combine, gramian_of_tasks
 from mtlbalance.hyperparameters import reject
-from mtlbalance.losses import present_rows, read_gramian, state_dtype
+from mtlbalance.losses import present_rows, state_dtype
 
 
 def derive(apply, weighting, gramian_weighting, *, axis_name, zero_absent, stop_gradient):
@@ -46,12 +46,12 @@ def rows_of_present(call, rows):
 
 def gramian_of_present(axis_name):
     """What makes the Gramian of the rows, zero in the rows and columns of absent tasks."""
+    return lambda call, rows: gramian_of_tasks(rows, len(call.mask), axis_name, present_or_none(call))
 
-    def make(call, rows):
-        mask = None if call.all_present else call.mask
-        return read_gramian(call, gramian_of_tasks(rows, len(call.mask), axis_name, mask))
 
-    return make
+def present_or_none(call):
+    """The mask; ``None`` where it is known while tracing that all tasks are present."""
+    return None if call.all_present else call.mask
 
 
 def combined(name, weigh, statistic_of, stop_gradient):
@@ -63,7 +63,7 @@ def combined(name, weigh, statistic_of, stop_gradient):
         output = weigh(state, statistic, call.values, call.mask)
         weights, new_state = returned.weights_and_state(name, output, call.mask.shape)
         weights = finish_weights(weights, call.mask, state_dtype(state, rows), stop_gradient)
-        return combine(weights, rows, None if call.all_present else call.mask), new_state
+        return combine(weights, rows, present_or_none(call)), new_state
 
     return apply
 

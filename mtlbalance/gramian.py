@@ -112,8 +112,9 @@ def combine(weights: chex.Array, jacobian: chex.ArrayTree, mask: chex.Array | No
             expected = f"leaves with a leading axis of {weights.shape}, one row per weight"
             reject("jacobian", expected, f"shape {leaf.shape}")
         dtype = jnp.result_type(jnp.float32, weights, leaf)
-        if mask is not None:
+        if mask is not None and _is_wide(leaf):
             return _sum_of_present(weights.astype(dtype), leaf, mask).astype(leaf.dtype)
+        leaf = leaf if mask is None else present_rows(leaf, mask)
         row_axis = (((0,), (0,)), ((), ()))
         operands = weights.astype(dtype), leaf.astype(dtype)
         return jax.lax.dot_general(*operands, row_axis, precision="highest").astype(leaf.dtype)
@@ -158,6 +159,11 @@ def _rows_of_leaf(leaf):
     return with_whole_tasks(jnp.asarray(leaf), 1)
 
 
+def _is_wide(leaf):
+    """Whether it takes long to write a leaf out once more."""
+    return leaf.size >= 2 * len(leaf) * _CHUNK
+
+
 def _sum_of_present(weights, rows, mask):
     """The weighted sum of the rows in ``mask``, which a dot would have to be given in a copy, the others zero."""
 
@@ -176,7 +182,7 @@ def _of_leaf(x, y, mask=None):
     # Chunking a leaf split over devices would gather it, so only whole leaves are chunked. A mesh given by
     # `in_shardings` alone is not visible here.
     may_be_split = any(kind != AxisType.Manual for kind in jax.typeof(x).sharding.mesh.axis_types)
-    if may_be_split or x.size < 2 * len(x) * _CHUNK:
+    if may_be_split or not _is_wide(x):
         return _of_rows(x, y, mask)
     return _of_wide_leaf(x, y, mask)
 
