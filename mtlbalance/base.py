@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from mtlbalance import boundary, returned
 from mtlbalance.contract import Aggregator, Hook, Rowwise, Scalarizer, Task, Weighting
+from mtlbalance.given import derive
 from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import read_gramian, read_pair, read_shape, state_dtype, sums
@@ -111,6 +112,7 @@ def aggregator(
     axis_name: Hashable | None = None,
     per_task: Mapping[str, Any] | None = None,
     stop_gradient: bool = True,
+    zero_absent: bool = True,
 ) -> Aggregator:
     """Builds an :class:`Aggregator` from plain functions.
 
@@ -119,7 +121,7 @@ def aggregator(
     Args:
       init: ``(m, params, dtype) -> state``.
       apply: ``(state, jacobian, values, mask) -> (gradient, new_state)``; by default the rows combined with the
-        weights of ``weighting``. Absent rows are zero.
+        weights of ``weighting``.
       weighting: ``(state, jacobian, values, mask) -> (weights, new_state)``; by default ``gramian_weighting`` of
         the Jacobian's Gramian.
       gramian_weighting: ``(state, gramian, values, mask) -> (weights, new_state)``.
@@ -137,6 +139,7 @@ def aggregator(
       per_task: as in :func:`scalarizer`.
       stop_gradient: whether the weights are constants of differentiation. ``False`` for those of a hyperparameter, or
         of a method inside, which sees to it.
+      zero_absent: whether rows of absent tasks are zero; ``False`` for a wrapper that leaves it to the method inside.
 
     Complex leaves reach the functions as :class:`~mtlbalance.complex_parts.ComplexParts`: two real leaves each.
 
@@ -164,12 +167,8 @@ def aggregator(
     check = state_check(init, functions, jacobian_shaped)
     if nan_if_nonfinite and gramian_weighting is not None:
         gramian_weighting = boundary.nan_if_nonfinite("gramian_weighting", gramian_weighting)
-    if weighting is None and gramian_weighting is not None:
-        weighting = boundary.of_gramian(gramian_weighting, axis_name)
-    if apply is None and weighting is not None:
-        apply = boundary.combined(weighting, stop_gradient)
-    if apply is None:
-        reject("aggregator", "one of apply, weighting and gramian_weighting", "none", TypeError)
+    options = {"axis_name": axis_name, "zero_absent": zero_absent, "stop_gradient": stop_gradient}
+    apply, name, weighting, statistic_of = derive(apply, weighting, gramian_weighting, **options)
     read = boundary.reader(check, required=reads_losses)
     settled = partial(boundary.settle, jacobian_shaped=jacobian_shaped)
 
@@ -193,7 +192,7 @@ def aggregator(
         initializer(needs_params=True),
         boundary.public_apply(apply, read, settled, jacobian_shaped, per_task),
         *boundary.public_hooks(check, end_epoch, observe, jacobian_shaped, per_task),
-        public_weighting("weighting", weighting, partial(boundary.read_rows, jacobian_shaped=jacobian_shaped)),
+        public_weighting(name, weighting, boundary.statistic_reader(statistic_of, jacobian_shaped)),
         public_weighting("gramian_weighting", gramian_weighting, boundary.without_state(read_gramian)),
         rowwise and boundary.public_rowwise(rowwise, read, settled, jacobian_shaped, per_task),
         jacobian_shaped=jacobian_shaped,

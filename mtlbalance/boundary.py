@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from mtlbalance import returned
 from mtlbalance.complex_parts import entries, is_parts, join, join_like, split, split_params
 from mtlbalance.contract import Hook, Rowwise
-from mtlbalance.gramian import combine, gramian_of_tasks
+from mtlbalance.given import finish_weights
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import (
     broadcast_to_rows,
     check_task_axis,
     read_call,
-    read_jacobian,
     read_row,
     state_dtype,
 )
@@ -61,16 +60,6 @@ def checked(check, function):
     return checked_function
 
 
-def of_gramian(gramian_weighting, axis_name):
-    """The plain weighting of the Jacobian from that of its Gramian."""
-
-    def weighting(state, jacobian, values, mask):
-        output = gramian_weighting(state, gramian_of_tasks(jacobian, len(mask), axis_name), values, mask)
-        return returned.weights_and_state("gramian_weighting", output, mask.shape)
-
-    return weighting
-
-
 def for_each_task(function, mask):
     """A function of one task's arguments, mapped over those of all tasks."""
     if explicit_mesh(mask) is None:
@@ -102,29 +91,15 @@ def nan_if_nonfinite(name, function):
     return shows_it
 
 
-def combined(weighting, stop_gradient=True):
-    """The plain ``apply`` that combines the rows with the weights of a weighting."""
-
-    def apply(state, jacobian, values, mask):
-        # The weights are constants of differentiation: an outer grad never enters a solver.
-        given = state, jax.lax.stop_gradient(jacobian), values, mask
-        weights, new_state = returned.weights_and_state("weighting", weighting(*given), mask.shape)
-        weights = finish_weights(weights, mask, state_dtype(state, jacobian), stop_gradient)
-        return combine(weights, jacobian), new_state
-
-    return apply
-
-
 def public_apply(plain, read, settled, jacobian_shaped=(), per_task=None):
-    """An aggregator's ``apply`` from the plain one."""
+    """An aggregator's ``apply`` from one of a call and its rows."""
 
     def apply(state, jacobian, *, values=None, mask=None):
         call = read(state, values, mask)
         if not jacobian_shaped and _is_vector(jacobian):
             jacobian = _not_differentiated(jnp.asarray(jacobian))
         rows = read_rows(call, jacobian, state, jacobian_shaped)
-        output = plain(state, rows, call.values, call.mask)
-        gradient, new_state = returned.gradient_and_state("apply", output, state, rows)
+        gradient, new_state = returned.gradient_and_state("apply", plain(state, rows, call), state, rows)
         gradient = join_like(zero_if_none(call, gradient), jacobian)
         return gradient, settled("apply", call, new_state, state)
 
@@ -191,10 +166,18 @@ def public_hooks(check, end_epoch, observe, jacobian_shaped=(), per_task=None) -
 
 
 def read_rows(call, jacobian, state, jacobian_shaped):
-    """The Jacobian that a call is given, if it is of the state's parameters, as far as that knows them."""
-    rows = read_jacobian(call, jacobian)
+    """The Jacobian that a call is given, if it is of the state's parameters, as far as that knows them.
+
+    Its leaves are arrays, complex ones split, with the rows of absent tasks as they are.
+    """
+    rows = split(check_task_axis(jacobian, len(call.mask)))
     check_remembered("jacobian", rows, state, jacobian_shaped)
     return rows
+
+
+def statistic_reader(statistic_of, jacobian_shaped):
+    """A reader of the Jacobian that makes of it what the weighting is of."""
+    return lambda call, jacobian, state: statistic_of(call, read_rows(call, jacobian, state, jacobian_shaped))
 
 
 def without_state(read):
@@ -259,12 +242,6 @@ def zero_if_none(call, gradient):
     if call.all_present:
         return gradient
     return select(jnp.any(call.mask), gradient, jax.tree.map(jnp.zeros_like, gradient))
-
-
-def finish_weights(weights, mask, dtype, stop_gradient=True):
-    """The weights, 0 for absent tasks; constants of differentiation if ``stop_gradient``."""
-    weights = jnp.where(mask, weights, 0).astype(dtype)
-    return jax.lax.stop_gradient(weights) if stop_gradient else weights
 
 
 def settle(name, call, new_state, state, jacobian_shaped=()):

@@ -16,12 +16,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mtlbalance.complex_parts import join_like, split
 from mtlbalance.hyperparameters import reject
-from mtlbalance.mapped_axes import add_up, split_over
+from mtlbalance.losses import present_rows
+from mtlbalance.mapped_axes import add_up, split_over, varying_as
 from mtlbalance.meshes import explicit_mesh, with_whole_tasks
 from mtlbalance.parameters import check_params_like
 
 # Columns of a Jacobian that a CPU multiplies at a time: few enough for its cache, many enough to be worth a dot.
 _CHUNK = 4096
+# Rows that are added up in one pass over the sum, at most.
+_ROWS_AT_A_TIME = 8
 
 
 def gramian(
@@ -66,17 +69,26 @@ def gramian(
     return add_up(jax.tree.map(_of_leaf, jacobian, other), axis_name)
 
 
-def gramian_of_tasks(jacobian: chex.ArrayTree, m: int, axis_name: Hashable | None = None) -> chex.Array:
-    """:func:`gramian` of m tasks' gradients; zeros where there are no parameters."""
-    return gramian(jacobian, axis_name=axis_name) if jax.tree.leaves(jacobian) else jnp.zeros((m, m))
+def gramian_of_tasks(
+    jacobian: chex.ArrayTree, m: int, axis_name: Hashable | None = None, mask: chex.Array | None = None
+) -> chex.Array:
+    """:func:`gramian` of m tasks' gradients, those not in ``mask`` as if zero; zeros where there are no parameters."""
+    if not jax.tree.leaves(jacobian):
+        return jnp.zeros((m, m))
+    if mask is None:
+        return gramian(jacobian, axis_name=axis_name)
+    of_leaf = lambda leaf: _of_leaf(leaf, leaf, mask)
+    return add_up(jax.tree.map(of_leaf, jax.tree.map(_rows_of_leaf, split(jacobian))), axis_name)
 
 
-def combine(weights: chex.Array, jacobian: chex.ArrayTree) -> chex.ArrayTree:
+def combine(weights: chex.Array, jacobian: chex.ArrayTree, mask: chex.Array | None = None) -> chex.ArrayTree:
     r"""Weighted sum of the tasks' gradients, :math:`g = w^\top J`.
 
     Args:
       weights: one weight per task, shape ``[m]``.
       jacobian: tree with leaves ``[m, *param.shape]``.
+      mask: which tasks are present, booleans of shape ``[m]``; all by default. The rows of the others may be anything,
+        NaN too, and count as zero.
 
     Returns:
       A tree with leaves of shape ``param.shape``, each in its Jacobian leaf's dtype, which may be complex; the sum
@@ -92,6 +104,7 @@ def combine(weights: chex.Array, jacobian: chex.ArrayTree) -> chex.ArrayTree:
       [3. 2.]
     """
     weights = with_whole_tasks(jnp.asarray(weights))
+    mask = mask if mask is None else with_whole_tasks(jnp.asarray(mask))
 
     def leaf_sum(leaf):
         leaf = _rows_of_leaf(leaf)
@@ -99,6 +112,9 @@ def combine(weights: chex.Array, jacobian: chex.ArrayTree) -> chex.ArrayTree:
             expected = f"leaves with a leading axis of {weights.shape}, one row per weight"
             reject("jacobian", expected, f"shape {leaf.shape}")
         dtype = jnp.result_type(jnp.float32, weights, leaf)
+        if mask is not None and _is_wide(leaf):
+            return _sum_of_present(weights.astype(dtype), leaf, mask).astype(leaf.dtype)
+        leaf = leaf if mask is None else present_rows(leaf, mask)
         row_axis = (((0,), (0,)), ((), ()))
         operands = weights.astype(dtype), leaf.astype(dtype)
         return jax.lax.dot_general(*operands, row_axis, precision="highest").astype(leaf.dtype)
@@ -134,40 +150,64 @@ def n_entries(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> int:
 
 def squared_norm(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array:
     """The squared norm of one task's gradient, summed over the axis by which its parameters are split, if any."""
-    return jnp.asarray(total(jax.tree.map(jnp.square, split(tree)), axis_name))
+    # No dot, for which XLA would write the squares out first.
+    square = lambda leaf: jnp.sum(jnp.square(leaf.astype(jnp.result_type(jnp.float32, leaf))))
+    return jnp.asarray(add_up(jax.tree.map(square, split(tree)), axis_name))
 
 
 def _rows_of_leaf(leaf):
     return with_whole_tasks(jnp.asarray(leaf), 1)
 
 
-def _of_leaf(x, y):
+def _is_wide(leaf):
+    """Whether it takes long to write a leaf out once more."""
+    return leaf.size >= 2 * len(leaf) * _CHUNK
+
+
+def _sum_of_present(weights, rows, mask):
+    """The weighted sum of the rows in ``mask``, which a dot would have to be given in a copy, the others zero."""
+
+    def add(added, one):
+        weight, present, row = one
+        return added + weight * jnp.where(present, row, 0), None
+
+    start = varying_as(jnp.zeros_like(rows[0], weights.dtype), weights, rows, mask)
+    # A divisor, or the scan would copy all rows but the last few.
+    unroll = max(n for n in range(1, _ROWS_AT_A_TIME + 1) if len(mask) % n == 0)
+    return jax.lax.scan(add, start, (weights, mask, rows), unroll=unroll)[0]
+
+
+def _of_leaf(x, y, mask=None):
     """The part of one leaf, or of a leaf of either tree, in the Gramian."""
     # Chunking a leaf split over devices would gather it, so only whole leaves are chunked. A mesh given by
     # `in_shardings` alone is not visible here.
     may_be_split = any(kind != AxisType.Manual for kind in jax.typeof(x).sharding.mesh.axis_types)
-    if may_be_split or x.size < 2 * len(x) * _CHUNK:
-        return _contract(x, y, free=1)
-    return _of_wide_leaf(x, y)
+    if may_be_split or not _is_wide(x):
+        return _of_rows(x, y, mask)
+    return _of_wide_leaf(x, y, mask)
 
 
 @partial(jax.jit, inline=True)  # compiled once for all bare calls
-def _of_wide_leaf(x, y):
-    return jax.lax.platform_dependent(x, y, cpu=_of_leaf_by_chunks, default=lambda x, y: _contract(x, y, free=1))
+def _of_wide_leaf(x, y, mask):
+    return jax.lax.platform_dependent(x, y, mask, cpu=_of_leaf_by_chunks, default=_of_rows)
 
 
-def _of_leaf_by_chunks(x, y):
+def _of_rows(x, y, mask):
+    return _contract(*(x if mask is None else present_rows(x, mask) for x in (x, y)), free=1)
+
+
+def _of_leaf_by_chunks(x, y, mask):
     # For wide matrices XLA's CPU backend first copies both factors into another order: up to four times slower.
     x, y = (jnp.reshape(leaf, (len(leaf), -1)) for leaf in (x, y))
     n_chunks = x.shape[1] // _CHUNK
 
     def add(i, added):
         chunks = (jax.lax.dynamic_slice_in_dim(leaf, i * _CHUNK, _CHUNK, axis=1) for leaf in (x, y))
-        return added + _contract(*chunks, free=1)
+        return added + _of_rows(*chunks, mask)
 
     rest = (leaf[:, n_chunks * _CHUNK :] for leaf in (x, y))
     # Unrolled, because the dots of one iteration overlap in time: a quarter faster with 40 tasks.
-    return jax.lax.fori_loop(0, n_chunks, add, _contract(*rest, free=1), unroll=4)
+    return jax.lax.fori_loop(0, n_chunks, add, _of_rows(*rest, mask), unroll=4)
 
 
 def _contract(x, y, free):

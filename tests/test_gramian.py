@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mtlbalance.gramian import combine, gramian, total
+from mtlbalance.gramian import combine, gramian, gramian_of_tasks, total
 
 pytestmark = pytest.mark.unoptimized
 
@@ -103,3 +103,15 @@ def test_without_leaves_or_with_other_lengths_raises():
             gramian(wrong)
     with pytest.raises(ValueError, match=r"jacobian: expected leaves with a leading axis of \(2,\)"):
         combine(jnp.ones(2), jnp.ones((3, 2)))
+
+
+@pytest.mark.parametrize("m", [3, 12])
+def test_absent_rows_of_a_wide_leaf_may_be_anything(m):
+    """They are left out where rows are read, and nothing comes through to the sum, the Gramian or a derivative."""
+    jacobian = jnp.cos(jnp.arange(m * 10_000.0).reshape(m, 10_000)).at[1].set(jnp.nan)
+    weights, mask = jnp.linspace(0.1, 1, m), jnp.arange(m) != 1
+    zeroed = jacobian.at[1].set(0)
+    np.testing.assert_allclose(combine(weights, jacobian, mask), combine(weights, zeroed), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gramian_of_tasks(jacobian, m, mask=mask), gramian(zeroed), rtol=1e-5, atol=1e-2)
+    derivative = jax.grad(lambda jacobian: jnp.sum(combine(weights, jacobian, mask)))(jacobian)
+    np.testing.assert_allclose(derivative, jnp.broadcast_to(jnp.where(mask, weights, 0)[:, None], jacobian.shape))

@@ -18,6 +18,7 @@ FLOORS = [
     ["constraints"],
     ["gramian", "contract", "solvers"],
     ["restored", "returned", "state_checks"],
+    ["given"],
     ["boundary"],
     ["base", "changed_tasks"],
     ["scalarization", "aggregation"],

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mtlbalance.autodiff.loops import map_rows
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import check_int, is_number, reject
-from mtlbalance.losses import as_counted, is_counted, like_losses, present_rows, read_labelled, read_losses
+from mtlbalance.losses import as_counted, is_counted, like_losses, read_labelled, read_losses
 from mtlbalance.mapped_axes import varying_as
 from mtlbalance.meshes import with_tasks_as, with_whole_tasks
 
@@ -154,8 +154,7 @@ def of_features(trunk_and_heads, params, args, kwargs, *, has_aux, totals=None) 
         return pair.unflatten((_without_float0(of_trunk, trunk_params), names.unflatten(of_heads)))
 
     def weighted(weights, present=None):
-        rows = jacobian if present is None else present_rows(jacobian, present)
-        return from_features(combine(weights, rows), weights, present)
+        return from_features(combine(weights, jacobian, present), weights, present)
 
     row = lambda i: from_features(jax.tree.map(lambda x: x[i], jacobian), one_hot(i, values))
     rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n, values)

@@ -27,7 +27,7 @@ from mtlbalance.boundary import check_mask_names
 from mtlbalance.contract import Aggregator, Scalarizer, weights_of
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import flatten, reject
-from mtlbalance.losses import like_losses, present_rows, read_mask, reject_number
+from mtlbalance.losses import like_losses, read_mask, reject_number
 from mtlbalance.mapped_axes import manual_axes, types_tell, varying_as
 from mtlbalance.names import names_of
 from mtlbalance.numerics import all_finite
@@ -320,7 +320,7 @@ def _balanced(pullback, weights, present, is_shared):
 def _combine(weights, jacobian, mask):
     if jacobian is None:
         return None
-    return combine(weights, jacobian if mask is None else present_rows(jacobian, mask))
+    return combine(weights, jacobian, mask)
 
 
 def _vector(losses):

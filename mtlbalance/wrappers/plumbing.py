@@ -179,5 +179,6 @@ def _reweighted_aggregator(method, start, change, hooks, visible):
         rowwise=method.rowwise and rows_of(method, changed(method.rowwise.weigh), visible),
         jacobian_shaped=within("inner", method.jacobian_shaped),
         nan_if_nonfinite=False,
+        zero_absent=False,
         **hooks,
     )

@@ -149,6 +149,7 @@ def _skip_aggregator(method, hooks, axis_name):
         jacobian_shaped=within("inner", method.jacobian_shaped),
         nan_if_nonfinite=False,
         stop_gradient=False,
+        zero_absent=False,
         **hooks,
     )
 

@@ -21,8 +21,8 @@ def problem(m, width, batch_size):
     return params, normal_batch(1, batch_size, n_in=64, n_out=m)
 
 
-def temporaries(step, *args, donate=()):
-    compiled = jax.jit(step, donate_argnums=donate).lower(*args).compile()
+def temporaries(step, *args, donate=(), **kwargs):
+    compiled = jax.jit(step, donate_argnums=donate).lower(*args, **kwargs).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -111,3 +111,20 @@ def test_a_single_visit_keeps_as_little_under_vmap():
     kept = temporaries(step, params, state, batch, donate=1)
     allowed = 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert kept <= temporaries(jax.vmap(plain_step, (0, None)), params, batch) + allowed
+
+
+@pytest.mark.parametrize("of", ["excess_mtl", "mgda"])
+@pytest.mark.by_default("excess_mtl")
+def test_a_mask_or_a_guard_writes_out_no_rows(of):
+    """Of a wide Jacobian: beside what the bare call keeps, a sum of its rows or two."""
+    m, jacobian = 4, {"w": jnp.ones((4, 64, 1024)), "b": jnp.ones((4, 1024))}
+    params = jax.tree.map(lambda x: x[0], jacobian)
+    bare = getattr(aggregation, of)()
+
+    def kept(method, mask):
+        given = jax.eval_shape(lambda: method.init((m, params))), jacobian
+        return temporaries(partial(method.apply, values=jnp.ones(m)), *given, donate=0, mask=mask)
+
+    allowed = kept(bare, None) + 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    for method, mask in (bare, jnp.ones(m, bool)), (mtl.skip_nonfinite(bare), jnp.ones(m, bool)):
+        assert kept(method, mask) <= allowed
