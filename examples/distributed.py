@@ -28,7 +28,7 @@ import numpy as np
 import optax
 import show
 from digits import TASKS, draw_pairs, init_params, load_images, predict
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import mtlbalance as mtl
@@ -108,7 +108,7 @@ def train(method, data, mesh, n_steps, progress):
 
 def train_all(n_steps):
     """Every method's losses, weights and parameters, from this process and those that it works with."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
     data = load_data(mesh)
     n_processes, is_first = jax.process_count(), jax.process_index() == 0
     about = f"{n_processes} processes" if n_processes > 1 else "1 process"
