@@ -77,7 +77,8 @@ def by_value_and_grad(losses_fn, method, params, state, *batch):
 
 def of_all_devices(losses):
     """The same losses of the examples on all devices."""
-    return lambda *args: OVER_DEVICES[losses](LOSSES[losses](*args), "data")
+    over_devices = lambda part: OVER_DEVICES[losses](part, "data")  # jax 0.8 has no gradient of sums and counts at once
+    return lambda *args: jax.tree.map(over_devices, LOSSES[losses](*args))
 
 
 def on_one(losses, method):
