@@ -71,6 +71,8 @@ class OnDevices:
         if self.kind == "shard_map":
             params = jax.tree.map(all_of, params, self.way.specs)
             return jax.lax.pmean(losses(params, *batch), self.way.axes)
+        if self.kind == "Free":
+            return losses(params, *batch)
         on_all = NamedSharding(self.mesh, EVERYWHERE)
         gather = jax.sharding.reshard if self.kind == "Explicit" else jax.lax.with_sharding_constraint
         return losses(gather(params, on_all), *batch)
@@ -163,3 +165,11 @@ KINDS = ["data-Auto", "parts-Auto", "both-Explicit", "data-shard_map", "both-sha
 @pytest.mark.by_default("aggregation.upgrad-vmap-parts-Auto", "aggregation.excess_mtl-stream-both-Explicit")
 def test_every_way_to_the_rows(name, rows, kind):
     check(name, *kind.split("-"), rows=rows, n_rows=ROWS[name][rows])
+
+
+@pytest.mark.parametrize("way", ["parts", "both"])
+@pytest.mark.parametrize(("name", "rows"), [(name, rows) for name in ROWS for rows in ROWS[name] if rows != "vmap"])
+@pytest.mark.slow
+def test_one_row_at_a_time_where_the_program_does_not_say_where_parameters_are_whole(name, rows, way):
+    """With all rows at once XLA sends the examples to where the parameters lie, as the README says."""
+    check(name, way, "Free", rows=rows, n_rows=ROWS[name][rows])
