@@ -141,7 +141,7 @@ def test_losses_of_all_devices_under_shard_map_give_what_one_device_gives(name, 
 @pytest.mark.parametrize("mapped", [pmapped, mapped_by_shards])
 @pytest.mark.parametrize("losses", LOSSES)
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.by_default("gradnorm-means-pmapped", "dwa-counted-pmapped")
+@pytest.mark.by_default("gradnorm-counted-pmapped")
 def test_losses_of_all_devices_and_averaged_rows_give_what_one_device_gives(name, losses, mapped):
     method = METHODS[name]()
     found, expected = by_averages(losses, method, mapped), on_one(losses, method)

@@ -162,7 +162,7 @@ KINDS = ["data-Auto", "parts-Auto", "both-Explicit", "data-shard_map", "both-sha
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "rows"), [(name, rows) for name in ROWS for rows in ROWS[name]])
-@pytest.mark.by_default("aggregation.upgrad-vmap-parts-Auto", "aggregation.excess_mtl-stream-both-Explicit")
+@pytest.mark.by_default("aggregation.excess_mtl-stream-both-Explicit")
 def test_every_way_to_the_rows(name, rows, kind):
     check(name, *kind.split("-"), rows=rows, n_rows=ROWS[name][rows])
 
