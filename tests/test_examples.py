@@ -1,11 +1,13 @@
 """The examples run to the end at tiny size, print their table, and make their picture if they have one."""
 
+import argparse
 import ast
 import os
 import pathlib
 import subprocess
 import sys
 
+import distributed
 import pytest
 import show
 
@@ -28,8 +30,9 @@ TINY = {
     "two_stages": (["--steps", "5"], "How far the network is off"),
     "constrained": (["--epochs", "1"], "What the sum's error costs the digits"),
     "mixed_precision": (["--epochs", "1"], "On the test images, and in the gradients"),
+    "distributed": (["--steps", "10"], "Relative distance at most"),  # and fails if it is more than rounding
 }
-WITHOUT_PICTURE = ("minimal", "mixed_precision")
+WITHOUT_PICTURE = ("minimal", "mixed_precision", "distributed")
 MODULES = ("digits", "show")  # of what the others share
 
 
@@ -67,3 +70,18 @@ def test_help_is_its_own(name):
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
     about = ast.get_docstring(ast.parse(script.read_text())).splitlines()[0]
     assert about in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(("fails", "error"), [(True, "a process failed"), (False, "not done after 1 seconds")])
+def test_of_two_processes_none_is_left_behind(fails, error, tmp_path, monkeypatch):
+    """If the other one failed, or the time is up."""
+    ends = "sys.exit(3) if sys.argv[-1] == '1' else time.sleep(60)" if fails else "time.sleep(60)"
+    script = tmp_path / "process.py"
+    write = f"pathlib.Path(r'{tmp_path}', sys.argv[-1]).write_text(str(os.getpid()))"
+    script.write_text(f"import os, pathlib, sys, time\n{write}\n{ends}")
+    monkeypatch.setattr(distributed, "__file__", str(script))
+    with pytest.raises(SystemExit, match=error):
+        distributed.run_processes(argparse.Namespace(steps=1, timeout=30 if fails else 1))
+    for written in tmp_path.glob("[01]"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(written.read_text()), 0)
