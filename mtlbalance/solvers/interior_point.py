@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from mtlbalance.mapped_axes import varying_as
+from mtlbalance.numerics import nan_unless
 
 # Generic problems take 4 to 12, those with gradients that depend on each other up to all.
 _MOST_ITERATIONS = 30
@@ -54,7 +55,7 @@ def nonnegative_qp(
         # Both at once: two batches side by side might wait for each other, see `mtlbalance.decompositions`.
         sides = jnp.stack([-z - dual, coefficients] if constrained else [-z - dual], axis=1)
         free, along = cho_solve(factor, sides).T if constrained else (cho_solve(factor, sides)[:, 0], coefficients)
-        slope = _dot(coefficients, along)
+        slope = jnp.where(jnp.any(mask), _dot(coefficients, along), 1)
 
         def direction(target, free):  # Newton's, towards x * z = target
             dprice = (1 - _dot(coefficients, x + free)) / slope if constrained else price
@@ -90,7 +91,7 @@ def nonnegative_qp(
     settling, iterate = varying_as(((jnp.array(True), jnp.ones((), dtype)), (x, z, price)), surplus)
     *_, (x, _, _) = jax.lax.while_loop(unfinished, step, (0, *settling, iterate))
     x = jnp.where(x > eps, x, 0)
-    return jnp.where(mask, jnp.where(jnp.all(jnp.isfinite(surplus)), x, jnp.nan), 0)
+    return jnp.where(mask, nan_unless(jnp.all(jnp.isfinite(surplus)), x), 0)
 
 
 def _dot(x, y):
