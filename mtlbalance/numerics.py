@@ -28,7 +28,7 @@ def mean(x: chex.Array, mask: chex.Array) -> chex.Array:
 def softmax(logits: chex.Array, mask: chex.Array) -> chex.Array:
     """Softmax over the tasks in ``mask``, zeros over none. Infinite logits count as the largest number: no NaN."""
     logits = jnp.where(mask, finite(logits), 0)
-    return jnp.where(mask, jax.nn.softmax(logits, axis=None, where=_or_all(mask)), 0)
+    return jnp.where(mask, jax.nn.softmax(logits, axis=None, where=or_all(mask)), 0)
 
 
 def normalize(weights: chex.Array, mask: chex.Array, total: chex.Numeric = 1) -> chex.Array:
@@ -48,7 +48,7 @@ def shares(scores: chex.Array, ready: chex.Array, mask: chex.Array) -> chex.Arra
 
 def exponentiated_step(log_weights: chex.Array, step: chex.Array, moving: chex.Array) -> chex.Array:
     """Multiplies the weights of the tasks in ``moving`` by ``exp(step)`` and rescales them to the total they had."""
-    step, counted = jnp.where(moving, finite(step), 0), _or_all(moving)
+    step, counted = jnp.where(moving, finite(step), 0), or_all(moving)
     step = step - jnp.max(step, where=counted, initial=-jnp.inf)  # scaled out again: large steps keep their digits
     moved = log_weights + step
     total_before = jax.nn.logsumexp(log_weights, where=counted)
@@ -223,6 +223,6 @@ def finite(x: chex.Array) -> chex.Array:
     return jnp.clip(x, -limit, limit)
 
 
-def _or_all(mask):
+def or_all(mask):
     """The tasks in ``mask``, or all where it has none: what is computed of those is left out after, and no 0 / 0."""
     return mask | ~jnp.any(mask)

@@ -113,7 +113,7 @@ def famo(
 
     def apply(state, values, mask):
         if delayed:
-            state = step(state, values, mask)
+            state = step(state, jax.lax.stop_gradient(values), mask)
         weights = numerics.softmax(state.logits, mask)
         distances = numerics.nonnegative(jnp.where(mask, distance(values), 1))
         # Without a task present there is nothing to divide.

@@ -1,7 +1,5 @@
 """Mean: the average of the losses, the plainest baseline."""
 
-import jax.numpy as jnp
-
 from mtlbalance import base, numerics
 from mtlbalance.states import count_seen, init_seen
 
