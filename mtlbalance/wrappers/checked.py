@@ -35,10 +35,14 @@ def checked(method: Method) -> Method:
     there is nothing to find.
 
     Note:
-      Without ``checkify`` around it a call raises JAX's own error, that a ``check`` "was not functionalized". A loop of
-      a sweep goes outside, ``jax.vmap(checkify.checkify(step))``: inside, ``checkify`` takes no ``while_loop`` with a
-      condition for each model, as the solvers have.
-      ``errors=checkify.float_checks`` looks at each operation inside of a method as well; of the methods here none
+      Without ``checkify`` around it a call raises JAX's own error, that a ``check`` "was not functionalized". The loop
+      of a sweep is :func:`jax.lax.map`: under ``vmap`` the solvers' ``while_loop`` ends at another time for each model,
+      and ``checkify`` takes none such (``upgrad``, ``cagrad`` and ``epo``), nor JAX 0.10 the others outside of it.
+
+      All rows of a Jacobian come through one backward pass, in which zero times infinity is NaN: a gradient that is not
+      finite, of a loss that is, may make those of other tasks so, and then the first of them is named.
+
+      ``checkify.checkify(step, errors=checkify.all_checks)`` looks at each operation too: of the methods here none
       makes NaN, or divides by zero, on its way to finite numbers.
 
     Args:

@@ -39,8 +39,7 @@ MODES = {
     "checkify each operation": (lambda f: throwing(checkify.checkify(f, errors=ALL_ERRORS)), [jax.disable_jit]),
 }
 
-# Of each kind one, and what once gave NaN: a softmax over no task, a mean of none, a NaN that `where` leaves out, a loop
-# under `vmap`.
+# What once gave NaN: a softmax over no task, a mean of none, a NaN that `where` leaves out. And a loop under `vmap`.
 BY_DEFAULT = [
     *(f"scalarization-{name}-each operation" for name in ("softadapt", "famo", "skip-dwa")),
     *(f"aggregation-{name}-each operation" for name in ("excess_mtl", "krum", "mgda")),
