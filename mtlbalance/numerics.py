@@ -20,9 +20,15 @@ def ratio(new: chex.Array, old: chex.Array) -> chex.Array:
     return jnp.where(old == 0, 1, finite(new / jnp.where(old == 0, 1, old)))
 
 
+def mean(x: chex.Array, mask: chex.Array) -> chex.Array:
+    """The mean over the tasks in ``mask``; 0 over none."""
+    return jnp.sum(x, where=mask) / jnp.maximum(jnp.sum(mask), 1).astype(x.dtype)
+
+
 def softmax(logits: chex.Array, mask: chex.Array) -> chex.Array:
-    """Softmax over the tasks in ``mask``. Infinite logits count as the largest number: they would give NaN."""
-    return jax.nn.softmax(finite(logits), axis=None, where=mask)
+    """Softmax over the tasks in ``mask``, zeros over none. Infinite logits count as the largest number: no NaN."""
+    logits = jnp.where(mask, finite(logits), 0)
+    return jnp.where(mask, jax.nn.softmax(logits, axis=None, where=or_all(mask)), 0)
 
 
 def normalize(weights: chex.Array, mask: chex.Array, total: chex.Numeric = 1) -> chex.Array:
@@ -42,11 +48,11 @@ def shares(scores: chex.Array, ready: chex.Array, mask: chex.Array) -> chex.Arra
 
 def exponentiated_step(log_weights: chex.Array, step: chex.Array, moving: chex.Array) -> chex.Array:
     """Multiplies the weights of the tasks in ``moving`` by ``exp(step)`` and rescales them to the total they had."""
-    step = finite(step)
-    step = step - jnp.max(step, where=moving, initial=-jnp.inf)  # scaled out again: large steps keep their digits
+    step, counted = jnp.where(moving, finite(step), 0), or_all(moving)
+    step = step - jnp.max(step, where=counted, initial=-jnp.inf)  # scaled out again: large steps keep their digits
     moved = log_weights + step
-    total_before = jax.nn.logsumexp(log_weights, where=moving)
-    total_after = jax.nn.logsumexp(moved, where=moving)
+    total_before = jax.nn.logsumexp(log_weights, where=counted)
+    total_after = jax.nn.logsumexp(moved, where=counted)
     return jnp.where(moving, finite(moved + total_before - total_after), log_weights)
 
 
@@ -163,7 +169,7 @@ def scale(x: chex.Array, axis: int | None = None) -> chex.Array:
 
 def nonnegative(x: chex.Array) -> chex.Array:
     """``x``; NaN where it is negative, and its gradient too: nobody descends on what means nothing there."""
-    return x * jnp.where(x < 0, jnp.nan, 1)
+    return x * nan_where(x < 0)
 
 
 def held(
@@ -194,7 +200,12 @@ def reverse_gradient(x: chex.Array) -> chex.Array:
 
 def nan_unless(ok: chex.Array, x: chex.Array) -> chex.Array:
     """``x``, or NaN where ``ok`` is false: what was made of numbers that are not finite must not look as if it was."""
-    return jnp.where(ok, x, jnp.nan)
+    return jnp.where(ok, x, nan_where(~ok))
+
+
+def nan_where(bad: chex.Array) -> chex.Array:
+    """NaN where ``bad``, else 1: a root, as a constant NaN is reported by ``jax_debug_nans`` where nobody gets it."""
+    return jnp.sqrt(jnp.where(bad, -1.0, 1.0))
 
 
 def all_finite(tree: chex.ArrayTree) -> chex.Array:
@@ -210,3 +221,8 @@ def finite(x: chex.Array) -> chex.Array:
     """
     limit = jnp.finfo(x.dtype).max
     return jnp.clip(x, -limit, limit)
+
+
+def or_all(mask):
+    """The tasks in ``mask``, or all where it has none: what is computed of those is left out after, and no 0 / 0."""
+    return mask | ~jnp.any(mask)

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtlbalance.hyperparameters import is_asking_for_shapes, new_key_data, reject
-from mtlbalance.numerics import bias_correction
+from mtlbalance.numerics import bias_correction, or_all
 
 # At the end of a field's name: the leaves in it have one entry per task, of whatever shape.
 _ANY_SHAPE = ".*"
@@ -157,7 +157,8 @@ def random_weights(state: RandomState, impl, mask: chex.Array) -> tuple[chex.Arr
     draw_key, state = split_key(state, impl)
     # float32 whatever the state's dtype, so that a seed gives the same weights in either precision.
     draws = jax.random.normal(draw_key, mask.shape, jnp.float32)
-    return jax.nn.softmax(draws, axis=None, where=mask), count_seen(state, mask)
+    weights = jax.nn.softmax(draws, axis=None, where=or_all(mask))
+    return jnp.where(mask, weights, 0), count_seen(state, mask)
 
 
 def random_orders(state, impl, m: int):

@@ -22,6 +22,7 @@ WRAPPERS = {
     "prioritize": lambda method: mtl.prioritize(method, jnp.array([1.0, 0.5, 0.0])),
     "regularize": lambda method: mtl.regularize(method, {0: optax.linear_schedule(0.5, 2.0, 3)}),
     "amortize": mtl.amortize,
+    "checked": mtl.checked,
     "skip_nonfinite": mtl.skip_nonfinite,
     "skip_zero": mtl.skip_zero,
     "cr_mogm": aggregation.cr_mogm,

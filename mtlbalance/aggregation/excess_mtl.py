@@ -152,6 +152,10 @@ def excess_mtl(
             squared_gradients=zeros_jacobian(m, kept, dtype),
         )
 
+    def inverse_root(squares):
+        # The difference is 0, and NaN where the squares overflowed: one over their root would hide it.
+        return jax.lax.rsqrt(squares + (1e-7 + (squares - squares)))
+
     def visit(squared_gradients, gradient, task):
         del task  # an absent task's gradient is zero, and so is its square
         if stride > 1:
@@ -160,9 +164,8 @@ def excess_mtl(
         squares = jax.tree.map(lambda s, g: s + squared_modulus(g), squared_gradients, gradient)
 
         def excess(s, g):  # of both parts of a complex number
-            # The last factor is 1, or NaN where the squares overflowed and the others would hide it.
-            inverse = jax.lax.rsqrt(s + 1e-7)
-            return jax.tree.map(lambda part: part * (part * inverse) * jnp.where(jnp.isinf(s), jnp.nan, 1), g)
+            inverse = inverse_root(s)
+            return jax.tree.map(lambda part: part * (part * inverse), g)
 
         return squares, total(jax.tree.map(excess, squares, gradient), axis_name)
 
@@ -176,7 +179,7 @@ def excess_mtl(
         n_each = jax.tree.map(lambda all, some: all.size / max(some.size, 1), first, kept)
 
         def of_kept(squares):
-            term = lambda s, g, n: n * g * jax.lax.rsqrt(s + 1e-7) * jnp.where(jnp.isinf(s), jnp.nan, 1)
+            term = lambda s, g, n: n * g * inverse_root(s)
             return total(jax.tree.map(term, squares, kept, n_each), axis_name)
 
         return squares, total(first, axis_name) * numerics.ratio(of_kept(squares), of_kept(kept))
@@ -193,7 +196,7 @@ def excess_mtl(
             ratio, moving = jnp.where(unset, excess, ratio), mask & ~warming_up
         log_weights = numerics.exponentiated_step(state.log_weights, robust_step_size * ratio, moving)  # eq. 9
         state = state._replace(log_weights=log_weights, baseline=jnp.where(mask, baseline, state.baseline))
-        return jax.nn.softmax(log_weights, where=mask), count_seen(state, mask)
+        return numerics.softmax(log_weights, mask), count_seen(state, mask)
 
     memory = "squared_gradients" if stride == 1 else "squared_gradients.*"
     return base.rowwise_aggregator(init, visit, weigh, memory=memory, of_moduli=True)

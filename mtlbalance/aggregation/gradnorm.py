@@ -99,7 +99,7 @@ def gradnorm(
         return GradNormState(raw, start, zero_counts(m), optimizer.init({"raw_weights": raw}))
 
     def imbalance(weights, norms, values, state, mask):
-        n_present = jnp.sum(mask).astype(weights.dtype)
+        n_present = jnp.maximum(jnp.sum(mask), 1).astype(weights.dtype)
         losses = jnp.maximum(numerics.ratio(values, state.initial_losses), 0)
         rates = numerics.ratio(losses, jnp.sum(losses / n_present, where=mask))
         lengths = weights * norms

@@ -116,16 +116,17 @@ def gradvac(
                 zero = norms[j] == 0  # towards it nothing turns, or its own weight would be boundless
                 length = jnp.where(zero, 1, norms[j])
                 cosine = jnp.where(zero | (norm == 0), 0, jnp.clip(product / (norm * length + eps), -1, 1))
-                target = targets[j]
+                is_met = jnp.arange(m) == j  # not by index: under vmap checkify's index checks fail on that
+                target = jnp.sum(targets, where=is_met)
                 sine, target_sine = (jnp.sqrt(jnp.maximum(1 - x**2, 0)) for x in (cosine, target))
                 # Below its rounding the target's sine is 0, by which nothing can be divided.
                 divisor = length * jnp.maximum(target_sine, jnp.finfo(target.dtype).eps) + eps
                 added = norm * (target * sine - cosine * target_sine) / divisor
                 meets = (j != i) & mask[i] & mask[j]
                 turns = meets & ~zero & ~(cosine >= target)  # also where a target is NaN, so that it shows
-                coefficients, norm = shortened(coefficients.at[j].add(jnp.where(turns, added, 0)), norms[i])
+                coefficients, norm = shortened(coefficients + jnp.where(is_met & turns, added, 0), norms[i])
                 new_target = (1 - beta) * target + beta * cosine
-                return coefficients, norm, targets.at[j].set(jnp.where(meets, new_target, target))
+                return coefficients, norm, jnp.where(is_met & meets, new_target, targets)
 
             start = jax.nn.one_hot(i, m, dtype=gramian.dtype), norms[i], targets
             coefficients, _, targets = jax.lax.fori_loop(0, m, meet, varying_as(start, gramian, targets, order))

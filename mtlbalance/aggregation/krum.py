@@ -81,7 +81,7 @@ def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = 
         negative_scores, best = jax.lax.top_k(jnp.where(mask, -scores, -jnp.inf), n_selected)
         n_best = jnp.minimum(n_selected, n_present)
         is_selected = jnp.arange(n_selected) < n_best
-        weights = jnp.zeros(m, gramian.dtype).at[best].set(is_selected / n_best.astype(gramian.dtype))
+        weights = jnp.zeros(m, gramian.dtype).at[best].set(is_selected / jnp.maximum(n_best, 1).astype(gramian.dtype))
         ok = jnp.all(jnp.isfinite(negative_scores) | ~is_selected)
         return numerics.nan_unless(ok, weights), count_seen(state, mask)
 

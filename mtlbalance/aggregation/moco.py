@@ -119,7 +119,7 @@ def moco(
         step = gamma / (state.seen + 1.0) ** gamma_sigma * step
         weights = numerics.softmax(weights - step, mask) if softmax else numerics.simplex_step(weights, step, mask)
         weights = numerics.nan_unless(jnp.all(jnp.isfinite(gramian)), jnp.where(mask, weights, 0))
-        shown = jnp.where(jnp.any(mask & (values < 0)), jnp.nan, 1) if normalize else 1
+        shown = numerics.nan_where(jnp.any(mask & (values < 0))) if normalize else 1
         gradient = combine(weights * shown, state.tracked)
         state = state._replace(weights=jnp.where(mask, weights, state.weights))
         return gradient, count_seen(state, mask)

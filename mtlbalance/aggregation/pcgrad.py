@@ -65,7 +65,9 @@ def pcgrad(key: int | chex.PRNGKey = 0, *, axis_name: Hashable | None = None) ->
                 product = jnp.sum(coefficients * gramian[j])
                 # An absent task's products are zero: it conflicts with none. Nor does one whose square underflows.
                 conflict = (product < 0) & (squares[j] > 0) & (j != i)
-                return coefficients.at[j].add(jnp.where(conflict, -product / squares[j], 0))
+                added = jnp.where(conflict, -product / jnp.where(conflict, squares[j], 1), 0)
+                # Not by `.at[j]`: under vmap checkify's index checks fail on that.
+                return coefficients + jnp.where(jnp.arange(m) == j, added, 0)
 
             return jax.lax.fori_loop(0, m, meet, varying_as(jax.nn.one_hot(i, m, dtype=gramian.dtype), gramian, order))
 

@@ -104,7 +104,7 @@ def sdmgrad(
         del values
         gramian = gramian.astype(state.weights.dtype)
         preferred = preference(pref_vector, mask, gramian.dtype)
-        mean_norm = jnp.mean(jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0)), where=mask)
+        mean_norm = numerics.mean(jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0)), mask)
         scaled = gramian / jnp.where(mean_norm > 0, mean_norm, 1) / jnp.where(mean_norm > 0, mean_norm, 1)
 
         def step(_, carry):

@@ -7,7 +7,7 @@ https://arxiv.org/abs/1803.01498
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import base
+from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.states import count_seen, init_seen_after
 
@@ -80,7 +80,7 @@ def trimmed_mean(trim_number: int) -> base.Aggregator:
             rows = [jnp.where(jnp.isnan(row) | ~mask[i], jnp.inf, row) for i, row in enumerate(rows)]
             # The sum of what is kept: in a difference of sums an outlier of 1e30 would leave nothing else.
             total = sum(jnp.where(kept[i], row, 0) for i, row in enumerate(_in_order(rows)))
-            return jnp.where(n_nan > n_trimmed, jnp.nan, total / n_kept).astype(x.dtype)
+            return numerics.nan_unless(n_nan <= n_trimmed, total / n_kept).astype(x.dtype)
 
         return jax.tree.map(leaf, jacobian), count_seen(state, mask)
 

@@ -116,7 +116,7 @@ def magnitude_ratios(
     nonzero, norms, _ = numerics.cosines(gramian, present)
     norms = jnp.where(nonzero, norms, 0)
     mean = jnp.sum(norms) / jnp.maximum(jnp.sum(present), 1)
-    mean = jnp.where(jnp.isinf(mean), jnp.nan, mean)
+    mean = numerics.nan_unless(~jnp.isinf(mean), mean)
     return by_task(norms / jnp.where(mean == 0, 1, mean), losses)
 
 

@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from mtlbalance import numerics
 from mtlbalance.complex_parts import is_complex, split
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import (
@@ -74,7 +75,7 @@ def read_present(m: int, losses: chex.ArrayTree | None, mask: chex.ArrayTree | N
 def clip_cosines(cosines: chex.Array, overflown: chex.Array) -> chex.Array:
     """Cosines in their bounds; NaN where a norm has overflown."""
     # Over an infinite norm finite products would be 0, and look orthogonal; rounding leads beyond 1.
-    return jnp.clip(jnp.where(overflown, jnp.nan, cosines), -1, 1)
+    return jnp.clip(numerics.nan_unless(~overflown, cosines), -1, 1)
 
 
 def by_task(vector: chex.Array, losses: chex.ArrayTree | None) -> chex.ArrayTree:

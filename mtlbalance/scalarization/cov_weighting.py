@@ -7,6 +7,7 @@ https://arxiv.org/abs/2009.01717
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
@@ -88,10 +89,11 @@ def cov_weighting(decay: chex.Numeric | None = None) -> base.Scalarizer:
         sigma = jnp.hypot(state.deviation, 1e-4)
         weights = numerics.shares(numerics.ratio(sigma, jnp.abs(state.mean_ratio)), seen >= 2, mask)
 
-        loss_ratio = numerics.ratio(values, state.mean_loss)
+        losses = jax.lax.stop_gradient(values)
+        loss_ratio = numerics.ratio(losses, state.mean_loss)
         new = 1 / (n_calls + 1)
         kept = jnp.where(seen == 0, 0, n_calls / (n_calls + 1) if decay is None else decay)
-        mean_loss = kept * state.mean_loss + (1 - kept) * values
+        mean_loss = kept * state.mean_loss + (1 - kept) * losses
         mean_ratio = kept * state.mean_ratio + (1 - kept) * loss_ratio
         # Welford takes the product of the differences to the old mean and to the new one, `kept` times the former.
         difference = jnp.sqrt(kept) * jnp.abs(loss_ratio - state.mean_ratio)

@@ -80,7 +80,7 @@ def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer
     def apply(state, values, mask):
         kpi = state.kpi
         weights = -((1 - kpi) ** gamma) * jnp.log(jnp.maximum(kpi, jnp.finfo(kpi.dtype).tiny))
-        weights = jnp.where((kpi >= 0) & (kpi <= 1), weights, jnp.nan)
+        weights = numerics.nan_unless((kpi >= 0) & (kpi <= 1), weights)
         weights = jnp.where(state.observed == 0, 1, weights)
         return numerics.weighted_sum(weights, values, mask), state
 

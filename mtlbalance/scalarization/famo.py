@@ -113,10 +113,11 @@ def famo(
 
     def apply(state, values, mask):
         if delayed:
-            state = step(state, values, mask)
+            state = step(state, jax.lax.stop_gradient(values), mask)
         weights = numerics.softmax(state.logits, mask)
         distances = numerics.nonnegative(jnp.where(mask, distance(values), 1))
-        weights = weights / jnp.sum(weights / distances, where=mask)
+        # Without a task present there is nothing to divide.
+        weights = weights / jnp.where(jnp.any(mask), jnp.sum(weights / distances, where=mask), 1)
         scalar = numerics.weighted_sum(weights, jnp.log(distances), mask)
         state = state._replace(previous=jnp.where(mask, values, state.previous))
         return scalar, count_seen(state, mask)

@@ -6,7 +6,7 @@ Learning", CVPR Workshops 2019, https://arxiv.org/abs/1904.08492
 
 import jax.numpy as jnp
 
-from mtlbalance import base
+from mtlbalance import base, numerics
 from mtlbalance.states import count_seen, init_seen
 
 
@@ -42,7 +42,7 @@ def geometric_mean() -> base.Scalarizer:
 
     def apply(state, values, mask):
         zero = mask & (jnp.abs(values) < jnp.finfo(values.dtype).tiny)
-        mean = jnp.exp(jnp.mean(jnp.log(jnp.where(zero, 1, values)), where=mask))
+        mean = jnp.exp(numerics.mean(jnp.log(jnp.where(zero, 1, values)), mask))
         # A product: it lets NaN through.
         return mean * jnp.where(jnp.any(zero), 0, 1), count_seen(state, mask)
 

@@ -1,8 +1,6 @@
 """Mean: the average of the losses, the plainest baseline."""
 
-import jax.numpy as jnp
-
-from mtlbalance import base
+from mtlbalance import base, numerics
 from mtlbalance.states import count_seen, init_seen
 
 
@@ -27,6 +25,6 @@ def mean() -> base.Scalarizer:
     """
 
     def apply(state, values, mask):
-        return jnp.mean(values, where=mask), count_seen(state, mask)
+        return numerics.mean(values, mask), count_seen(state, mask)
 
     return base.scalarizer(init_seen, apply)

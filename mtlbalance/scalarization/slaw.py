@@ -7,6 +7,7 @@ https://arxiv.org/abs/2109.08218
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
@@ -78,7 +79,7 @@ def slaw(decay: chex.Numeric = 0.99, eps: chex.Numeric = 1e-5) -> base.Scalarize
         return SLAWState(zeros, zeros, zero_counts(shape))
 
     def apply(state, values, mask):
-        state = select(mask, follow(state, values), state)
+        state = select(mask, follow(state, jax.lax.stop_gradient(values)), state)
         deviation = jnp.maximum(state.deviation, eps * jnp.abs(state.mean))
         moves = (state.seen > 0) & (deviation != 0)
         least = jnp.min(deviation, where=mask & moves, initial=jnp.inf)

@@ -145,7 +145,7 @@ def stch(
 def _smooth_max(x, mu, mask):
     """``mu * log(sum(exp(x / mu)))`` of the tasks in ``mask``; 0 for none."""
     # What is not finite must show: in the gradient too, hence the product.
-    shown = jnp.where(jnp.all(jnp.isfinite(x), where=mask), 1, jnp.nan)
+    shown = numerics.nan_where(~jnp.all(jnp.isfinite(x), where=mask))
     x, some = numerics.finite(x), jnp.any(mask)
     largest = jax.lax.stop_gradient(jnp.max(x, where=mask, initial=-jnp.inf))
     largest = jnp.where(some, largest, 0)

@@ -48,7 +48,7 @@ def alpha_fair(gramian: chex.Array, alpha: chex.Numeric, mask: chex.Array | None
     # The equations in u = n w, the gradients' contributions to the sum: C u = u^(-1/alpha) n^(1/alpha - 1).
     log_targets = jnp.where(nonzero, (power - 1) * jnp.log(norms / unit), 0)
     contributions = _solve(cosines, log_targets, power)
-    contributions = jnp.where(jnp.all(jnp.isfinite(cosines)), contributions, jnp.nan)
+    contributions = numerics.nan_unless(jnp.all(jnp.isfinite(cosines)), contributions)
     return jnp.where(nonzero, contributions / norms * unit ** ((power - 1) / (power + 1)), 0)
 
 

@@ -1,11 +1,16 @@
 """The predictor-corrector interior point of Mehrotra (1992), which the quadratic programs of this folder share."""
 
+from functools import partial
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from mtlbalance.mapped_axes import varying_as
+from mtlbalance.numerics import nan_unless
 
 # Generic problems take 4 to 12, those with gradients that depend on each other up to all.
 _MOST_ITERATIONS = 30
@@ -41,56 +46,98 @@ def nonnegative_qp(
     matrix = jnp.where(mask[:, None] & mask[None, :], matrix + ridge * identity, identity)
     linear = jnp.where(mask, linear, -1).astype(dtype)
     offset = jnp.zeros(m, dtype) if offset is None else jnp.where(mask, offset, 0).astype(dtype)
-    n_present = jnp.maximum(jnp.sum(mask), 1).astype(dtype)
     constrained = coefficients is not None
     coefficients = jnp.where(mask, coefficients, 0).astype(dtype) if constrained else jnp.zeros(m, dtype)
-
-    def step(carry):
-        count, _, infeasible, (x, z, price) = carry
-        gap = _dot(x, z) / n_present
-        dual = _dot(matrix, offset + x) + linear - price * coefficients - z
-        # Cholesky's error does not depend on the scale of rows and columns: entries of z / x may range from 0 to 1e10.
-        factor = cho_factor(matrix + jnp.diag(z / x), lower=True)
-        # Both at once: two batches side by side might wait for each other, see `mtlbalance.decompositions`.
-        sides = jnp.stack([-z - dual, coefficients] if constrained else [-z - dual], axis=1)
-        free, along = cho_solve(factor, sides).T if constrained else (cho_solve(factor, sides)[:, 0], coefficients)
-        slope = _dot(coefficients, along)
-
-        def direction(target, free):  # Newton's, towards x * z = target
-            dprice = (1 - _dot(coefficients, x + free)) / slope if constrained else price
-            dx = free + dprice * along
-            return dx, (target - z * dx) / x, dprice
-
-        dx, dz, _ = direction(-x * z, free)
-        length = _longest(x, z, dx, dz)
-        after = _dot(x + length * dx, z + length * dz) / n_present
-        centre = gap * jnp.clip(after / jnp.maximum(gap, jnp.finfo(dtype).tiny), 0, 1) ** 3
-        # Where the way is short the second-order term is far too large, and iterates might go round in circles.
-        second_order = jnp.minimum(1, 4 * length) * dx * dz
-        target = jnp.where(mask, centre - second_order, 0) - x * z
-        dx, dz, dprice = direction(target, cho_solve(factor, target / x - dual))
-        # Near the solution almost to the boundary: with a fixed part of the way the gap would shrink by a fixed factor.
-        length = jnp.minimum(1, jnp.clip(1 - gap, 0.99, 0.999) * _longest(x, z, dx, dz))
-        new = x + length * dx, z + length * dz, price + length * dprice
-        # Where x and z are far below rounding the factorization may break down.
-        sound = jnp.all(jnp.isfinite(new[0]) & (new[0] > 0) & jnp.isfinite(new[1]))
-        iterate = jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, (x, z, price))
-        # The value has settled at eps, the small entries, which are large ones for a task with a small norm, at eps^2.
-        infeasible = infeasible * (1 - length)
-        unsettled = (_dot(*iterate[:2]) > eps**2 * n_present) | (infeasible > eps)
-        return count + 1, sound & unsettled, infeasible, iterate
-
     # Solutions without the equation have many zeros: starting there at 1 takes two iterations more.
     x = jnp.where(mask, 1 / jnp.maximum(jnp.sum(coefficients), 1) if constrained else 0.2, 1)
     gradient = _dot(matrix, offset + x) + linear
     price = jnp.sum(jnp.where(mask, x * gradient, 0)) if constrained else jnp.zeros((), dtype)
     surplus = jnp.where(mask, gradient - price * coefficients, 0)
     z = jnp.where(mask, jnp.maximum(surplus, 0) + jnp.max(jnp.abs(surplus)) / 10, 0)
-    unfinished = lambda carry: (carry[0] < _MOST_ITERATIONS) & carry[1]
     settling, iterate = varying_as(((jnp.array(True), jnp.ones((), dtype)), (x, z, price)), surplus)
-    *_, (x, _, _) = jax.lax.while_loop(unfinished, step, (0, *settling, iterate))
+    problem = _Problem(matrix, linear, mask, coefficients if constrained else None, offset)
+    *_, (x, _, _) = _iterate(problem, (jnp.zeros((), jnp.int32), *settling, iterate))
     x = jnp.where(x > eps, x, 0)
-    return jnp.where(mask, jnp.where(jnp.all(jnp.isfinite(surplus)), x, jnp.nan), 0)
+    return jnp.where(mask, nan_unless(jnp.all(jnp.isfinite(surplus)), x), 0)
+
+
+class _Problem(NamedTuple):
+    """What a step depends on, for the entries there: ``None`` for the coefficients where there is no equation."""
+
+    matrix: chex.Array
+    linear: chex.Array
+    mask: chex.Array
+    coefficients: chex.Array | None
+    offset: chex.Array
+
+
+def _unfinished(carry):
+    return (carry[0] < _MOST_ITERATIONS) & carry[1]
+
+
+@custom_vmap
+def _iterate(problem, carry):
+    return jax.lax.while_loop(_unfinished, partial(_step, problem), carry)
+
+
+@_iterate.def_vmap
+def _iterate_each(size, batched, problem, carry):
+    """What ``vmap`` makes of the loop, with one condition for all problems: the one that ``checkify`` can take."""
+    axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched[0])
+    carry = jax.tree.map(lambda x, b: x if b else jnp.broadcast_to(x, (size, *jnp.shape(x))), carry, batched[1])
+    keep = lambda new, old, unfinished: jnp.where(jnp.expand_dims(unfinished, range(1, new.ndim)), new, old)
+
+    def step(carry):
+        new = jax.vmap(_step, in_axes=(axes, 0))(problem, carry)
+        return jax.tree.map(partial(keep, unfinished=_unfinished(carry)), new, carry)
+
+    # The same for the type's sake, as which axes it varies over: the carry of a loop must not change it.
+    carry = varying_as(carry, problem, carry)
+    carry = jax.lax.while_loop(lambda carry: jnp.any(_unfinished(carry)), step, carry)
+    return carry, jax.tree.map(lambda _: True, carry)
+
+
+def _step(problem, carry):
+    """One of Newton's steps and its correction: how many, whether to go on, the infeasible part, x, z and the price."""
+    matrix, linear, mask, coefficients, offset = problem
+    constrained, dtype = coefficients is not None, matrix.dtype
+    if not constrained:
+        coefficients = jnp.zeros_like(linear)
+    eps = float(jnp.finfo(dtype).eps)
+    n_present = jnp.maximum(jnp.sum(mask), 1).astype(dtype)
+    count, _, infeasible, (x, z, price) = carry
+    gap = _dot(x, z) / n_present
+    dual = _dot(matrix, offset + x) + linear - price * coefficients - z
+    # Cholesky's error does not depend on the scale of rows and columns: entries of z / x may range from 0 to 1e10.
+    factor = cho_factor(matrix + jnp.diag(z / x), lower=True)
+    # Both at once: two batches side by side might wait for each other, see `mtlbalance.decompositions`.
+    sides = jnp.stack([-z - dual, coefficients] if constrained else [-z - dual], axis=1)
+    free, along = cho_solve(factor, sides).T if constrained else (cho_solve(factor, sides)[:, 0], coefficients)
+    slope = jnp.where(jnp.any(mask), _dot(coefficients, along), 1)
+
+    def direction(target, free):  # Newton's, towards x * z = target
+        dprice = (1 - _dot(coefficients, x + free)) / slope if constrained else price
+        dx = free + dprice * along
+        return dx, (target - z * dx) / x, dprice
+
+    dx, dz, _ = direction(-x * z, free)
+    length = _longest(x, z, dx, dz)
+    after = _dot(x + length * dx, z + length * dz) / n_present
+    centre = gap * jnp.clip(after / jnp.maximum(gap, jnp.finfo(dtype).tiny), 0, 1) ** 3
+    # Where the way is short the second-order term is far too large, and iterates might go round in circles.
+    second_order = jnp.minimum(1, 4 * length) * dx * dz
+    target = jnp.where(mask, centre - second_order, 0) - x * z
+    dx, dz, dprice = direction(target, cho_solve(factor, target / x - dual))
+    # Near the solution almost to the boundary: with a fixed part of the way the gap would shrink by a fixed factor.
+    length = jnp.minimum(1, jnp.clip(1 - gap, 0.99, 0.999) * _longest(x, z, dx, dz))
+    new = x + length * dx, z + length * dz, price + length * dprice
+    # Where x and z are far below rounding the factorization may break down.
+    sound = jnp.all(jnp.isfinite(new[0]) & (new[0] > 0) & jnp.isfinite(new[1]))
+    iterate = jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, (x, z, price))
+    # The value has settled at eps, the small entries, which are large ones for a task with a small norm, at eps^2.
+    infeasible = infeasible * (1 - length)
+    unsettled = (_dot(*iterate[:2]) > eps**2 * n_present) | (infeasible > eps)
+    return count + 1, sound & unsettled, infeasible, iterate
 
 
 def _dot(x, y):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance.mapped_axes import varying_as
+from mtlbalance.numerics import nan_unless
 
 
 class _Tableau(NamedTuple):
@@ -81,7 +82,7 @@ def simplex_lp(
     # Rounding may leave nothing above zero.
     weights = jnp.where(jnp.sum(weights) > 0, weights, present.astype(weights.dtype))
     weights = weights / jnp.where(jnp.any(present), jnp.sum(weights), 1)
-    return jnp.where(present & ~sound, jnp.nan, weights), feasible & ~unfinished
+    return nan_unless(sound | ~present, weights), feasible & ~unfinished
 
 
 class _Program(NamedTuple):
@@ -144,6 +145,7 @@ def _pivot(tableau, leaving, entering):
     matrix, basic, nonbasic = tableau
     row, column = _entry(matrix, leaving), _entry(matrix.T, entering)
     pivot = _entry(row, entering)
+    pivot = jnp.where(pivot == 0, 1, pivot)  # then nothing enters, and what this gives is left out
     # The column of the variable that becomes nonbasic: 1 / pivot in its own row, -column / pivot in the others.
     row = _replaced(row, entering, 1) / pivot
     others = _replaced(matrix.T, entering, 0).T - column[:, None] * row[None, :]

@@ -2,6 +2,7 @@
 
 from mtlbalance.wrappers.amortize import AmortizeState, amortize
 from mtlbalance.wrappers.chain import ChainState, chain
+from mtlbalance.wrappers.checked import checked
 from mtlbalance.wrappers.cr_mogm import CRMOGMState, cr_mogm
 from mtlbalance.wrappers.freeze import freeze
 from mtlbalance.wrappers.learn import LearnState, learn
@@ -27,6 +28,7 @@ __all__ = [
     "TransformWeightsState",
     "amortize",
     "chain",
+    "checked",
     "cr_mogm",
     "freeze",
     "learn",

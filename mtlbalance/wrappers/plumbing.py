@@ -85,7 +85,8 @@ def visits_of(method: Aggregator, visible: Callable[..., Any] = all_of) -> Calla
 
 def nan_tree_unless(ok: chex.Array, output: chex.ArrayTree) -> chex.ArrayTree:
     """What a method gives; NaN unless ``ok``, and in both parts of what is complex."""
-    nan_like = lambda x: complex(jnp.nan, jnp.nan) if is_complex(x) else jnp.nan
+    nan = numerics.nan_where(~ok)
+    nan_like = lambda x: jax.lax.complex(nan, nan).astype(x.dtype) if is_complex(x) else nan
     return jax.tree.map(lambda x: jnp.where(ok, x, nan_like(x)), output)
 
 

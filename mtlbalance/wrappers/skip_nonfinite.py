@@ -112,7 +112,7 @@ def _skip_scalarizer(method, guard, hooks):
         # Finite losses may be outside of what the method is for: a negative one has no logarithm.
         state, ok = guard(state, inner, _finite_losses(values, mask), jnp.isfinite(scalar))
         # The product makes the gradient NaN too, where the values themselves would not.
-        return scalar * jnp.where(ok, 1, jnp.nan), state
+        return scalar * numerics.nan_where(~ok), state
 
     return base.scalarizer(init, apply, **hooks)
 
