@@ -185,11 +185,14 @@ def _advance(state, inner, finite, finite_output, *, jacobian_shaped, axis_name)
     return SkipNonfiniteState(inner, increment(state.nonfinite, ~finite), increment(state.skipped, ~ok)), ok
 
 
-def _after_gradient(old, new, finite, *, jacobian_shaped, axis_name):
+def _after_gradient(old, new, finite, dropped=False, *, jacobian_shaped, axis_name):
     """The state after a step: where its gradient was not finite the inner one from before, and the call counted."""
     ok = _everywhere(finite, axis_name, like=old.skipped)
     inner = select(ok, new.inner, old.inner, new_anyway=jacobian_shaped)
-    return new._replace(inner=inner, skipped=jnp.where(ok, new.skipped, increment(old.skipped, ~ok)))
+    nonfinite = increment(new.nonfinite, dropped)
+    return new._replace(
+        inner=inner, nonfinite=nonfinite, skipped=jnp.where(ok, new.skipped, increment(old.skipped, ~ok))
+    )
 
 
 def _stays_finite(new_state, state, ok, jacobian_shaped, axis_name):
