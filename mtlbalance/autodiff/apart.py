@@ -30,7 +30,8 @@ from mtlbalance.mapped_axes import manual_axes, over_devices, types_tell, varyin
 
 def is_one_for_each(losses_fn: Any) -> bool:
     """Whether this is a tree of functions, one for each task, and not one for all, or a trunk and heads."""
-    return isinstance(losses_fn, Mapping | list) and not callable(losses_fn)
+    is_tree = isinstance(losses_fn, Mapping | list) and not callable(losses_fn)
+    return is_tree and any(map(callable, jax.tree.leaves(losses_fn, is_leaf=callable)))
 
 
 def of_functions(loss_fns, params, args, kwargs, *, has_aux, totals=None) -> Point:

@@ -70,8 +70,8 @@ def decide_by(method, state, point, present, restrict, rows, requested):
     gradient, state = method.apply(state, (jacobian,) if is_vector else jacobian, **given)
     gradient = gradient[0] if is_vector else gradient
     if rows == "features":
-        ones = ones(evaluated.values, present)
-        gradient = point.pull(lambda pullback: restrict(pullback.features[1](gradient, ones, present)))
+        of_sum = ones(evaluated.values, present)
+        gradient = point.pull(lambda pullback: restrict(pullback.features[1](gradient, of_sum, present)))
     return Decision(evaluated, state, None, gradient)
 
 

@@ -22,7 +22,7 @@ from mtlbalance.state_checks import described
 from mtlbalance.wrappers.plumbing import check_method
 
 # Bytes of a Jacobian up to which all rows are computed at once, and up to which they may be kept for speed alone.
-_SMALL, _LARGE = 4 * 2**20, 256 * 2**20
+_SMALL, LARGE = 4 * 2**20, 256 * 2**20
 
 
 def check_losses_fn(losses_fn: Any, shared: Subset | None, task_axis: int | None) -> None:
@@ -42,8 +42,6 @@ def check_losses_fn(losses_fn: Any, shared: Subset | None, task_axis: int | None
 def check_functions(losses_fn: Any, task_axis: int | None) -> None:
     """Raises unless all that is in a tree are functions, whose tasks need no axis of their own."""
     functions = jax.tree.leaves_with_path(losses_fn, is_leaf=lambda x: x is None or callable(x))
-    if not functions:
-        reject("losses_fn", "at least one function", f"{losses_fn!r}")
     for path, function in functions:
         if not callable(function):
             expected = "a function, as in a dict or list of functions, one for each task"
@@ -76,7 +74,7 @@ def _check_keywords(function):
 
 
 def check_function(losses_fn: Any, argnums: Any, task_axis: int | None) -> None:
-    """Raises unless there is a function, or one for each task, and positions of its arguments and not these themselves."""
+    """Raises unless there is a function, or one for each task, and positions of arguments and not these themselves."""
     if is_one_for_each(losses_fn):
         check_functions(losses_fn, task_axis)
     elif not callable(losses_fn):
@@ -134,11 +132,16 @@ def check_rows(rows: int | str | None, *names: str) -> None:
         reject("rows", f"an int or one of {', '.join(map(repr, (*names, None)))}", f"{rows!r}")
 
 
-def cheapest_rows(possible: tuple[str, ...], own_data: bool, point: Point, params: chex.ArrayTree) -> int | str:
-    """What was fastest where that was measured, of those that take no more memory than may matter."""
+def cheapest_rows(
+    possible: tuple[str, ...], own_data: bool, point: Point, params: chex.ArrayTree, small: int = _SMALL
+) -> int | str:
+    """What was fastest where that was measured, of those that take no more memory than may matter.
+
+    ``small`` are the bytes of a Jacobian that is kept without further ado.
+    """
     row = n_bytes(params)
     jacobian = point.evaluated.values.size * row
-    if jacobian <= _SMALL and "vmap" in possible:
+    if jacobian <= small and "vmap" in possible:
         return "vmap"
     if "stream" in possible:
         return "stream"
@@ -148,7 +151,7 @@ def cheapest_rows(possible: tuple[str, ...], own_data: bool, point: Point, param
         # What two passes save is writing and reading the rows. That takes long where they are large for what is
         # computed to make them: where the parameters are large beside the activations.
         n_bytes_kept = point.pull(lambda pullback: pullback.n_bytes_kept)
-        return 1 if n_bytes_kept >= 1.5 * row and jacobian <= _LARGE else "two_pass"
+        return 1 if n_bytes_kept >= 1.5 * row and jacobian <= LARGE else "two_pass"
     return 1
 
 

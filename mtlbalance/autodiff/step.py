@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from mtlbalance.autodiff.apart import heads_apart, rows_apart
 from mtlbalance.autodiff.decide import balanced, decide_by, decide_or_repeat, ones, read_present
 from mtlbalance.autodiff.options import (
-    cheapest_rows,
     check_at,
     check_is_possible,
     check_losses_fn,
@@ -166,7 +165,7 @@ def value_and_grad(
         if drops:
             point, finite = _without_nonfinite(problem, method, rows, params, restrict, point)
             present, dropped = _drop(present, finite)
-        chosen = at if at == "features" else rows or cheapest_rows(possible, problem.own_data, point, restrict(params))
+        chosen = at if at == "features" else rows or problem.cheapest_rows(possible, point, restrict(params))
         decide = partial(decide_by, method, state, point, present, restrict, chosen, rows)
         again = partial(decide_or_repeat, method, refresh, decide, state, point.evaluated, present)
         decision = decide() if refresh is None else again()
@@ -196,7 +195,7 @@ def value_and_grad(
 
 def _without_nonfinite(problem, method, rows, params, restrict, point):
     """The point with rows that can be left out one by one; and the tasks whose loss and gradient are finite."""
-    n = rows if isinstance(rows, int) else cheapest_rows(("vmap",), problem.own_data, point, params)
+    n = rows if isinstance(rows, int) else problem.cheapest_rows(("vmap",), point, params)
     if not isinstance(problem.losses_fn, tuple) or problem.microbatches is not None:
         return rows_apart(point, n)
     needs_rows = isinstance(method, Aggregator) and problem.at == "parameters"

@@ -189,10 +189,8 @@ def _after_gradient(old, new, finite, dropped=False, *, jacobian_shaped, axis_na
     """The state after a step: where its gradient was not finite the inner one from before, and the call counted."""
     ok = _everywhere(finite, axis_name, like=old.skipped)
     inner = select(ok, new.inner, old.inner, new_anyway=jacobian_shaped)
-    nonfinite = increment(new.nonfinite, dropped)
-    return new._replace(
-        inner=inner, nonfinite=nonfinite, skipped=jnp.where(ok, new.skipped, increment(old.skipped, ~ok))
-    )
+    skipped = jnp.where(ok, new.skipped, increment(old.skipped, ~ok))
+    return new._replace(inner=inner, nonfinite=increment(new.nonfinite, dropped), skipped=skipped)
 
 
 def _stays_finite(new_state, state, ok, jacobian_shaped, axis_name):
