@@ -43,7 +43,7 @@ def value_and_jac(
     Args:
       losses_fn: returns one loss per task: an array of any shape with m entries, or a tree of named losses of m entries
         together (in the order of :func:`jax.tree.leaves`); they may be :class:`Counted`. With ``task_axis=`` it returns
-        the loss of one task.
+        the loss of one task. A dict or list of functions has one for each, see :func:`value_and_grad`.
       argnums: which positional arguments to differentiate with respect to, as in :func:`jax.grad`.
       has_aux: ``losses_fn`` returns a pair ``(losses, aux)``.
       rows: how many rows are computed at a time, or ``"vmap"`` for all at once, which takes memory for m backward
@@ -113,7 +113,7 @@ def value_and_gramian(
       has_aux: ``losses_fn`` returns a pair ``(losses, aux)``.
       rows: how many rows of the Jacobian are computed at a time; ``"vmap"`` for all at once, ``"two_pass"`` for two
         passes. The default is the cheapest, see :func:`value_and_grad`.
-      task_axis: as in :func:`value_and_jac`; there are no two passes with it.
+      task_axis: as in :func:`value_and_jac`; there are no two passes with it, nor with a function for each task.
       allow_int: integer parameters do not raise, and count as zero.
 
     Returns:

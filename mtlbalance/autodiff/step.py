@@ -57,7 +57,8 @@ def value_and_grad(
 
     Args:
       losses_fn: ``(params, *args, **kwargs) -> losses``, one per task, an array or a tree of names, see
-        :func:`value_and_jac`; or a pair of trunk and heads, below.
+        :func:`value_and_jac`; or a dict or list of functions, one for each task and its own data; or a pair of trunk
+        and heads; below.
       method: a :class:`~mtlbalance.Scalarizer` without learned fields (:func:`learn` trains those), or an
         :class:`~mtlbalance.Aggregator`.
       has_aux: ``losses_fn`` returns a pair ``(losses, aux)``; so do the trunk and every head.
@@ -70,6 +71,7 @@ def value_and_grad(
         default.
       microbatches: how many to cut the batch in, at least 1; none by default.
       allow_int: integer parameters get "gradients" of dtype ``float0``, as in :func:`jax.grad`; without it they raise.
+      nonfinite: ``"drop_task"`` goes on without a task whose loss or gradient is not finite; none does by default.
 
     Returns:
       ``grad_fn(params, state, *args, mask=None, refresh=None, **kwargs)``. It returns ``(losses, new_state), grads``,
@@ -115,13 +117,31 @@ def value_and_grad(
       Koltun 2018; LibMTL's ``rep_grad``), and needs tasks that share their inputs. A state made by hand is for the
       features: ``method.init((m, jax.eval_shape(trunk, trunk_params, *args)))``.
 
-      **Own data.** With ``task_axis`` ``losses_fn`` is the loss of *one* task, called with each task's part of every
-      positional argument after the state; keyword arguments are passed whole, auxiliary outputs are stacked. All rows
-      together cost little more than one step. A task whose loss is not finite leaves the others' rows alone; if it is
-      absent, and the gradient is made of kept rows, without ``shared`` and ``decide_on``, the gradient too.
+      **Own data.** With a dict or list of functions in place of ``losses_fn``, which may be nested, every positional
+      argument after the state is a tree with the same top: ``{"cls": cls_batch, "reg": reg_batch}`` for ``{"cls":
+      cls_loss, "reg": reg_loss}``. Each function returns the loss of its task, one number; batches may differ in size
+      and shape. Keyword arguments are passed whole to each, auxiliary outputs come by task. A step costs one gradient
+      of each task, whatever the method; what is not finite in an absent task's loss or gradient leaves all else alone.
+
+      With ``task_axis`` ``losses_fn`` is the loss of *one* task, called with each task's part of every positional
+      argument after the state, all of one shape; keyword arguments are passed whole, auxiliary outputs are stacked. All
+      rows together cost little more than one step. A task whose loss is not finite leaves the others' rows alone; if it
+      is absent, and the gradient is made of kept rows, without ``shared`` and ``decide_on``, the gradient too.
+
+      **A bad task alone.** To the backward pass that tasks share one loss that is not finite brings NaN for all: zero
+      times infinity. With ``nonfinite="drop_task"`` each task's gradient is computed alone, and a task whose loss or
+      gradient is not finite is absent from this step, as if masked: its weight is 0 and the gradient is that of the
+      others. The ``losses`` show what it had. :func:`skip_nonfinite` around the method counts it in ``nonfinite``;
+      without it nothing counts. If all are bad the gradient is zero and the state stays. Losses must come in a dict or
+      list, one number each: of one array the backward pass is one. A row for each task is kept in memory, and costs a
+      backward pass, for scalarizers and with ``refresh=False`` too; functions and ``task_axis`` compute them anyway,
+      and with trunk and heads only a method that needs rows does. What tasks share cannot be told apart: NaN in the
+      parameters, in the features or in their backward pass is in every row. Nor can what a task does to itself, as a
+      0/0 behind ``where``.
 
       **Micro-batches.** With ``microbatches=k`` every positional argument after the state is cut in k along its first
-      axis, or the second if the first is the task axis: micro-batch i has the examples i, i + k, i + 2k and so on, so
+      axis, or the second if the first is the task axis (each task's batch by itself where each has a function):
+      micro-batch i has the examples i, i + k, i + 2k and so on, so
       that a batch that is split over devices stays where it is. Sums and counts of :class:`Counted` losses are added
       up over all of them, other losses and all gradients averaged, and the method decides once. Where the weights
       depend on this step's losses the model runs twice over each micro-batch, else once; the README's table of methods
@@ -137,11 +157,12 @@ def value_and_grad(
       made; ``"two_pass"`` never keeps them (the methods with ``gramian_weighting``; :func:`value_and_gramian` says what
       that needs); ``"stream"`` takes one at a time, used and dropped (the methods with ``rowwise``). Equal numbers if
       the backward pass is linear. If it clips, kept rows and pulled-back weights differ. The default is ``"vmap"`` for
-      a Jacobian of up to 4 MiB. Beyond, ``"stream"`` where the method can; else rows one at a time, or two passes for
-      the methods that need the Gramian, if the Jacobian is over 256 MiB or what the backward pass keeps is less than
-      one and a half times the parameters: there a row is computed faster than it is stored. A method that takes in one
-      row at a call, as M-ConFIG does, has ``"stream"`` at any size: one backward pass a step. Milliseconds and
-      megabytes of each way stand in ``tests/benchmarks/autodiff.md``.
+      a Jacobian of up to 4 MiB, or 256 MiB with a function for each task, whose rows would be computed twice. Beyond,
+      ``"stream"`` where the method can; else rows one at a time, or two passes for the methods that need the Gramian,
+      if the Jacobian is over 256 MiB or what the backward pass keeps is less than one and a half times the parameters:
+      there a row is computed faster than it is stored. A method that takes in one row at a call, as M-ConFIG does, has
+      ``"stream"`` at any size: one backward pass a step. Milliseconds and megabytes of each way stand in
+      ``tests/benchmarks/autodiff.md``.
 
     References:
       Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization <https://arxiv.org/abs/1810.04650>`_,
