@@ -176,6 +176,8 @@ def value_and_grad(
     drops = nonfinite is not None
     problem = Problem(losses_fn, shared, decide_on, at, has_aux, task_axis, microbatches, allow_int, apart=drops)
     possible = possible_rows(method, rows, problem.own_data, microbatches)
+    if drops and "vmap" in possible:
+        possible = ("vmap",)  # they have been kept to look at them
 
     def grad_fn(params, state, /, *args, mask=None, refresh=None, **kwargs):
         check_state(state)

@@ -9,6 +9,7 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
+from mtlbalance.autodiff import decide
 from tests.autodiff.models import affine, layers, normal_batch
 
 pytestmark = pytest.mark.unoptimized
@@ -191,6 +192,21 @@ def test_frozen_weights():
     loss = lambda params: sum(x / 3 for name, x in named("nothing", params, *batch).items() if name != "b")
     assert_close(gradient, jax.grad(loss)(PARAMS))
     jax.tree.map(np.testing.assert_array_equal, new_state, state)
+
+
+@pytest.mark.parametrize("method", ["upgrad", "excess_mtl"])
+def test_rows_that_are_kept_are_not_computed_again(method, monkeypatch):
+    """Of a Jacobian of which others would be two passes, or streamed."""
+    for name in "gramian_at", "_decide_by_visits":
+        monkeypatch.setattr(decide, name, None)
+    losses_fn = lambda params: {"a": jnp.sum(params), "b": jnp.sum(params**2)}
+    step = mtl.value_and_grad(losses_fn, METHODS[method], nonfinite="drop_task")
+    params = jax.ShapeDtypeStruct((2**20,), jnp.float32)
+    (losses, _), _ = jax.eval_shape(step, params, jax.eval_shape(lambda: METHODS[method].init((2, 2**20))))
+    assert losses.keys() == {"a", "b"}
+    with pytest.raises(TypeError, match="not callable"):
+        step = mtl.value_and_grad(losses_fn, METHODS[method])
+        jax.eval_shape(step, params, jax.eval_shape(lambda: METHODS[method].init((2, 2**20))))
 
 
 @pytest.mark.slow
