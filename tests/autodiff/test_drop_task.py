@@ -97,13 +97,15 @@ def assert_is_step_of_the_others(form, method, bad, **options):
     assert jnp.isfinite(losses["b"]) == (bad == "the gradient")
 
 
-# Each form with each kind of method, and with whatever may be bad.
-CASES = [(form, method, "the gradient") for form in FORMS for method in METHODS if method != "dwa"]
-CASES += [(form, "dwa", bad) for form in FORMS for bad in list(BAD)[1:]]
+# Each kind of method, whatever may be bad, and each form.
+CASES = [("named", method, "the gradient") for method in METHODS if method != "dwa"]
+CASES += [("named", "dwa", bad) for bad in list(BAD)[1:]]
+CASES += [("heads", "dwa", "the loss"), ("heads", "upgrad", "the gradient"), ("heads", "moco", "both")]
+CASES += [("functions", "dwa", "overflow"), ("functions", "m_config", "the gradient"), ("functions", "upgrad", "both")]
 
 
 @pytest.mark.parametrize(("form", "method", "bad"), CASES)
-@pytest.mark.by_default("named-upgrad-*", "named-dwa-both", "heads-dwa-the loss", "functions-dwa-overflow")
+@pytest.mark.by_default("named-dwa-both", "heads-dwa-the loss", "functions-dwa-overflow")
 def test_a_bad_task_is_as_an_absent_one(form, method, bad):
     assert_is_step_of_the_others(FORMS[form], METHODS[method], bad)
 
@@ -117,20 +119,19 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("method", ["dwa", "upgrad", "moco"])
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-@pytest.mark.by_default("named-upgrad-decide_on", "named-dwa-shared", "heads-upgrad-features", "heads-dwa-micro*")
-def test_whatever_else_is_asked_for(form, method, options):
-    if ("at" in options and form is not of_heads) or (method == "moco" and "decide_on" in options):
-        pytest.skip("is refused")
-    if "shared" in options and form is of_heads:
-        pytest.skip("is refused")
-    assert_is_step_of_the_others(form, METHODS[method], "the gradient", **options)
+ASKED = [("named", method, option) for method in ("dwa", "upgrad") for option in OPTIONS if option != "features"]
+ASKED += [("heads", method, option) for method in ("dwa", "upgrad") for option in ("micro-batches", "features")]
+ASKED += [("heads", "upgrad", "decide_on"), ("functions", "upgrad", "micro-batches"), ("functions", "dwa", "shared")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "method", "option"), ASKED)
+def test_whatever_else_is_asked_for(form, method, option):
+    assert_is_step_of_the_others(FORMS[form], METHODS[method], "the gradient", **OPTIONS[option])
 
 
 @pytest.mark.parametrize("method", ["dwa", "upgrad"])
-@pytest.mark.by_default("upgrad")
+@pytest.mark.slow
 def test_a_task_axis(method):
     """Of which the second example is bad."""
     params, data = jnp.array([0.5, 2.0]), jnp.array([1.0, 0.0, 3.0])
@@ -142,6 +143,7 @@ def test_a_task_axis(method):
     assert_close((found[0][1], found[1]), (expected[0][1], expected[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["geometric_mean", "excess_mtl"])
 def test_nothing_bad_changes_nothing(method):
     step, batch = of_named("nothing", METHODS[method])
@@ -173,6 +175,7 @@ def test_guards_count_whom_they_have_not_seen(form):
 
 
 @pytest.mark.parametrize("method", ["dwa", "upgrad"])
+@pytest.mark.by_default("dwa")
 def test_all_bad_is_all_absent(method):
     """Here it is the features that are not finite, and with them every task."""
     step, batch = of_named("nothing", mtl.skip_nonfinite(METHODS[method]), nonfinite="drop_task")
@@ -183,6 +186,7 @@ def test_all_bad_is_all_absent(method):
     assert counts(new_state) == ({"a": 1, "b": 1, "c": 1}, 0)
 
 
+@pytest.mark.slow
 def test_frozen_weights():
     method = mtl.amortize(METHODS["upgrad"])
     step, batch = of_named("both", method, nonfinite="drop_task", return_weights=True)

@@ -54,10 +54,12 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("microbatches", [None, 2])
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-@pytest.mark.by_default("dwa-None", "dwa-2", "excess_mtl-None", "m_config-2")
-def test_a_step_is_that_of_one_function_of_all_losses(method, microbatches):
+@pytest.mark.parametrize(
+    ("name", "microbatches"), [*((name, None) for name in METHODS), ("dwa", 2), ("excess_mtl", 2), ("m_config", 2)]
+)
+@pytest.mark.by_default("dwa-None")
+def test_a_step_is_that_of_one_function_of_all_losses(name, microbatches):
+    method = METHODS[name]
     expected_of = mtl.value_and_grad(all_losses, method)
     state = expected_of.init(PARAMS, BATCH)
     expected = jax.jit(expected_of)(PARAMS, state, BATCH)
@@ -76,12 +78,14 @@ def test_outside_of_jit():
         assert_close(mtl.value_and_grad(FUNCTIONS, method, rows=rows)(*given), expected_of(*given))
 
 
-@pytest.mark.parametrize("options", [{}, {"microbatches": 2}, {"rows": "stream"}, {"shared": [True, False]}], ids=str)
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-@pytest.mark.by_default("dwa-{}", "excess_mtl-*stream*", "dwa-*shared*")
-def test_an_absent_task_may_have_any_loss_and_gradient(method, options):
-    if "rows" in options and getattr(method, "rowwise", None) is None:
-        pytest.skip("has no rows to stream")
+OPTIONS = [("dwa", {"microbatches": 2}), ("dwa", {"shared": [True, False]}), ("upgrad", {"decide_on": [True, False]})]
+OPTIONS += [("excess_mtl", {"rows": "stream"}), ("moco", {"microbatches": 2})]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in METHODS), *OPTIONS], ids=str)
+@pytest.mark.by_default("dwa-{}", "dwa-*shared*")
+def test_an_absent_task_may_have_any_loss_and_gradient(name, options):
+    method = METHODS[name]
     step = jax.jit(mtl.value_and_grad(FUNCTIONS, method, **options))
     state = step.init(PARAMS, BATCH)
     (_, expected_state), expected = step(PARAMS, state, BATCH, mask=ABSENT)
@@ -92,7 +96,7 @@ def test_an_absent_task_may_have_any_loss_and_gradient(method, options):
 
 @pytest.mark.parametrize("keyword", ["shared", "decide_on"])
 @pytest.mark.parametrize("method", [METHODS["dwa"], METHODS["upgrad"]], ids=["dwa", "upgrad"])
-@pytest.mark.by_default("upgrad-decide_on")
+@pytest.mark.slow
 def test_shared_and_decisive_parameters(method, keyword):
     options = {keyword: [True, False], "return_weights": True}
     expected_of = mtl.value_and_grad(all_losses, method, **options)
@@ -100,6 +104,7 @@ def test_shared_and_decisive_parameters(method, keyword):
     assert_close(jax.jit(mtl.value_and_grad(FUNCTIONS, method, **options))(*given), jax.jit(expected_of)(*given))
 
 
+@pytest.mark.slow
 def test_counts_keywords_and_auxiliary_outputs():
     """In a list: losses, weights and auxiliary outputs come in one."""
 
@@ -126,6 +131,7 @@ def test_counts_keywords_and_auxiliary_outputs():
         assert_close(step()(PARAMS, state, batch, scale=2.0, refresh=refresh)[1], gradient)
 
 
+@pytest.mark.slow
 def test_rows_and_their_products():
     losses, jacobian = mtl.value_and_jac(FUNCTIONS)(PARAMS, BATCH)
     expected = mtl.value_and_jac(all_losses)(PARAMS, BATCH)
