@@ -35,7 +35,8 @@ class Scalarizer(NamedTuple):
         does not keep them. See :func:`mtlbalance.amortize`.
       after_gradient: ``(state, new_state, finite) -> new_state``, of a guard: ``value_and_grad`` ends a step by telling
         it the state from before, the one that ``apply`` made, and whether the gradient is finite, which ``apply`` does
-        not see; the state it returns is the next. ``None`` for all others. See :func:`mtlbalance.skip_nonfinite`.
+        not see; the state it returns is the next. With ``nonfinite="drop_task"`` a fourth argument says which tasks
+        were dropped. ``None`` for all others. See :func:`mtlbalance.skip_nonfinite`.
     """
 
     init: Callable[..., Any]

@@ -22,11 +22,15 @@ ADAM = optax.adam(1e-2)
 KEY = jax.random.key(0)
 MLP = eqx.nn.MLP(5, 2, 8, 1, key=KEY)
 JACOBIAN = {"w": jnp.ones((2, 3))}
+BY_NAME = dict.fromkeys(["cls", "reg"], BATCH[0])
 
 
 def task_losses(params, x, y):
     error = jnp.tanh(x @ params["trunk"]) @ params["heads"] - y
     return {"cls": jnp.mean(error[:, 0] ** 2), "reg": jnp.mean(error[:, 1] ** 2)}
+
+
+EACH = dict.fromkeys(["cls", "reg"], lambda params, x, y: task_losses(params, x, jnp.ones((4, 2))))
 
 
 def grad_fn(method=DWA, losses_fn=task_losses, **options):
@@ -95,13 +99,53 @@ METHODS = {
     "not wrapped": (lambda: grad_fn(UW), r"nothing left to learn, as in mtl.value_and_grad\(losses_fn, mtl.learn\("),
     "swapped": (lambda: mtl.value_and_grad(DWA, task_losses), "losses_fn: expected a function, .* found Scalarizer"),
     "losses in place of the function": (lambda: grad_fn(DWA, LOSSES), "losses_fn: expected a function, .* found Array"),
-    "a list of functions": (
-        lambda: grad_fn(DWA, [task_losses] * 2),
-        "one function returns the losses of all tasks, found",
+    "a tuple of three functions": (
+        lambda: grad_fn(DWA, (task_losses,) * 3),
+        "losses_fn: expected a function, a pair of a trunk and heads, or a dict or list of functions, .* found tuple",
     ),
-    "a dict of functions": (
-        lambda: grad_fn(DWA, {"a": task_losses}),
-        "one function returns the losses of all tasks, fou",
+    "a function that is called, in a dict": (
+        lambda: grad_fn(DWA, {"a": task_losses, "b": LOSSES}),
+        r"losses_fn\['b'\]: expected a function, as in a dict or list of functions, one for each task, found Array",
+    ),
+    "a dict of functions with a task axis": (
+        lambda: grad_fn(DWA, {"a": task_losses}, task_axis=0),
+        "losses_fn: expected one function for all tasks with task_axis=, found a dict of functions",
+    ),
+    "one batch for a dict of functions": (
+        lambda: grad_fn(DWA, EACH)(PARAMS, STATE, *BATCH),
+        r"args\[0\]: expected a part for each task, a dict of \['cls', 'reg'\] as the functions .*, found one array",
+    ),
+    "... by other names": (
+        lambda: grad_fn(DWA, EACH)(PARAMS, STATE, BY_NAME, {"cls": 1.0, "box": 1.0}),
+        r"args\[1\]: expected .* a dict of \['cls', 'reg'\] as the functions are .*, found a dict of \['cls', 'box'\]",
+    ),
+    "... in a list": (
+        lambda: grad_fn(DWA, EACH).init(PARAMS, BY_NAME, [1.0, 2.0]),
+        r"args\[1\]: expected .* a dict of \['cls', 'reg'\] as the functions are .*, found a list of 2",
+    ),
+    "... of all losses": (
+        lambda: grad_fn(DWA, EACH)(PARAMS, STATE, BY_NAME, BY_NAME),
+        r"losses_fn\['cls'\]: expected one loss for each task, a scalar",
+    ),
+    "a bad task dropped of one array": (
+        lambda: grad_fn(DWA, lambda *args: jnp.stack([*task_losses(*args).values()]), nonfinite="drop_task").init(
+            PARAMS, *BATCH
+        ),
+        r"losses_fn: expected losses in a dict or list, one number each .* for nonfinite='drop_task', found one array",
+    ),
+    "... of many": (
+        lambda: grad_fn(
+            DWA, lambda params, x, y: {"a": jnp.sum(params["heads"], 0), "b": 1.0}, nonfinite="drop_task"
+        ).init(PARAMS, *BATCH),
+        r"losses_fn\['a'\]: expected losses in a dict or list, one number each .*, found shape \(2,\)",
+    ),
+    "... misspelt": (
+        lambda: grad_fn(DWA, nonfinite="drop"),
+        "nonfinite: expected 'drop_task' or None, found 'drop'",
+    ),
+    "... of rows that are not kept": (
+        lambda: grad_fn(UPGRAD, nonfinite="drop_task", rows="two_pass"),
+        "rows: expected an int, 'vmap' or None with nonfinite='drop_task', which looks at all rows, found 'two_pass'",
     ),
     "an aggregator in optax": (
         lambda: optax.chain(UPGRAD, ADAM).init(PARAMS),

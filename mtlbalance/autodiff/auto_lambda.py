@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from mtlbalance import base, numerics
+from mtlbalance.autodiff.decide import read_present
 from mtlbalance.autodiff.options import check_losses_fn, check_per_task, check_state
 from mtlbalance.autodiff.start import GradFn, Problem, with_init
-from mtlbalance.autodiff.step import read_present
 from mtlbalance.contract import Aggregator, check_is_method
 from mtlbalance.hyperparameters import per_task, reject
 from mtlbalance.losses import like_losses, read_labelled, read_losses
@@ -137,7 +137,9 @@ def auto_lambda(
     """
     check_losses_fn(losses_fn, None, None)
     if not callable(losses_fn):
-        reject("losses_fn", "one function that returns the losses", "a pair of trunk and heads", TypeError)
+        reject(
+            "losses_fn", "one function that returns the losses", f"a {type(losses_fn).__name__} of functions", TypeError
+        )
     if aggregator is not None:
         check_is_method("aggregator", aggregator, "an aggregator", Aggregator)
     meta_optimizer = read_optimizer(optax.adam(1e-4) if meta_optimizer is None else meta_optimizer, "meta_optimizer")

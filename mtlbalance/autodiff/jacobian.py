@@ -3,12 +3,14 @@
 import operator
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from mtlbalance.autodiff.apart import is_one_for_each
 from mtlbalance.autodiff.loops import map_rows
 from mtlbalance.autodiff.options import (
     cheapest_rows,
@@ -41,7 +43,7 @@ def value_and_jac(
     Args:
       losses_fn: returns one loss per task: an array of any shape with m entries, or a tree of named losses of m entries
         together (in the order of :func:`jax.tree.leaves`); they may be :class:`Counted`. With ``task_axis=`` it returns
-        the loss of one task.
+        the loss of one task. A dict or list of functions has one for each, see :func:`value_and_grad`.
       argnums: which positional arguments to differentiate with respect to, as in :func:`jax.grad`.
       has_aux: ``losses_fn`` returns a pair ``(losses, aux)``.
       rows: how many rows are computed at a time, or ``"vmap"`` for all at once, which takes memory for m backward
@@ -69,14 +71,15 @@ def value_and_jac(
       [[3. 3.]
        [2. 4.]]
     """
+    own_data = task_axis is not None or is_one_for_each(losses_fn)
     check_rows(rows, "vmap")
-    check_function(losses_fn, argnums)
+    check_function(losses_fn, argnums, task_axis)
 
     def jac_fn(*args, **kwargs):
         point, params = _of_argnums(losses_fn, argnums, args, kwargs, has_aux, task_axis, allow_int)
         evaluated = point.evaluated
         check_per_task(evaluated)
-        chosen = rows or cheapest_rows(("vmap",), task_axis, point, params)
+        chosen = rows or cheapest_rows(("vmap",), own_data, point, params)
         jacobian = point.pull(lambda pullback: pullback.rows(whole, chosen))
         value = (evaluated.losses, evaluated.aux) if has_aux else evaluated.losses
         return value, with_float0(jacobian, params, (evaluated.values.size,))
@@ -110,7 +113,7 @@ def value_and_gramian(
       has_aux: ``losses_fn`` returns a pair ``(losses, aux)``.
       rows: how many rows of the Jacobian are computed at a time; ``"vmap"`` for all at once, ``"two_pass"`` for two
         passes. The default is the cheapest, see :func:`value_and_grad`.
-      task_axis: as in :func:`value_and_jac`; there are no two passes with it.
+      task_axis: as in :func:`value_and_jac`; there are no two passes with it, nor with a function for each task.
       allow_int: integer parameters do not raise, and count as zero.
 
     Returns:
@@ -131,15 +134,16 @@ def value_and_gramian(
       [[18. 18.]
        [18. 20.]]
     """
-    possible = ("vmap", "two_pass") if task_axis is None else ("vmap",)
+    own_data = task_axis is not None or is_one_for_each(losses_fn)
+    possible = ("vmap",) if own_data else ("vmap", "two_pass")
     check_rows(rows, *possible)
-    check_function(losses_fn, argnums)
+    check_function(losses_fn, argnums, task_axis)
 
     def gramian_fn(*args, **kwargs):
         point, params = _of_argnums(losses_fn, argnums, args, kwargs, has_aux, task_axis, allow_int)
         evaluated = point.evaluated
         check_per_task(evaluated)
-        chosen = rows or cheapest_rows(possible, task_axis, point, params)
+        chosen = rows or cheapest_rows(possible, own_data, point, params)
         value = (evaluated.losses, evaluated.aux) if has_aux else evaluated.losses
         return value, gramian_at(point, whole, chosen, requested=rows)[0]
 
@@ -221,10 +225,11 @@ def _of_argnums(losses_fn, argnums, args, kwargs, has_aux, task_axis, allow_int)
     check_params(params, allow_int)
     others = [x for i, x in enumerate(args) if i not in indices]
 
-    def of_params(params, /, *others, **kwargs):
+    def call(losses_fn, params, /, *others, **kwargs):
         given = list(others)
         for i, x in sorted(zip(indices, (params,) if single else params, strict=True), key=lambda pair: pair[0]):
             given.insert(i, x)
         return losses_fn(*given, **kwargs)
 
+    of_params = jax.tree.map(lambda function: partial(call, function), losses_fn, is_leaf=callable)
     return evaluate_at(of_params, params, others, kwargs, has_aux=has_aux, task_axis=task_axis), params

@@ -24,7 +24,7 @@ def of_microbatches(point_of: Callable[..., Point], args: Any, n: int, axis: int
     """
     if not jax.tree.leaves(args):
         reject("microbatches", "the batch as positional arguments after the state", "none")
-    parts = jax.tree.map(lambda x: _cut(x, n, axis), args)
+    parts = jax.tree_util.tree_map_with_path(lambda path, x: _cut(jax.tree_util.keystr(path), x, n, axis), tuple(args))
     first = jax.tree.map(lambda x: x[0], parts)
 
     def outputs_of(part, totals=None, read=lambda pullback: ()):
@@ -59,12 +59,12 @@ def of_microbatches(point_of: Callable[..., Point], args: Any, n: int, axis: int
     return Point(evaluate(lambda pullback: ())[0], evaluate)
 
 
-def _cut(x, n, axis):
+def _cut(where, x, n, axis):
     size = jnp.shape(x)[axis] if jnp.ndim(x) > axis else None
     if size is None or size % n:
-        where = f"on axis {axis} of every positional argument (keyword arguments are given whole)"
-        expected = f"a batch {where}, divisible by {n}"
-        reject("microbatches", expected, f"shape {jnp.shape(x)}")
+        of_all = f"on axis {axis} of every positional argument (keyword arguments are given whole)"
+        expected = f"a batch {of_all}, divisible by {n}"
+        reject("microbatches", expected, f"shape {jnp.shape(x)} of args{where}")
     # Every n-th example, so that a batch that is split over devices needs no transfer.
     try:
         x = jnp.reshape(x, (*x.shape[:axis], size // n, n, *x.shape[axis + 1 :]))

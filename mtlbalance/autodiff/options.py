@@ -4,13 +4,13 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Mapping
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from mtlbalance.autodiff.apart import is_one_for_each, of_functions, of_named_losses
 from mtlbalance.autodiff.microbatches import of_microbatches
 from mtlbalance.autodiff.point import Evaluated, Point, move_axis, n_bytes, of_features, of_losses, of_own_data
 from mtlbalance.autodiff.subsets import Subset
@@ -22,21 +22,40 @@ from mtlbalance.state_checks import described
 from mtlbalance.wrappers.plumbing import check_method
 
 # Bytes of a Jacobian up to which all rows are computed at once, and up to which they may be kept for speed alone.
-_SMALL, _LARGE = 4 * 2**20, 256 * 2**20
+_SMALL, LARGE = 4 * 2**20, 256 * 2**20
 
 
 def check_losses_fn(losses_fn: Any, shared: Subset | None, task_axis: int | None) -> None:
     """Raises unless there is a function, or a trunk and heads without what these exclude."""
     is_pair = isinstance(losses_fn, tuple) and len(losses_fn) == 2 and callable(losses_fn[0])
-    if not is_pair and not callable(losses_fn):
-        expected = "a function, or a pair of a trunk and heads"
-        if isinstance(losses_fn, Mapping | tuple | list):
-            expected += ": one function returns the losses of all tasks"
+    if is_one_for_each(losses_fn):
+        check_functions(losses_fn, task_axis)
+    elif not is_pair and not callable(losses_fn):
+        expected = "a function, a pair of a trunk and heads, or a dict or list of functions, one for each task"
         reject("losses_fn", expected, f"{type(losses_fn).__name__}", TypeError)
     if is_pair and (shared is not None or task_axis is not None):
         reject("losses_fn", "one function with shared= or task_axis=", "a pair of trunk and heads")
     for function in jax.tree.leaves(losses_fn, is_leaf=callable):
         _check_keywords(function)
+
+
+def check_functions(losses_fn: Any, task_axis: int | None) -> None:
+    """Raises unless all that is in a tree are functions, whose tasks need no axis of their own."""
+    functions = jax.tree.leaves_with_path(losses_fn, is_leaf=lambda x: x is None or callable(x))
+    for path, function in functions:
+        if not callable(function):
+            expected = "a function, as in a dict or list of functions, one for each task"
+            reject(f"losses_fn{jax.tree_util.keystr(path)}", expected, f"{type(function).__name__}", TypeError)
+    if task_axis is not None:
+        reject("losses_fn", "one function for all tasks with task_axis=", f"a {type(losses_fn).__name__} of functions")
+
+
+def check_nonfinite(nonfinite: Any, rows: int | str | None, method: Scalarizer | Aggregator) -> None:
+    """Raises unless it is known what to do, and rows are kept to look at."""
+    if nonfinite not in (None, "drop_task"):
+        reject("nonfinite", "'drop_task' or None", f"{nonfinite!r}")
+    if nonfinite and isinstance(method, Aggregator) and rows in ("two_pass", "stream"):
+        reject("rows", "an int, 'vmap' or None with nonfinite='drop_task', which looks at all rows", f"{rows!r}")
 
 
 def _check_keywords(function):
@@ -54,10 +73,13 @@ def _check_keywords(function):
             reject("losses_fn", f"{expected} ({hint})", f"a parameter {parameter.name!r}")
 
 
-def check_function(losses_fn: Any, argnums: Any) -> None:
-    """Raises unless there is a function, and positions of its arguments and not these themselves."""
-    if not callable(losses_fn):
-        reject("losses_fn", "a function that returns the losses", f"{type(losses_fn).__name__}", TypeError)
+def check_function(losses_fn: Any, argnums: Any, task_axis: int | None) -> None:
+    """Raises unless there is a function, or one for each task, and positions of arguments and not these themselves."""
+    if is_one_for_each(losses_fn):
+        check_functions(losses_fn, task_axis)
+    elif not callable(losses_fn):
+        expected = "a function that returns the losses, or a dict or list of functions, one for each task"
+        reject("losses_fn", expected, f"{type(losses_fn).__name__}", TypeError)
     for i in argnums if isinstance(argnums, tuple | list) else (argnums,):
         if not hasattr(i, "__index__"):
             expected = "positions of arguments (the arguments are given to the function that comes back)"
@@ -84,7 +106,7 @@ def check_at(at: str, has_features: bool, *excluded: Any) -> None:
 
 
 def possible_rows(
-    method: Scalarizer | Aggregator, rows: int | str | None, task_axis: int | None, microbatches: int | None
+    method: Scalarizer | Aggregator, rows: int | str | None, own_data: bool, microbatches: int | None
 ) -> tuple[str, ...]:
     """What ``rows=None`` may choose from; what may be asked for is more."""
     if microbatches is not None:
@@ -93,7 +115,7 @@ def possible_rows(
         check_rows(rows, "vmap", "two_pass", "stream")
         return ("vmap",)
     # With own data a row of the Gramian costs two passes over all data, and all rows of the Jacobian together cost one.
-    two_pass = ("two_pass",) if method.gramian_weighting is not None and task_axis is None else ()
+    two_pass = ("two_pass",) if method.gramian_weighting is not None and not own_data else ()
     stream = ("stream",) if method.rowwise is not None else ()
     check_rows(rows, "vmap", *two_pass, *stream)
     if method.rowwise is not None and method.rowwise.visits is not None:
@@ -110,29 +132,36 @@ def check_rows(rows: int | str | None, *names: str) -> None:
         reject("rows", f"an int or one of {', '.join(map(repr, (*names, None)))}", f"{rows!r}")
 
 
-def cheapest_rows(possible: tuple[str, ...], task_axis: int | None, point: Point, params: chex.ArrayTree) -> int | str:
-    """What was fastest where that was measured, of those that take no more memory than may matter."""
+def cheapest_rows(
+    possible: tuple[str, ...], own_data: bool, point: Point, params: chex.ArrayTree, small: int = _SMALL
+) -> int | str:
+    """What was fastest where that was measured, of those that take no more memory than may matter.
+
+    ``small`` are the bytes of a Jacobian that is kept without further ado.
+    """
     row = n_bytes(params)
     jacobian = point.evaluated.values.size * row
-    if jacobian <= _SMALL and "vmap" in possible:
+    if jacobian <= small and "vmap" in possible:
         return "vmap"
     if "stream" in possible:
         return "stream"
-    if task_axis is not None:
+    if own_data:
         return "vmap"  # each row has its own part of the batch: all at once take no more memory
     if "two_pass" in possible:
         # What two passes save is writing and reading the rows. That takes long where they are large for what is
         # computed to make them: where the parameters are large beside the activations.
         n_bytes_kept = point.pull(lambda pullback: pullback.n_bytes_kept)
-        return 1 if n_bytes_kept >= 1.5 * row and jacobian <= _LARGE else "two_pass"
+        return 1 if n_bytes_kept >= 1.5 * row and jacobian <= LARGE else "two_pass"
     return 1
 
 
-def evaluate_at(losses_fn, params, args, kwargs, *, has_aux, task_axis, microbatches=None):
-    """The losses at some parameters, by the form that the options ask for."""
-    form = of_losses
+def evaluate_at(losses_fn, params, args, kwargs, *, has_aux, task_axis, microbatches=None, apart=False):
+    """The losses at some parameters, by the form that the options ask for; ``apart``: each row can be had alone."""
+    form = of_named_losses if apart else of_losses
     if isinstance(losses_fn, tuple):
         form = of_features
+    elif is_one_for_each(losses_fn):
+        form = of_functions
     elif task_axis is not None:
         form, args = of_own_data, move_axis(args, task_axis)
     point_of = lambda args, totals: form(losses_fn, params, args, kwargs, has_aux=has_aux, totals=totals)

@@ -13,6 +13,7 @@ from mtlbalance.hyperparameters import check_int, is_number, reject
 from mtlbalance.losses import as_counted, is_counted, like_losses, read_labelled, read_losses
 from mtlbalance.mapped_axes import varying_as
 from mtlbalance.meshes import with_tasks_as, with_whole_tasks
+from mtlbalance.numerics import all_finite
 
 
 class Evaluated(NamedTuple):
@@ -45,6 +46,7 @@ class Pullback(NamedTuple):
       rows: ``(restrict, n) -> Jacobian`` of ``restrict(gradient)``: n rows at a time, or all at once (``"vmap"``).
       n_bytes_kept: of what the backward pass keeps of the forward pass, parameters included.
       features: the Jacobian of the features, and the pull-back from them to all parameters; of :func:`of_features`.
+      finite_heads: which tasks' gradients of the features, and of their heads, are finite; of :func:`of_features`.
     """
 
     weighted: Callable[..., Any]
@@ -52,6 +54,7 @@ class Pullback(NamedTuple):
     rows: Callable[..., Any]
     n_bytes_kept: int
     features: tuple[Any, Callable[..., Any]] | None = None
+    finite_heads: Callable[..., Any] = lambda: None
 
 
 class Point(NamedTuple):
@@ -75,16 +78,16 @@ def of_losses(losses_fn, params, args, kwargs, *, has_aux, totals=None) -> Point
     """For a function that returns the losses of all tasks."""
 
     def values_of(params):
-        losses, aux = _with_aux(losses_fn(params, *args, **kwargs), has_aux)
+        losses, aux = with_aux(losses_fn(params, *args, **kwargs), has_aux)
         if not has_aux:
-            _check_no_aux(losses)
+            check_no_aux(losses)
         return _values(losses, totals), (losses, aux)
 
     values, pull, outputs = jax.vjp(values_of, params, has_aux=True)
     weighted = _weighted(pull, values, params)
     row = lambda i: weighted(one_hot(i, values))
     rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n, values)
-    return _at(values, outputs, Pullback(weighted, row, rows, n_bytes(pull)))
+    return point_at(values, outputs, Pullback(weighted, row, rows, n_bytes(pull)))
 
 
 def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Point:
@@ -92,12 +95,12 @@ def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Point
 
     def value_of(params, task):
         part, total = task
-        loss, aux = _with_aux(loss_fn(params, *part, **kwargs), has_aux)
-        return _one_value("losses_fn", loss, total), (loss, aux)
+        loss, aux = with_aux(loss_fn(params, *part, **kwargs), has_aux)
+        return one_value("losses_fn", loss, total), (loss, aux)
 
     def gradient(task):
         row, _ = jax.grad(value_of, has_aux=True, allow_int=True)(params, task)
-        return _without_float0(row, params)
+        return without_float0(row, params)
 
     def values_of(params):
         values, outputs = jax.vmap(value_of, (None, 0))(params, tasks)
@@ -115,7 +118,7 @@ def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Point
         jacobian = _map(lambda task: restrict(gradient(task)), tasks if n == "vmap" else on_all, n, values)
         return jax.tree.map(lambda x: with_whole_tasks(x, 1), jacobian)
 
-    return _at(values, outputs, Pullback(_weighted(pull, values, params), row, rows, n_bytes(pull)))
+    return point_at(values, outputs, Pullback(_weighted(pull, values, params), row, rows, n_bytes(pull)))
 
 
 def of_features(trunk_and_heads, params, args, kwargs, *, has_aux, totals=None) -> Point:
@@ -125,7 +128,7 @@ def of_features(trunk_and_heads, params, args, kwargs, *, has_aux, totals=None) 
     pair, (trunk_params, head_params) = pair_of(params), params
 
     def of_trunk(params):
-        return _with_aux(trunk(params, *args, **kwargs), has_aux)
+        return with_aux(trunk(params, *args, **kwargs), has_aux)
 
     features, pull_features, trunk_aux = jax.vjp(of_trunk, trunk_params, has_aux=True)
     for path, x in jax.tree.leaves_with_path(features):
@@ -136,12 +139,12 @@ def of_features(trunk_and_heads, params, args, kwargs, *, has_aux, totals=None) 
 
     def of_head(head, params, total):
         def value_of(params, features):
-            loss, aux = _with_aux(head(params, features, *args, **kwargs), has_aux)
-            return _one_value("heads", loss, total), (loss, aux)
+            loss, aux = with_aux(head(params, features, *args, **kwargs), has_aux)
+            return one_value("heads", loss, total), (loss, aux)
 
         value, pull, output = jax.vjp(value_of, params, features, has_aux=True)
         gradient, row = pull(jnp.ones_like(value))
-        return value, output, _without_float0(gradient, params), row
+        return value, output, without_float0(gradient, params), row
 
     each = jax.tree.leaves(heads, is_leaf=callable), _split("params[1]", names, head_params), _split("", names, totals)
     values, outputs, head_gradients, rows_of_features = zip(*map(of_head, *each), strict=True)
@@ -150,16 +153,21 @@ def of_features(trunk_and_heads, params, args, kwargs, *, has_aux, totals=None) 
 
     def from_features(gradient, weights, present=None):
         (of_trunk,) = pull_features(gradient)
-        of_heads = map(_scaled, weights, _present_only(list(head_gradients), present))
-        return pair.unflatten((_without_float0(of_trunk, trunk_params), names.unflatten(of_heads)))
+        of_heads = map(_scaled, weights, present_only(list(head_gradients), present))
+        return pair.unflatten((without_float0(of_trunk, trunk_params), names.unflatten(of_heads)))
 
     def weighted(weights, present=None):
         return from_features(combine(weights, jacobian, present), weights, present)
 
-    row = lambda i: from_features(jax.tree.map(lambda x: x[i], jacobian), one_hot(i, values))
+    def row(i):
+        alone = one_hot(i, values)
+        # Of the other heads nothing is in a row, where zero times what they have may be NaN.
+        return from_features(jax.tree.map(lambda x: x[i], jacobian), alone, alone.astype(bool))
+
     rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n, values)
-    pullback = Pullback(weighted, row, rows, n_bytes(pull_features), (jacobian, from_features))
-    return _at(values, (losses, (trunk_aux, aux) if has_aux else None), pullback)
+    finite = lambda: jnp.stack([*map(all_finite, zip(head_gradients, rows_of_features, strict=True))])
+    pullback = Pullback(weighted, row, rows, n_bytes(pull_features), (jacobian, from_features), finite)
+    return point_at(values, (losses, (trunk_aux, aux) if has_aux else None), pullback)
 
 
 def move_axis(args: chex.ArrayTree, axis: int) -> chex.ArrayTree:
@@ -192,21 +200,23 @@ def n_bytes(tree: chex.ArrayTree) -> int:
     return sum(jnp.size(x) * jnp.result_type(x).itemsize for x in jax.tree.leaves(tree))
 
 
-def _at(values, outputs, pullback):
+def point_at(values, outputs, pullback) -> Point:
+    """The point where the losses were evaluated once."""
     losses, aux = outputs
     evaluated = Evaluated(losses, aux, values, read_labelled(losses))
     return Point(evaluated, lambda read: (evaluated, read(pullback)))
 
 
-def _with_aux(output, has_aux):
+def with_aux(output, has_aux, name="losses_fn"):
+    """The losses, and the auxiliary output, ``None`` without one."""
     if not has_aux:
         return output, None
     if not (isinstance(output, tuple) and len(output) == 2):
-        reject("losses_fn", "a pair (losses, aux) with has_aux=True", type(output).__name__, TypeError)
+        reject(name, "a pair (losses, aux) with has_aux=True", type(output).__name__, TypeError)
     return output
 
 
-def _check_no_aux(losses):
+def check_no_aux(losses):
     """Raises for a pair of which the second is not an array: more likely an auxiliary output than a loss."""
     if type(losses) is tuple and len(losses) == 2:
         second = losses[1]
@@ -221,12 +231,12 @@ def _weighted(pull, values, params):
     def weighted(weights, present=None):
         del present  # one backward pass for all: what is not finite in an absent task's comes through
         (gradient,) = pull(varying_as(jnp.reshape(weights, values.shape).astype(values.dtype), values))
-        return _without_float0(gradient, params)
+        return without_float0(gradient, params)
 
     return weighted
 
 
-def _without_float0(gradient, params):
+def without_float0(gradient, params):
     """JAX's gradients of integers are of a type without arithmetic: zeros serve the methods."""
     leaf = lambda g, p: jnp.zeros(jnp.shape(p)) if g.dtype == jax.dtypes.float0 else g
     return jax.tree.map(leaf, gradient, params)
@@ -236,7 +246,7 @@ def _scaled(weight, gradient):
     return jax.tree.map(lambda x: (weight * x).astype(x.dtype), gradient)
 
 
-def _present_only(gradients, present):
+def present_only(gradients, present):
     """The tasks' gradients, zero for those that are absent: there they may be anything."""
     if present is None:
         return gradients
@@ -269,7 +279,8 @@ def _values(losses, totals):
     return read_losses("losses_fn", losses)
 
 
-def _one_value(name, loss, total):
+def one_value(name, loss, total):
+    """The loss of one task as a number."""
     expected = "one loss for each task, a scalar"
     if type(loss) is tuple and len(loss) == 2:
         reject(name, f"{expected} (or has_aux=True for a pair (loss, aux))", "a pair")

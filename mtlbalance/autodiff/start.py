@@ -8,7 +8,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mtlbalance.autodiff.options import check_params, check_per_task, evaluate_at
+from mtlbalance.autodiff.apart import is_one_for_each
+from mtlbalance.autodiff.options import LARGE, cheapest_rows, check_params, check_per_task, evaluate_at
 from mtlbalance.autodiff.point import Point, pair_of
 from mtlbalance.autodiff.subsets import Subset, read_option, read_subset, select_subset, whole
 from mtlbalance.contract import Aggregator, Scalarizer
@@ -35,6 +36,19 @@ class Problem(NamedTuple):
     task_axis: int | None
     microbatches: int | None
     allow_int: bool
+    apart: bool = False
+
+    @property
+    def own_data(self) -> bool:
+        """Whether each task has its own."""
+        return self.task_axis is not None or is_one_for_each(self.losses_fn)
+
+    def cheapest_rows(self, possible: tuple[str, ...], point: Point, params: chex.ArrayTree) -> int | str:
+        """How rows are computed where that is not asked for."""
+        if is_one_for_each(self.losses_fn):
+            # A step computes all rows at the cost of one gradient: streamed ones would be computed twice.
+            return cheapest_rows(possible, True, point, params, small=LARGE)
+        return cheapest_rows(possible, self.own_data, point, params)
 
     def subsets(self, params: chex.ArrayTree) -> tuple[chex.ArrayTree | None, Callable[..., Any]]:
         """Which parameters are shared, if not all are; and from a gradient to the part that decides."""
@@ -49,6 +63,7 @@ class Problem(NamedTuple):
     def evaluate(self, params: chex.ArrayTree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Point:
         """The losses at some parameters."""
         forms = {"has_aux": self.has_aux, "task_axis": self.task_axis, "microbatches": self.microbatches}
+        forms["apart"] = self.apart
         return evaluate_at(self.losses_fn, params, args, kwargs, **forms)
 
 

@@ -2,36 +2,27 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import chex
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mtlbalance.autodiff.jacobian import gramian_at
-from mtlbalance.autodiff.loops import fold, is_traced
+from mtlbalance.autodiff.apart import heads_apart, rows_apart
+from mtlbalance.autodiff.decide import balanced, decide_by, decide_or_repeat, ones, read_present
 from mtlbalance.autodiff.options import (
-    cheapest_rows,
     check_at,
     check_is_possible,
     check_losses_fn,
+    check_nonfinite,
     check_per_task,
     check_state,
     possible_rows,
 )
-from mtlbalance.autodiff.point import Evaluated
 from mtlbalance.autodiff.start import GradFn, Problem, with_init
 from mtlbalance.autodiff.subsets import Subset, join_subsets, with_float0
-from mtlbalance.boundary import check_mask_names
 from mtlbalance.contract import Aggregator, Scalarizer, weights_of
-from mtlbalance.gramian import combine
-from mtlbalance.hyperparameters import flatten, reject
-from mtlbalance.losses import like_losses, read_mask, reject_number
-from mtlbalance.mapped_axes import manual_axes, types_tell, varying_as
-from mtlbalance.names import names_of
+from mtlbalance.losses import like_losses
 from mtlbalance.numerics import all_finite
-from mtlbalance.parameters import check_params_like
 
 
 def value_and_grad(
@@ -47,6 +38,7 @@ def value_and_grad(
     task_axis: int | None = None,
     microbatches: int | None = None,
     allow_int: bool = False,
+    nonfinite: Literal["drop_task"] | None = None,
 ) -> GradFn:
     r"""One training step's losses and balanced gradient, whatever the method.
 
@@ -65,7 +57,8 @@ def value_and_grad(
 
     Args:
       losses_fn: ``(params, *args, **kwargs) -> losses``, one per task, an array or a tree of names, see
-        :func:`value_and_jac`; or a pair of trunk and heads, below.
+        :func:`value_and_jac`; or a dict or list of functions, one for each task and its own data; or a pair of trunk
+        and heads; below.
       method: a :class:`~mtlbalance.Scalarizer` without learned fields (:func:`learn` trains those), or an
         :class:`~mtlbalance.Aggregator`.
       has_aux: ``losses_fn`` returns a pair ``(losses, aux)``; so do the trunk and every head.
@@ -78,6 +71,7 @@ def value_and_grad(
         default.
       microbatches: how many to cut the batch in, at least 1; none by default.
       allow_int: integer parameters get "gradients" of dtype ``float0``, as in :func:`jax.grad`; without it they raise.
+      nonfinite: ``"drop_task"`` goes on without a task whose loss or gradient is not finite; none does by default.
 
     Returns:
       ``grad_fn(params, state, *args, mask=None, refresh=None, **kwargs)``. It returns ``(losses, new_state), grads``,
@@ -123,13 +117,31 @@ def value_and_grad(
       Koltun 2018; LibMTL's ``rep_grad``), and needs tasks that share their inputs. A state made by hand is for the
       features: ``method.init((m, jax.eval_shape(trunk, trunk_params, *args)))``.
 
-      **Own data.** With ``task_axis`` ``losses_fn`` is the loss of *one* task, called with each task's part of every
-      positional argument after the state; keyword arguments are passed whole, auxiliary outputs are stacked. All rows
-      together cost little more than one step. A task whose loss is not finite leaves the others' rows alone; if it is
-      absent, and the gradient is made of kept rows, without ``shared`` and ``decide_on``, the gradient too.
+      **Own data.** With a dict or list of functions in place of ``losses_fn``, which may be nested, every positional
+      argument after the state is a tree with the same top: ``{"cls": cls_batch, "reg": reg_batch}`` for ``{"cls":
+      cls_loss, "reg": reg_loss}``. Each function returns the loss of its task, one number; batches may differ in size
+      and shape. Keyword arguments are passed whole to each, auxiliary outputs come by task. A step costs one gradient
+      of each task, whatever the method; what is not finite in an absent task's loss or gradient leaves all else alone.
+
+      With ``task_axis`` ``losses_fn`` is the loss of *one* task, called with each task's part of every positional
+      argument after the state, all of one shape; keyword arguments are passed whole, auxiliary outputs are stacked. All
+      rows together cost little more than one step. A task whose loss is not finite leaves the others' rows alone; if it
+      is absent, and the gradient is made of kept rows, without ``shared`` and ``decide_on``, the gradient too.
+
+      **A bad task alone.** To the backward pass that tasks share one loss that is not finite brings NaN for all: zero
+      times infinity. With ``nonfinite="drop_task"`` each task's gradient is computed alone, and a task whose loss or
+      gradient is not finite is absent from this step, as if masked: its weight is 0 and the gradient is that of the
+      others. The ``losses`` show what it had. :func:`skip_nonfinite` around the method counts it in ``nonfinite``;
+      without it nothing counts. If all are bad the gradient is zero and the state stays. Losses must come in a dict or
+      list, one number each: of one array the backward pass is one. A row for each task is kept in memory, and costs a
+      backward pass, for scalarizers and with ``refresh=False`` too; functions and ``task_axis`` compute them anyway,
+      and with trunk and heads only a method that needs rows does. What tasks share cannot be told apart: NaN in the
+      parameters, in the features or in their backward pass is in every row. Nor can what a task does to itself, as a
+      0/0 behind ``where``.
 
       **Micro-batches.** With ``microbatches=k`` every positional argument after the state is cut in k along its first
-      axis, or the second if the first is the task axis: micro-batch i has the examples i, i + k, i + 2k and so on, so
+      axis, or the second if the first is the task axis (each task's batch by itself where each has a function):
+      micro-batch i has the examples i, i + k, i + 2k and so on, so
       that a batch that is split over devices stays where it is. Sums and counts of :class:`Counted` losses are added
       up over all of them, other losses and all gradients averaged, and the method decides once. Where the weights
       depend on this step's losses the model runs twice over each micro-batch, else once; the README's table of methods
@@ -145,11 +157,12 @@ def value_and_grad(
       made; ``"two_pass"`` never keeps them (the methods with ``gramian_weighting``; :func:`value_and_gramian` says what
       that needs); ``"stream"`` takes one at a time, used and dropped (the methods with ``rowwise``). Equal numbers if
       the backward pass is linear. If it clips, kept rows and pulled-back weights differ. The default is ``"vmap"`` for
-      a Jacobian of up to 4 MiB. Beyond, ``"stream"`` where the method can; else rows one at a time, or two passes for
-      the methods that need the Gramian, if the Jacobian is over 256 MiB or what the backward pass keeps is less than
-      one and a half times the parameters: there a row is computed faster than it is stored. A method that takes in one
-      row at a call, as M-ConFIG does, has ``"stream"`` at any size: one backward pass a step. Milliseconds and
-      megabytes of each way stand in ``tests/benchmarks/autodiff.md``.
+      a Jacobian of up to 4 MiB, or 256 MiB with a function for each task, whose rows would be computed twice. Beyond,
+      ``"stream"`` where the method can; else rows one at a time, or two passes for the methods that need the Gramian,
+      if the Jacobian is over 256 MiB or what the backward pass keeps is less than one and a half times the parameters:
+      there a row is computed faster than it is stored. A method that takes in one row at a call, as M-ConFIG does, has
+      ``"stream"`` at any size: one backward pass a step. Milliseconds and megabytes of each way stand in
+      ``tests/benchmarks/autodiff.md``.
 
     References:
       Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization <https://arxiv.org/abs/1810.04650>`_,
@@ -159,34 +172,42 @@ def value_and_grad(
     check_losses_fn(losses_fn, shared, task_axis)
     check_is_possible(method, return_weights, decide_on)
     check_at(at, isinstance(losses_fn, tuple), decide_on, rows, microbatches)
-    possible = possible_rows(method, rows, task_axis, microbatches)
-    problem = Problem(losses_fn, shared, decide_on, at, has_aux, task_axis, microbatches, allow_int)
+    check_nonfinite(nonfinite, rows, method)
+    drops = nonfinite is not None
+    problem = Problem(losses_fn, shared, decide_on, at, has_aux, task_axis, microbatches, allow_int, apart=drops)
+    possible = possible_rows(method, rows, problem.own_data, microbatches)
+    if drops and "vmap" in possible:
+        possible = ("vmap",)  # they have been kept to look at them
 
     def grad_fn(params, state, /, *args, mask=None, refresh=None, **kwargs):
         check_state(state)
         is_shared, restrict = problem.subsets(params)
         point = problem.evaluate(params, args, kwargs)
         check_per_task(point.evaluated, state)
-        present = read_present(mask, point.evaluated)
-        chosen = at if at == "features" else rows or cheapest_rows(possible, task_axis, point, restrict(params))
-        decide = partial(_decide, method, state, point, present, restrict, chosen, rows)
-        decision = decide() if refresh is None else _refresh(method, refresh, decide, state, point.evaluated, present)
+        present, dropped = read_present(mask, point.evaluated), ()
+        if drops:
+            point, finite = _without_nonfinite(problem, method, rows, params, restrict, point)
+            present, dropped = _drop(present, finite)
+        chosen = at if at == "features" else rows or problem.cheapest_rows(possible, point, restrict(params))
+        decide = partial(decide_by, method, state, point, present, restrict, chosen, rows)
+        again = partial(decide_or_repeat, method, refresh, decide, state, point.evaluated, present)
+        decision = decide() if refresh is None else again()
 
         evaluated, new_state, weights, gradient = decision
         if gradient is None or decide_on is not None:
             evaluated, gradient = point.evaluate_and_pull(
-                lambda pullback: _balanced(pullback, weights, present, is_shared)
+                lambda pullback: balanced(pullback, weights, present, is_shared)
             )
             if microbatches and refresh is None and isinstance(method, Scalarizer):
                 # The first pass over the micro-batches then serves the weights alone. Where they do not depend on the
                 # losses, as UW's do not, it is dead code, which XLA removes.
                 _, new_state = weights_of(method, state, evaluated.named, present)
         elif is_shared is not None:
-            plain = point.pull(lambda pullback: pullback.weighted(_ones(evaluated.values, present), present))
+            plain = point.pull(lambda pullback: pullback.weighted(ones(evaluated.values, present), present))
             gradient = join_subsets(is_shared, gradient, plain)
 
         if method.after_gradient is not None:
-            new_state = method.after_gradient(state, new_state, all_finite(gradient))
+            new_state = method.after_gradient(state, new_state, all_finite(gradient), *dropped)
         outputs = evaluated.losses, new_state
         outputs += (like_losses(weights, evaluated.losses),) if return_weights else ()
         outputs += (evaluated.aux,) if has_aux else ()
@@ -195,148 +216,16 @@ def value_and_grad(
     return with_init(grad_fn, problem, method)
 
 
-class _Decision(NamedTuple):
-    """A step's weights, or the gradient if the method makes no weights; both where rows were kept.
-
-    ``evaluated`` are the losses that were read with the rows of that gradient.
-    """
-
-    evaluated: Evaluated | None
-    state: Any
-    weights: chex.Array | None
-    gradient: Any = None
+def _without_nonfinite(problem, method, rows, params, restrict, point):
+    """The point with rows that can be left out one by one; and the tasks whose loss and gradient are finite."""
+    n = rows if isinstance(rows, int) else problem.cheapest_rows(("vmap",), point, params)
+    if not isinstance(problem.losses_fn, tuple) or problem.microbatches is not None:
+        return rows_apart(point, n)
+    needs_rows = isinstance(method, Aggregator) and problem.at == "parameters"
+    return heads_apart(point, restrict, n if needs_rows else None)
 
 
-def _decide(method, state, point, present, restrict, rows, requested):
-    if isinstance(method, Scalarizer):
-        weights, state = weights_of(method, state, point.evaluated.named, present)
-        return _Decision(None, state, flatten("weights", weights))
-    mask = None if present is None else jnp.ravel(present)
-    if rows == "stream":
-        return _decide_by_visits(method.rowwise, state, point, mask, restrict)
-    if rows == "two_pass":
-        evaluated = point.evaluated
-        given = {"values": _vector(evaluated.named), "mask": mask}
-        if not all(map(types_tell, manual_axes())):
-            # Types do not tell what a transposed pull-back has added up over the devices, either: where the method has
-            # to know, its weighting raises for rows of these shapes.
-            row = jax.eval_shape(lambda: point.pull(lambda pullback: restrict(pullback.row(0))))
-            rows_like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((evaluated.values.size, *x.shape), x.dtype), row)
-            jax.eval_shape(partial(method.weighting.apply, state, **given), rows_like)
-        gramian, jacobian = gramian_at(point, restrict, rows, requested=requested)
-        if jacobian is None:
-            weights, state = method.gramian_weighting.apply(state, gramian, **given)
-        else:  # its weighting knows over which axes the parameters are split
-            weights, state = method.weighting.apply(state, jacobian, **given)
-        return _Decision(evaluated, state, weights, _combine(weights, jacobian, mask))
-    if rows == "features":
-        evaluated, jacobian = point.evaluate_and_pull(lambda pullback: pullback.features[0])
-    else:
-        evaluated, jacobian = point.evaluate_and_pull(lambda pullback: pullback.rows(restrict, rows))
-    given = {"values": _vector(evaluated.named), "mask": mask}
-    if method.weighting is not None:
-        weights, state = method.weighting.apply(state, jacobian, **given)
-        gradient = None if rows == "features" else _combine(weights, jacobian, mask)
-        return _Decision(evaluated, state, weights, gradient)
-    # Of one scalar parameter the Jacobian is a vector, which looks like the losses: a tree of it does not.
-    is_vector = not method.jacobian_shaped and jax.tree_util.all_leaves([jacobian]) and jacobian.ndim == 1
-    gradient, state = method.apply(state, (jacobian,) if is_vector else jacobian, **given)
-    gradient = gradient[0] if is_vector else gradient
-    if rows == "features":
-        ones = _ones(evaluated.values, present)
-        gradient = point.pull(lambda pullback: restrict(pullback.features[1](gradient, ones, present)))
-    return _Decision(evaluated, state, None, gradient)
-
-
-def _decide_by_visits(rowwise, state, point, mask, restrict):
-    """Rows come and go, and the state is changed in place."""
-    evaluated = point.evaluated
-    given = {"values": _vector(evaluated.named), "mask": mask}
-    n_tasks = evaluated.values.size
-    indices, n_visits = jnp.arange(n_tasks), n_tasks
-    if rowwise.visits is not None:
-        indices = rowwise.visits(state, mask=mask)
-        # `optimization_barrier` stops XLA unrolling a one-trip loop, which would copy the state. The trip count must
-        # not depend on the state: under vmap the loop would select between two states.
-        n_visits = jax.lax.optimization_barrier(jnp.asarray(indices.size))
-
-    def row(i):
-        return point.pull(lambda pullback: restrict(pullback.row(i)))
-
-    def visit(i, state):
-        return rowwise.visit(state, i, row(i), **given)
-
-    def step(n, carry):
-        state, statistics = carry
-        state, statistic = visit(indices[n], state)
-        return state, jax.tree.map(lambda all, one: all.at[indices[n]].set(one), statistics, statistic)
-
-    visited, statistic = jax.eval_shape(visit, 0, state)
-    state = jax.tree.map(varying_as, state, visited)
-    start = jax.tree.map(lambda x: varying_as(jnp.zeros((n_tasks, *x.shape), x.dtype), x), statistic)
-    state, statistics = fold(step, n_visits, (state, start), given=given)
-    if rowwise.weigh is not None:
-        weights, state = rowwise.weigh(state, statistics, **given)
-        return _Decision(evaluated, state, weights)
-    gradient, state = rowwise.finish(state, statistics, **given)
-    like = jax.eval_shape(row, 0)
-    check_params_like("the gradient of finish", gradient, like)
-    gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, like)
-    return _Decision(evaluated, state, None, gradient)
-
-
-def _refresh(method, refresh, decide, state, evaluated, present):
-    """The decision anew, or the last weights again."""
-    if method.last_weights is None:
-        expected = "a method that keeps its last weights, mtl.amortize(method), outside of mtl.chain"
-        reject("refresh", expected, "one that does not")
-    is_boolean = isinstance(refresh, bool) or (hasattr(refresh, "dtype") and jnp.issubdtype(refresh.dtype, jnp.bool_))
-    if not is_boolean or jnp.shape(refresh):
-        reject("refresh", "one boolean", f"{refresh!r}", TypeError)
-    last = method.last_weights(state)
-    if last.size != evaluated.values.size:
-        reject_number("values", last.shape, evaluated.values.shape, names_of(evaluated.named).entries)
-
-    def anew():
-        decision = decide()
-        return decision.state, decision.weights.astype(last.dtype)
-
-    def again():
-        return state, last if present is None else jnp.where(jnp.reshape(present, last.shape), last, 0)
-
-    if isinstance(refresh, bool | np.bool_) or not is_traced(refresh, state, evaluated.values, present):
-        return _Decision(None, *(anew() if refresh else again()))
-    return _Decision(None, *jax.lax.cond(refresh, anew, again))
-
-
-def _balanced(pullback, weights, present, is_shared):
-    """The gradient with these weights, where parameters are shared; elsewhere that of the sum."""
-    gradient = pullback.weighted(weights, present)
-    if is_shared is None:
-        return gradient
-    return join_subsets(is_shared, gradient, pullback.weighted(_ones(weights, present), present))
-
-
-def _combine(weights, jacobian, mask):
-    if jacobian is None:
-        return None
-    return combine(weights, jacobian, mask)
-
-
-def _vector(losses):
-    """What an aggregator takes: named losses, or a vector."""
-    return jnp.ravel(losses) if jax.tree_util.all_leaves([losses]) else losses
-
-
-def _ones(like, present):
-    """The weights of the sum."""
-    return jnp.ones_like(like) if present is None else present.astype(like.dtype)
-
-
-def read_present(mask: chex.ArrayTree | None, evaluated: Evaluated) -> chex.Array | None:
-    """Which tasks are present, by the mask and the counts; ``None`` where neither says anything."""
-    if mask is None:
-        return evaluated.present
-    check_mask_names(mask, evaluated.losses)
-    mask = read_mask(mask, evaluated.losses, evaluated.values.shape)
-    return mask if evaluated.present is None else mask & evaluated.present
+def _drop(present, finite):
+    """The tasks that are left; and those that are dropped, as the hook ``after_gradient`` is told of them."""
+    present = jnp.ones_like(finite) if present is None else present
+    return present & finite, (present & ~finite,)

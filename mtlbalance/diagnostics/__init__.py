@@ -9,6 +9,7 @@ the Jacobian or the Gramian may be anything. :func:`~mtlbalance.report` makes on
 
 from mtlbalance.diagnostics.audit import Audit, Estimate, audit
 from mtlbalance.diagnostics.between_tasks import alignment, conflicts, cosine_similarities, magnitude_ratios
+from mtlbalance.diagnostics.reading import by_task
 from mtlbalance.diagnostics.report import report
 from mtlbalance.diagnostics.updates import directional_derivatives, update_cosines
 from mtlbalance.diagnostics.weights import effective_weights
@@ -18,6 +19,7 @@ __all__ = [
     "Estimate",
     "alignment",
     "audit",
+    "by_task",
     "conflicts",
     "cosine_similarities",
     "directional_derivatives",

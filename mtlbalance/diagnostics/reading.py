@@ -79,7 +79,27 @@ def clip_cosines(cosines: chex.Array, overflown: chex.Array) -> chex.Array:
 
 
 def by_task(vector: chex.Array, losses: chex.ArrayTree | None) -> chex.ArrayTree:
-    """One number per task in the losses' structure, if there are losses."""
+    """One number per task by the losses' names: what a state has for each task stands in their sorted order.
+
+    Args:
+      vector: an array with one entry per task, such as ``state.nonfinite`` of :func:`~mtlbalance.skip_nonfinite`.
+      losses: the losses, or anything of their structure and shapes; ``None`` leaves the array as it is.
+
+    Returns:
+      A tree like the losses.
+
+    Raises:
+      ValueError: if there are more or fewer losses than entries.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtlbalance as mtl
+      >>> print(mtl.diagnostics.by_task(jnp.array([2, 0]), {"lift": 0.5, "drag": 2.0})["drag"])
+      2
+    """
+    n = jnp.size(vector) if losses is None else sum(map(jnp.size, jax.tree.leaves(sums(losses))))
+    if n != jnp.size(vector):
+        reject("losses", f"{jnp.size(vector)} numbers, one for each task", f"{n}")
     return vector if losses is None else like_losses(vector, losses)
 
 

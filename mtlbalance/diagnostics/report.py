@@ -56,7 +56,8 @@ def report(
       mask: which tasks are present: booleans of the losses' shapes; all by default.
       prefix: of every key, such as ``"train/"``.
       **per_task: what else there is for each task, by the word that stands before the tasks' names, such as
-        ``change=diagnostics.directional_derivatives(jacobian, updates, losses)`` or ``accuracy=accuracies``.
+        ``change=diagnostics.directional_derivatives(jacobian, updates, losses)`` or ``accuracy=accuracies``; what a
+        state has for each task by ``nonfinite=diagnostics.by_task(state.nonfinite, losses)``.
 
     Returns:
       Scalars in float32 or wider. ``json.dumps(log, default=float)`` writes them, and for what a ``scan`` has stacked

@@ -147,8 +147,8 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
 def _after_gradient(*parts):
     """What tells each part that wants to know whether a step's gradient was finite; ``None`` if none does."""
 
-    def after_gradient(old, new, finite):
-        return ChainState(*(state_after(part, *states, finite) for part, *states in zip(parts, old, new, strict=True)))
+    def after_gradient(old, new, *told):
+        return ChainState(*(state_after(part, *states, *told) for part, *states in zip(parts, old, new, strict=True)))
 
     return after_gradient if any(part.after_gradient for part in parts) else None
 

@@ -49,9 +49,9 @@ def hooks_of(method: Method, visible: Callable[..., Any] = all_of) -> dict[str, 
     return {"end_epoch": end_epoch, "observe": observe, "last_weights": last_weights}
 
 
-def state_after(method: Any, old: Any, new: Any, finite: chex.Array) -> Any:
-    """A method's state after a step whose gradient was ``finite``, or not: the new one, unless it has a guard."""
-    return method.after_gradient(old, new, finite) if method.after_gradient else new
+def state_after(method: Any, old: Any, new: Any, *told: chex.Array) -> Any:
+    """A method's state after a step: the new one, unless it has a guard, which is told how the gradient was."""
+    return method.after_gradient(old, new, *told) if method.after_gradient else new
 
 
 def forward_after_gradient(method: Any, wrapper: Any) -> Any:
@@ -59,8 +59,8 @@ def forward_after_gradient(method: Any, wrapper: Any) -> Any:
     if method.after_gradient is None:
         return wrapper
 
-    def after_gradient(old, new, finite):
-        return new._replace(inner=state_after(method, old.inner, new.inner, finite))
+    def after_gradient(old, new, *told):
+        return new._replace(inner=state_after(method, old.inner, new.inner, *told))
 
     return wrapper._replace(after_gradient=after_gradient)
 

@@ -51,7 +51,8 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
     it is not finite: a scalarizer sees losses alone, which may be finite where their gradient is not, and an absent
     task's gradient comes through the backward pass that it shares with the others. Whose it was is not known then:
     ``skipped`` counts the step, ``nonfinite`` nobody. A step of your own has the same by ``state =
-    method.after_gradient(state, new_state, finite)``; without it only what comes to ``apply`` is counted.
+    method.after_gradient(state, new_state, finite)``; without it only what comes to ``apply`` is counted. Tasks that
+    ``value_and_grad(..., nonfinite="drop_task")`` drops are counted in ``nonfinite``, and their steps not skipped.
 
     Rows of Jacobian-shaped fields are kept one by one: where one task's loss or gradient is not finite, the other
     tasks' rows still take theirs in, as they must when rows are visited one at a time and never seen together. Overflow
@@ -189,11 +190,12 @@ def _advance(state, inner, finite, finite_output, *, jacobian_shaped, axis_name)
     return SkipNonfiniteState(inner, increment(state.nonfinite, ~finite), increment(state.skipped, ~ok)), ok
 
 
-def _after_gradient(old, new, finite, *, jacobian_shaped, axis_name):
+def _after_gradient(old, new, finite, dropped=False, *, jacobian_shaped, axis_name):
     """The state after a step: where its gradient was not finite the inner one from before, and the call counted."""
     ok = _everywhere(finite, axis_name, like=old.skipped)
     inner = select(ok, new.inner, old.inner, new_anyway=jacobian_shaped)
-    return new._replace(inner=inner, skipped=jnp.where(ok, new.skipped, increment(old.skipped, ~ok)))
+    skipped = jnp.where(ok, new.skipped, increment(old.skipped, ~ok))
+    return new._replace(inner=inner, nonfinite=increment(new.nonfinite, dropped), skipped=skipped)
 
 
 def _stays_finite(new_state, state, ok, jacobian_shaped, axis_name):

@@ -545,9 +545,11 @@ def test_a_state_for_all_parameters_where_a_part_is_balanced():
 
 def test_what_is_no_function_no_method_or_no_state():
     method, params = aggregation.mgda(), dict(zip(("w", "b", "heads"), _arrays(), strict=True))
-    for losses_fn in None, [len, len], (len, len, len):
-        with pytest.raises(TypeError, match=r"^losses_fn: expected a function, or a pair"):
+    for losses_fn in None, [1.0, 2.0], [], (len, len, len):
+        with pytest.raises(TypeError, match=r"^losses_fn: expected a function, a pair of a trunk and heads, or"):
             mtl.value_and_grad(losses_fn, method)
+    with pytest.raises(TypeError, match=r"^losses_fn\[1\]: expected a function, as in a dict or list of functions"):
+        mtl.value_and_grad([len, None], method)
     with pytest.raises(TypeError, match=r"^method: expected a Scalarizer or an Aggregator"):
         mtl.value_and_grad(_task_losses, aggregation.mgda)
     for state in None, ():

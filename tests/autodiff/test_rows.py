@@ -18,27 +18,27 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize(
-    ("possible", "m", "parameters", "kept", "task_axis", "expected"),
+    ("possible", "m", "parameters", "kept", "own_data", "expected"),
     [
         # Megabytes of the parameters, and what the backward pass keeps, as a multiple.
-        (["vmap", "two_pass"], 2, 2, 1.0, None, "vmap"),
-        (["vmap", "two_pass"], 3, 2, 2.0, None, 1),
-        (["vmap", "two_pass"], 3, 2, 1.4, None, "two_pass"),
-        (["vmap", "two_pass"], 32, 8, 2.0, None, 1),
-        (["vmap", "two_pass"], 33, 8, 2.0, None, "two_pass"),
-        (["vmap", "stream"], 3, 2, 2.0, None, "stream"),
-        (["vmap", "stream"], 2, 2, 2.0, None, "vmap"),
-        (["vmap"], 3, 2, 1.0, None, 1),
-        (["vmap"], 3, 2, 1.0, 0, "vmap"),
-        (["vmap", "stream"], 3, 2, 1.0, 0, "stream"),
+        (["vmap", "two_pass"], 2, 2, 1.0, False, "vmap"),
+        (["vmap", "two_pass"], 3, 2, 2.0, False, 1),
+        (["vmap", "two_pass"], 3, 2, 1.4, False, "two_pass"),
+        (["vmap", "two_pass"], 32, 8, 2.0, False, 1),
+        (["vmap", "two_pass"], 33, 8, 2.0, False, "two_pass"),
+        (["vmap", "stream"], 3, 2, 2.0, False, "stream"),
+        (["vmap", "stream"], 2, 2, 2.0, False, "vmap"),
+        (["vmap"], 3, 2, 1.0, False, 1),
+        (["vmap"], 3, 2, 1.0, True, "vmap"),
+        (["vmap", "stream"], 3, 2, 1.0, True, "stream"),
     ],
 )
-def test_default(possible, m, parameters, kept, task_axis, expected):
+def test_default(possible, m, parameters, kept, own_data, expected):
     params = np.empty(parameters * MIB // 4, np.float32)
     evaluated = Evaluated(None, None, np.empty(m, np.float32), None)
     pullback = Pullback(None, None, None, int(kept * parameters * MIB))
     point = Point(evaluated, lambda read: (evaluated, read(pullback)))
-    assert cheapest_rows(possible, task_axis, point, params) == expected
+    assert cheapest_rows(possible, own_data, point, params) == expected
 
 
 def test_what_feeds_weights_is_multiplied_in_full_precision():

@@ -20,8 +20,9 @@ from torchjd.autogram import Engine
 from torchjd.autojac import backward, jac_to_grad
 
 import mtlbalance as mtl
-from mtlbalance import aggregation
+from mtlbalance import aggregation, scalarization
 
+ROWS = ["vmap", "stream"]
 SIZES = [(2, 512, 256), (8, 512, 256), (32, 512, 256), (8, 1024, 64)]
 
 
@@ -156,6 +157,52 @@ def own_data(rounds):
     table("Own data: 10 tasks of (128, 39), MLP 400 x 3", steps, lambda name: "plain", m, rounds)
 
 
+def unequal_data(rounds):
+    """A dict of functions, one for each task, against one function on batches that are padded to the largest."""
+    sizes = [16, 32, 64, 128, 256, 512]
+    params, m = init_layers(0, [39, 400, 400, 400, 8]), len(sizes)
+    batches = {f"task {n}": normal_batch(n, n_in=39, n_out=8) for n in sizes}
+    there = jnp.arange(max(sizes))[None] < jnp.array(sizes)[:, None]
+    pad = lambda *xs: jnp.stack([jnp.pad(x, ((0, max(sizes) - len(x)), (0, 0))) for x in xs])
+    padded = (*jax.tree.map(pad, *batches.values()), there)
+    one = lambda params, batch: jnp.mean(task_losses(params, batch))
+
+    def one_padded(params, batch):
+        x, y, there = batch
+        return mtl.Counted(jnp.sum(jnp.mean((network(params, x) - y) ** 2, axis=-1), where=there), jnp.sum(there))
+
+    def every(params, batches):
+        return jnp.stack([one(params, batch) for batch in batches.values()])
+
+    steps = {"plain": plain(every, params, batches)}
+    functions, excess = dict.fromkeys(batches, one), aggregation.excess_mtl()
+    methods = {"UPGrad": aggregation.upgrad(), "ExcessMTL": excess, "DWA": scalarization.dwa()}
+    for name, method in methods.items():
+        of_tasks = partial(balanced, functions, method, params, batches)
+        state = method.init(m) if name == "DWA" else None
+        steps[f"{name}, a dict of functions"] = of_tasks(m=m, state=state)
+        steps[f"{name}, nonfinite="] = of_tasks(m=m, state=state, nonfinite="drop_task")
+        step = balanced(one_padded, method, params, padded, m=m, state=state, task_axis=0)
+        steps[f"{name}, padded, task_axis=0"] = step
+    steps |= {f"ExcessMTL, {rows!r}": balanced(functions, excess, params, batches, m=m, rows=rows) for rows in ROWS}
+    table(f"Own data: 6 tasks of {sizes} examples, MLP 400 x 3", steps, lambda name: "plain", m, rounds)
+
+
+def bad_task(rounds):
+    """What it costs to compute each named loss's gradient alone, against a backward pass for all."""
+    for m, width, batch_size in [(3, 64, 64), *SIZES[1:2], *SIZES[3:]]:
+        params, batch = init_layers(0, [64, width, width, width, m]), normal_batch(batch_size, n_in=64, n_out=m)
+        named = lambda params, batch: dict(enumerate(task_losses(params, batch)))
+        steps = {"plain": plain(task_losses, params, batch)}
+        for name, method in {"DWA": scalarization.dwa(), "UPGrad": aggregation.upgrad()}.items():
+            state = method.init(m) if name == "DWA" else None
+            for nonfinite in None, "drop_task":
+                step = balanced(named, method, params, batch, m=m, state=state, nonfinite=nonfinite)
+                steps[f"{name}, nonfinite={nonfinite!r}"] = step
+        title = f"A bad task alone: m, width, batch = {m, width, batch_size}"
+        table(title, steps, lambda name: "plain", m, rounds)
+
+
 def remembering(rounds):
     """Methods whose state is as large as the Jacobian, and ConFIG for comparison."""
     m, width, batch_size = 8, 512, 256
@@ -235,12 +282,15 @@ def many_heads(rounds, head_width):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", choices=["torchjd", "own", "refresh", "heads", "remembering"])
+    parser.add_argument("--only", choices=["torchjd", "own", "bad", "refresh", "heads", "remembering"])
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.only in (None, "own"):
         own_data(arguments.rounds)
+        unequal_data(arguments.rounds)
+    if arguments.only in (None, "bad"):
+        bad_task(arguments.rounds)
     if arguments.only in (None, "heads"):
         many_heads(arguments.rounds, [512])
         many_heads(arguments.rounds, [])
