@@ -22,6 +22,7 @@ from mtlbalance.autodiff.start import GradFn, Problem, with_init
 from mtlbalance.autodiff.subsets import Subset, join_subsets, with_float0
 from mtlbalance.contract import Aggregator, Scalarizer, weights_of
 from mtlbalance.losses import like_losses
+from mtlbalance.names import names_of, with_names
 from mtlbalance.numerics import all_finite
 
 
@@ -207,7 +208,8 @@ def value_and_grad(
             gradient = join_subsets(is_shared, gradient, plain)
 
         if method.after_gradient is not None:
-            new_state = method.after_gradient(state, new_state, all_finite(gradient), *dropped)
+            with with_names(names_of(evaluated.named)):
+                new_state = method.after_gradient(state, new_state, all_finite(gradient), *dropped)
         outputs = evaluated.losses, new_state
         outputs += (like_losses(weights, evaluated.losses),) if return_weights else ()
         outputs += (evaluated.aux,) if has_aux else ()

@@ -77,9 +77,9 @@ def checked(method: Method) -> Method:
         _check_losses(values, mask)
         return _check_state(method.observe(state, values, mask=mask), state)
 
-    def after_gradient(old, new, finite):
+    def after_gradient(old, new, finite, *dropped):
         checkify.check(jnp.all(finite), "gradient of the step: expected finite numbers, found others")
-        return _check_state(state_after(method, old, new, finite), old)
+        return _check_state(state_after(method, old, new, finite, *dropped), old)
 
     hooks = {"end_epoch": end_epoch, "observe": observe, "last_weights": method.last_weights}
     build = _checked_scalarizer if isinstance(method, Scalarizer) else _checked_aggregator

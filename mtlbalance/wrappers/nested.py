@@ -121,9 +121,15 @@ def nested(
         ended = {name: inner[name].end_epoch(state.inner[name]) for name in names.entries}
         return state._replace(inner=ended, outer=outer.end_epoch(state.outer))
 
-    def after_gradient(old, new, finite):
-        states = {name: state_after(inner[name], old.inner[name], new.inner[name], finite) for name in names.entries}
-        return new._replace(inner=states, outer=state_after(outer, old.outer, new.outer, finite))
+    def after_gradient(old, new, finite, *dropped):
+        told, of_groups = {name: [finite] for name in names.entries}, [finite]
+        for tasks in dropped:  # places need the losses' names, which who asks by hand does not give
+            each(lambda name, places, method, tasks=tasks: told[name].append(tasks[places]))
+            of_groups.append(jnp.stack([jnp.any(told[name][-1]) for name in names.entries]))
+        states = {
+            name: state_after(inner[name], old.inner[name], new.inner[name], *told[name]) for name in names.entries
+        }
+        return new._replace(inner=states, outer=state_after(outer, old.outer, new.outer, *of_groups))
 
     hooks = {"observe": observe, "end_epoch": end_epoch}
     is_guarded = any(method.after_gradient for method in (outer, *inner.values()))

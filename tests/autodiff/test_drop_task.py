@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
@@ -280,3 +281,20 @@ def test_every_device_drops_what_is_bad_on_one(make):
     np.testing.assert_array_equal(seen, [1, 0])
     assert_close(gradient, jnp.full(8, gradient[0]))
     assert gradient[0] > 0
+
+
+@pytest.mark.parametrize("outer", [scalarization.dwa, aggregation.mgda])
+def test_guards_of_groups_are_told_whom_they_have_not_seen(outer):
+    def losses_fn(params, x):
+        pde = {"a": jnp.mean((params - x) ** 2), "b": jnp.sqrt(jnp.sum(params**2))}  # whose slope at zero is NaN
+        return {"pde": pde, "bc": {"c": jnp.mean(jnp.abs(params + x))}}
+
+    guarded = mtl.skip_nonfinite(scalarization.dwa())
+    method = mtl.nested(mtl.skip_nonfinite(outer()), {"pde": guarded, "bc": scalarization.sum()})
+    grad_fn = mtl.value_and_grad(losses_fn, mtl.checked(method), nonfinite="drop_task")
+    params, x = jnp.zeros(3), jnp.ones(3)
+    error, ((_, state), gradient) = jax.jit(checkify.checkify(grad_fn))(params, grad_fn.init(params, x), x)
+    error.throw()
+    assert jnp.all(jnp.isfinite(gradient))
+    np.testing.assert_array_equal(state.inner["pde"].nonfinite, [0, 1])
+    np.testing.assert_array_equal(state.outer.nonfinite, [0, 1])  # bc, pde
