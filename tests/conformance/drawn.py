@@ -13,7 +13,7 @@ from tests.catalogue import ADAM_BEARS
 from tests.conformance.helpers import scalar_and_gradient
 
 MOST_TASKS = 64
-LONGEST = 1e16  # what `skip_nonfinite` takes for finite, as its docstring says: of longer rows a million squares overflow
+LONGEST = 1e16  # the longest gradient that is finite for `skip_nonfinite`: of longer ones a million squares overflow
 
 # Their gradients are taken times one over the loss, and must be short enough then; a guard around a chain does not see
 # that, as its docstring says.
@@ -157,7 +157,6 @@ class Form:
         with jax.enable_x64(True):
             double = lambda x: np.asarray(x, float) if jnp.issubdtype(x.dtype, jnp.floating) else x
             wide = Call(*jax.tree.map(double, call[:2]), call.mask)
-            method = self.make()
             output, new_state = self.step(jax.tree.map(double, state), wide, ends_epoch, self.make())
         # A scalar is in float32 at least, its gradient as narrow as the losses.
         dtypes = {"scalar": np.float32, "weights": self.dtype, "gradient": self.dtype}
