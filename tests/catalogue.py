@@ -461,7 +461,13 @@ AGGREGATORS = [
         reads_losses=True,
         variants={"gradnorm": {}},
     ),
-    Case("moco-libmtl", partial(aggregation.moco, normalize=True, softmax=True), sharded=True, reads_losses=True),
+    Case(
+        "moco-libmtl",
+        partial(aggregation.moco, normalize=True, softmax=True),
+        sharded=True,
+        largest=1e16,  # what it follows is as long, and squared
+        reads_losses=True,
+    ),
     Case(
         "db_mtl",
         aggregation.db_mtl,

@@ -12,6 +12,7 @@ import platform
 import re
 from pathlib import Path
 
+import hypothesis
 import jax
 import jaxlib
 import pytest
@@ -25,6 +26,11 @@ if EMITTERS not in os.environ.get("XLA_FLAGS", "") and jaxlib.version.__version_
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")  # as some users have it: axes are added where they are meant
+
+# Each run repeats the last one; `--hypothesis-profile=explore` draws others, by `--hypothesis-seed`.
+hypothesis.settings.register_profile("explore", derandomize=False)
+hypothesis.settings.register_profile("repeat", derandomize=True)
+hypothesis.settings.load_profile("repeat")
 
 collect_ignore_glob = ["benchmarks/*", "golden/record*.py"]
 finished = itertools.count(1)

@@ -60,10 +60,12 @@ def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
         # D^-1 C^+ D^-1 inverts G = D C D where that can be, and P with its null space projected out on both sides makes
         # it the pseudoinverse. The cosines C keep their digits where the norms D differ much. Under vmap two branches,
         # one for each case, would be two decompositions.
-        null_basis = jnp.where(independent, 0, orthonormal(jnp.where(independent, 0, vectors / norms[:, None])))
+        # Nothing is said of a zero gradient: what rounding leaves there would be as large as the shortest one is short.
+        dependent = nonzero[:, None] & ~independent[None]
+        null_basis = jnp.where(dependent, orthonormal(jnp.where(dependent, vectors / norms[:, None], 0)), 0)
         project = lambda x: x - jnp.dot(null_basis, jnp.dot(x, null_basis, precision="highest"), precision="highest")
         distances = project(jnp.where(nonzero, norms, 0))
-        v = project(numerics.solve_psd(decomposition, distances / norms) / norms)
+        v = jnp.where(nonzero, project(numerics.solve_psd(decomposition, distances / norms) / norms), 0)
         total, rounding = jnp.sum(v), 10 * len(v) * jnp.finfo(v.dtype).eps
         # Between opposite gradients v itself is rounding, and so are the projections.
         projections = jnp.dot(gramian, v, precision="highest")

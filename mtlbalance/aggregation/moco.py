@@ -68,7 +68,8 @@ def moco(
       gamma_sigma: :math:`\sigma_\gamma \ge 0`. May be traced.
       rho: :math:`\rho \ge 0`, draws the weights together. May be traced.
       normalize: whether to make each gradient as long as its loss is large. The losses must be positive then, and
-        given as ``values=``: where one is negative the gradient is NaN, and what follows that task's stays.
+        given as ``values=``: where one is negative the gradient is NaN, and what follows that task's stays. What
+        follows a loss of 1e19 or more cannot be squared any more: the gradient is NaN until it has come down.
       softmax: whether to make weights by a softmax.
       axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 

@@ -1,10 +1,12 @@
 """Methods where their formulas have no answer: combinations that vanish, contradictions, cosines of 1, long steps."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mtlbalance as mtl
 from mtlbalance import aggregation
 from mtlbalance.numerics import project_simplex
 
@@ -161,3 +163,25 @@ def test_imtl_g_of_dependent_gradients_whatever_their_norms():
         error = gradient_of(aggregation.imtl_g(), rows) - expected
         # Of rounding, which the condition multiplies.
         assert np.linalg.norm(error) <= 1e-4 * np.linalg.norm(expected), seed
+
+
+def test_imtl_g_leaves_nothing_of_its_total_to_absent_tasks():
+    """Beside gradients twelve decades shorter than others, what rounding leaves for an absent task would be long."""
+    method = aggregation.imtl_g()
+    for seed in 6, 9, 10:
+        rng = np.random.default_rng(seed)
+        rows = jnp.asarray(10 ** rng.uniform(-6, 6, (16, 1)) * rng.normal(size=(16, 5)), jnp.float32)
+        weights, _ = method.weighting.apply(method.init(rows.shape), rows, mask=rng.permutation(16) < 8)
+        np.testing.assert_allclose(np.sum(weights), 1, rtol=1e-5)
+
+
+def test_moco_comes_back_from_a_loss_that_cannot_be_squared():
+    """Under the guard, which takes it for finite, and the gradient that follows it in: NaN until that has come down."""
+    method, rows = mtl.skip_nonfinite(aggregation.moco(beta=0.9, beta_sigma=0.0, normalize=True)), jnp.eye(2)
+    _, state = method.apply(method.init(rows.shape), rows, values=jnp.array([1.0, 1e21]))
+    gradients = []
+    for _ in range(6):
+        gradient, state = method.apply(state, rows, values=jnp.ones(2))
+        gradients.append(gradient)
+    assert jnp.all(jnp.isnan(gradients[0]))
+    chex.assert_tree_all_finite((gradients[-1], state))
