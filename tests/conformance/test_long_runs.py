@@ -27,7 +27,14 @@ SPIKE = 1e10
 # A sum of that many equal steps, all of which are rounded in the same direction.
 DRIFT = N_EPOCHS * N_STEPS * 2**-25
 # Their steps solve problems, each in a loop of its own: they take only every fifth epoch.
-DEAR = "pcd", "cr_mogm-amortize-mgda", "amortize-chain-log-mgda", "transform-amortize-mgda"
+DEAR = (
+    "pcd",
+    "cr_mogm-amortize-mgda",
+    "amortize-chain-log-mgda",
+    "transform-amortize-mgda",
+    "nested-mgda",
+    "skip_zero-mgda",
+)
 # At rest an absolute value's descent goes up and down by whole steps of Adam, by the sign of what is left of rounding.
 KINKED = ("gradnorm",)
 
