@@ -199,7 +199,11 @@ def torchjd_steps(name, size):
         return "torch sees no GPU"
     device = "cuda" if on_gpu else "cpu"
     model = torch_model(network(jax.random.key(0), size.layers)).to(device)
-    method, optimizer = PEERS[name](torchjd), torch.optim.Adam(model.parameters(), lr=1e-3)
+    try:
+        method = PEERS[name](torchjd)
+    except ImportError:  # some of its methods need solvers of their own
+        return "not installed"
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     batches = [
         (torch.tensor(x, device=device), torch.tensor(y, device=device)) for x, y in zip(*data(size), strict=True)
     ]
