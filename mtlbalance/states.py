@@ -132,7 +132,7 @@ def mean_rate(seen: chex.Array, dtype: chex.ArrayDType, least: chex.Numeric = 0.
 
 
 def unbiased_average(average: chex.Array, new: chex.Array, decay: chex.Numeric, seen: chex.Array) -> chex.Array:
-    """A running average after one more call, without what would be left of its start at 0; at 1 the plain mean.
+    """A running average after one more call, without what would be left of its start at 0; at 1 :func:`mean_rate`'s.
 
     Args:
       average: the last one, without its bias towards the start.
@@ -142,7 +142,8 @@ def unbiased_average(average: chex.Array, new: chex.Array, decay: chex.Numeric, 
     """
     count, decay = optax.safe_increment(seen), jnp.asarray(decay, average.dtype)
     below = jnp.where(decay == 1, 0, decay)
-    rate = jnp.where(decay == 1, 1 / count, (1 - below) / bias_correction(below, count))
+    rate = (1 - below) / bias_correction(below, count)
+    rate = jnp.where(decay == 1, mean_rate(seen, average.dtype), rate)
     return jnp.where(seen == 0, new, average + rate * (new - average))
 
 

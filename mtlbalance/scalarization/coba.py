@@ -150,11 +150,12 @@ def _slope(history, n):
     n = jnp.minimum(n, window)[..., None].astype(history.dtype)
     x = jax.lax.broadcasted_iota(history.dtype, history.shape, history.ndim - 1)
     x = jnp.where(x >= window - n, x - (window - (n + 1) / 2), 0)  # less its mean
-    size = numerics.scale(history, -1)
-    y = history / size - (history / size)[..., -1:]
+    # Halves are exact: no difference overflows, and no fused rounding is left where both are the same.
+    y = history / 2 - history[..., -1:] / 2
+    size = numerics.scale(y, -1)
     squares = jnp.sum(x**2, axis=-1)
-    slope = jnp.sum(x * y, axis=-1) / jnp.where(squares == 0, 1, squares)
-    return numerics.finite(size[..., 0] * slope)
+    slope = jnp.sum(x * (y / size), axis=-1) / jnp.where(squares == 0, 1, squares)
+    return numerics.finite(2 * size[..., 0] * slope)
 
 
 def _over_total(x, axis):

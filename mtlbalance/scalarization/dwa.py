@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import POSITIVE_OR_INFINITE, check, check_int
-from mtlbalance.states import increment, zero_counts
+from mtlbalance.states import increment, mean_rate, zero_counts
 
 
 class DWAState(NamedTuple):
@@ -92,7 +92,8 @@ def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> 
         weights = jnp.sum(mask) * numerics.softmax(rate / temperature, mask)
 
         count = increment(state.count, mask)
-        average = state.average + jnp.where(mask, (values - state.average) / jnp.maximum(count, 1), 0)
+        share = mean_rate(state.count, values.dtype)
+        average = state.average + jnp.where(mask, share * (values - state.average), 0)
         state = state._replace(average=average, count=count)
         if steps_per_epoch is not None:
             state = _close(state, mask & (count >= steps_per_epoch))

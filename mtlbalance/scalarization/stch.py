@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import POSITIVE, check, check_int, per_task, reject
-from mtlbalance.states import count_seen, increment, init_seen_after, zero_counts
+from mtlbalance.states import count_seen, increment, init_seen_after, mean_rate, zero_counts
 
 
 class STCHState(NamedTuple):
@@ -129,7 +129,7 @@ def stch(
         scalar = warming_up + jnp.sum(ready) * _smooth_max(logs, mu, ready)
 
         count = increment(state.count, mask)
-        gathered = state.nadir + (values - state.nadir) / jnp.maximum(count, 1)
+        gathered = state.nadir + mean_rate(state.count, values.dtype) * (values - state.nadir)
         nadir = jnp.where(mask & (state.epoch == n_warmup_epochs), gathered, state.nadir)
         state = STCHState(nadir, count, state.epoch)
         if steps_per_epoch is not None:

@@ -313,3 +313,16 @@ def test_a_step_with_all_around_it():
     ends = jax.jit(jax.vmap(end))(bounds)
     np.testing.assert_allclose(ends[:2], bounds[:2], rtol=1e-3)
     assert ends[2] < 10
+
+
+@pytest.mark.parametrize("spike", [1e10, 1e15])
+def test_averages_forget_a_finite_spike(spike):
+    """To what float32 knows of an average, its last digit over 1 - decay; the multipliers may stay at their largest."""
+    methods = {"average": scalarization.geco(0.5), "squares": scalarization.capu(0.5)}
+    for field, method in methods.items():
+        _, state = method.apply(method.init(()), jnp.array(spike))
+        again = lambda state, _, method=method: method.apply(state, jnp.array(0.6))[::-1]
+        state, scalars = jax.lax.scan(again, state, length=10_000)
+        assert jnp.all(jnp.isfinite(scalars))
+        violation = np.float32(0.6) - np.float32(0.5)
+        np.testing.assert_allclose(getattr(state, field), violation ** (1 + (field == "squares")), rtol=1e-5)

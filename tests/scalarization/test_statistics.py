@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtlbalance import scalarization
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization
 
 pytestmark = pytest.mark.unoptimized
 
@@ -262,3 +263,25 @@ def test_a_long_run_of_cov_weighting_goes_on_as_it_was(seen):
     np.testing.assert_allclose(state.deviation, jnp.std(losses, axis=0), rtol=1e-2)
     np.testing.assert_allclose(state.mean_loss, jnp.mean(losses, axis=0), rtol=1e-3)
     assert jnp.all(state.seen > 0)
+
+
+# Name to a method, the field that is a plain mean, and the one that counts its calls.
+MEANS = {
+    "dwa": (scalarization.dwa(), "average", "count"),
+    "stch": (scalarization.stch(1.0, n_warmup_epochs=0), "nadir", "count"),
+    "slaw": (scalarization.slaw(decay=1.0), "mean", "seen"),
+    "gradient_shares": (aggregation.gradient_shares(1.0, decay=1.0), "norms", "seen"),
+}
+
+
+@pytest.mark.parametrize(("method", "mean", "count"), MEANS.values(), ids=MEANS)
+def test_a_plain_mean_goes_on_after_two_billion_calls(method, mean, count):
+    """A millionth of what it lacks at each call: by 1 / n float32 would not move it."""
+    is_scalarizer = isinstance(method, mtl.Scalarizer)
+    state = method.init(2 if is_scalarizer else (2, 2))
+    state = state._replace(**{mean: jnp.ones(2), count: jnp.full(2, 2**31 - 2, jnp.int32)})
+    now = jnp.array([3.0, 9.0])
+    for _ in range(3):
+        _, state = method.apply(state, now if is_scalarizer else jnp.diag(now))
+    np.testing.assert_allclose(getattr(state, mean), 1 + 3 * (now - 1) / 2**20, rtol=3e-7)
+    np.testing.assert_array_equal(getattr(state, count), 2**31 - 1)
