@@ -34,6 +34,7 @@ DEAR = (
     "transform-amortize-mgda",
     "nested-mgda",
     "skip_zero-mgda",
+    "regularize-upgrad",
 )
 # At rest an absolute value's descent goes up and down by whole steps of Adam, by the sign of what is left of rounding.
 KINKED = ("gradnorm",)
