@@ -33,10 +33,10 @@ class Scalarizer(NamedTuple):
       jacobian_shaped: none; as in :class:`Aggregator`.
       last_weights: ``(state) -> weights`` that the last call gave, shaped like the losses; ``None`` for a method that
         does not keep them. See :func:`mtlbalance.amortize`.
-      after_gradient: ``(state, new_state, finite) -> new_state``, of a guard: ``value_and_grad`` ends a step by telling
-        it the state from before, the one that ``apply`` made, and whether the gradient is finite, which ``apply`` does
-        not see; the state it returns is the next. With ``nonfinite="drop_task"`` a fourth argument says which tasks
-        were dropped. ``None`` for all others. See :func:`mtlbalance.skip_nonfinite`.
+      after_gradient: ``(state, new_state, finite, dropped=None) -> new_state``, of a guard: ``value_and_grad`` ends a
+        step by telling it the state from before, the one that ``apply`` made, whether the gradient is finite, which
+        ``apply`` does not see, and which tasks ``nonfinite="drop_task"`` has dropped; the state it returns is the next.
+        ``None`` for all others. See :func:`mtlbalance.skip_nonfinite`.
     """
 
     init: Callable[..., Any]

@@ -10,6 +10,7 @@ from functools import reduce
 
 import chex
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from mtlbalance.hyperparameters import reject
@@ -56,6 +57,12 @@ def over_devices(reduction: Callable[..., chex.Array], x: chex.Array, axis_name:
     """A reduction over the devices for which one may count more than once, such as :func:`jax.lax.pmax`."""
     # Axis by axis: a number that varies over some of several axes only is refused by JAX.
     return reduce(reduction, axes_of(axis_name), x)
+
+
+def on_all_devices(ok: chex.Array, axis_name: Hashable | None) -> chex.Array:
+    """Whether it is so on every device along these axes."""
+    axes = axes_of(axis_name)
+    return over_devices(jax.lax.psum, (~ok).astype(jnp.int32), axes) == 0 if axes else ok
 
 
 def axes_of(axis_name: Hashable | None) -> tuple[Hashable, ...]:

@@ -25,6 +25,11 @@ def mean(x: chex.Array, mask: chex.Array) -> chex.Array:
     return jnp.sum(x, where=mask) / jnp.maximum(jnp.sum(mask), 1).astype(x.dtype)
 
 
+def or_all(mask: chex.Array) -> chex.Array:
+    """The tasks in ``mask``, or all where it has none: what is computed of those is left out after, and no 0 / 0."""
+    return mask | ~jnp.any(mask)
+
+
 def softmax(logits: chex.Array, mask: chex.Array) -> chex.Array:
     """Softmax over the tasks in ``mask``, zeros over none. Infinite logits count as the largest number: no NaN."""
     logits = jnp.where(mask, finite(logits), 0)
@@ -221,8 +226,3 @@ def finite(x: chex.Array) -> chex.Array:
     """
     limit = jnp.finfo(x.dtype).max
     return jnp.clip(x, -limit, limit)
-
-
-def or_all(mask):
-    """The tasks in ``mask``, or all where it has none: what is computed of those is left out after, and no 0 / 0."""
-    return mask | ~jnp.any(mask)

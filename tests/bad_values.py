@@ -103,9 +103,11 @@ class Trial:
         return words[0] if words[0] == words[1] else ", ".join(words)
 
     def shows_nan(self):
-        """Whether the output is not finite where a loss or a gradient is not."""
+        """Whether the output shows a gradient that is not finite, and a loss, if it is read, each alone."""
         losses, rows = with_bad(np.nan)
-        return not all_finite(self.step(self.state, losses, rows)[0])
+        bad = [{"losses": losses}] if self.reads_losses else []
+        bad += [] if self.built.is_scalarizer else [{"rows": rows}]
+        return not any(all_finite(self.step(self.state, **given)[0]) for given in bad)
 
     def leaves_out_the_absent(self):
         """Whether what stands there for an absent task changes nothing, and nothing of its own changes."""

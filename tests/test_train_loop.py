@@ -134,6 +134,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(name, tmp_path, monkeypa
     chex.assert_trees_all_equal(*(saved(folder, 4) for folder in (straight, interrupted)))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_numbers():
     """At random times; by default the script kills fifty times."""
     script = EXAMPLES.parent / "tests" / "benchmarks" / "kill_and_resume.py"

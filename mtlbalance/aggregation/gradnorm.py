@@ -125,7 +125,8 @@ def gradnorm(
             before = jnp.sum(state.raw_weights, where=mask)
             new = numerics.normalize(jnp.maximum(new, 0), mask, before)
         state = state._replace(raw_weights=jnp.where(mask, new, state.raw_weights), opt_state=opt_state)
-        return to_weights(raw), count_seen(state, mask)
+        # They are of the calls before: a loss that is not finite must show all the same.
+        return numerics.nan_unless(jnp.all(jnp.isfinite(values) | ~mask), to_weights(raw)), count_seen(state, mask)
 
     return base.norms_aggregator(
         init, weigh, axis_name=axis_name, reads_losses=True, per_task={"initial_losses": initial_losses}

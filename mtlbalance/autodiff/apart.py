@@ -25,7 +25,7 @@ from mtlbalance.autodiff.subsets import whole
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import check_losses, is_counted
-from mtlbalance.mapped_axes import manual_axes, over_devices, types_tell, varying, varying_as
+from mtlbalance.mapped_axes import manual_axes, on_all_devices, types_tell, varying, varying_as
 
 
 def is_one_for_each(losses_fn: Any) -> bool:
@@ -189,4 +189,4 @@ def _finite_rows(jacobian):
 def _agreed(finite, values):
     """On every device that has a part of what is finite or not."""
     axes = [name for name in manual_axes() if not types_tell(name) or name in varying(finite) - varying(values)]
-    return over_devices(jax.lax.psum, (~finite).astype(jnp.int32), axes) == 0 if axes else finite
+    return on_all_devices(finite, axes)

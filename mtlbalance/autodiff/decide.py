@@ -55,7 +55,8 @@ def decide_by(method, state, point, present, restrict, rows, requested):
             weights, state = method.gramian_weighting.apply(state, gramian, **given)
         else:  # its weighting knows over which axes the parameters are split
             weights, state = method.weighting.apply(state, jacobian, **given)
-        return Decision(evaluated, state, weights, _combine(weights, jacobian, mask))
+        gradient = None if jacobian is None else combine(weights, jacobian, mask)
+        return Decision(evaluated, state, weights, gradient)
     if rows == "features":
         evaluated, jacobian = point.evaluate_and_pull(lambda pullback: pullback.features[0])
     else:
@@ -63,7 +64,7 @@ def decide_by(method, state, point, present, restrict, rows, requested):
     given = {"values": _vector(evaluated.named), "mask": mask}
     if method.weighting is not None:
         weights, state = method.weighting.apply(state, jacobian, **given)
-        gradient = None if rows == "features" else _combine(weights, jacobian, mask)
+        gradient = None if rows == "features" else combine(weights, jacobian, mask)
         return Decision(evaluated, state, weights, gradient)
     # Of one scalar parameter the Jacobian is a vector, which looks like the losses: a tree of it does not.
     is_vector = not method.jacobian_shaped and jax.tree_util.all_leaves([jacobian]) and jacobian.ndim == 1
@@ -142,12 +143,6 @@ def balanced(pullback, weights, present, is_shared):
     if is_shared is None:
         return gradient
     return join_subsets(is_shared, gradient, pullback.weighted(ones(weights, present), present))
-
-
-def _combine(weights, jacobian, mask):
-    if jacobian is None:
-        return None
-    return combine(weights, jacobian, mask)
 
 
 def _vector(losses):

@@ -54,7 +54,7 @@ class Pullback(NamedTuple):
     rows: Callable[..., Any]
     n_bytes_kept: int
     features: tuple[Any, Callable[..., Any]] | None = None
-    finite_heads: Callable[..., Any] = lambda: None
+    finite_heads: Callable[..., Any] | None = None
 
 
 class Point(NamedTuple):

@@ -142,12 +142,12 @@ def value_and_grad(
 
       **Micro-batches.** With ``microbatches=k`` every positional argument after the state is cut in k along its first
       axis, or the second if the first is the task axis (each task's batch by itself where each has a function):
-      micro-batch i has the examples i, i + k, i + 2k and so on, so
-      that a batch that is split over devices stays where it is. Sums and counts of :class:`Counted` losses are added
-      up over all of them, other losses and all gradients averaged, and the method decides once. Where the weights
-      depend on this step's losses the model runs twice over each micro-batch, else once; the README's table of methods
-      says which. Rows are kept by default; ``"two_pass"`` and ``"stream"`` run the model again for every row. Auxiliary
-      outputs are stacked. Keyword arguments are passed whole: give random keys as a batch of them.
+      micro-batch i has the examples i, i + k, i + 2k and so on, so that a batch that is split over devices stays where
+      it is. Sums and counts of :class:`Counted` losses are added up over all of them, other losses and all gradients
+      averaged, and the method decides once. Where the weights depend on this step's losses the model runs twice over
+      each micro-batch, else once; the README's table of methods says which. Rows are kept by default; ``"two_pass"``
+      and ``"stream"`` run the model again for every row. Auxiliary outputs are stacked. Keyword arguments are passed
+      whole: give random keys as a batch of them.
 
       **Fewer decisions.** With a method wrapped in :func:`amortize`, ``grad_fn(..., refresh=False)`` takes the last
       weights again, at the cost of one backward pass. ``decide_on``, booleans like ``shared``, decides the weights on
@@ -185,10 +185,11 @@ def value_and_grad(
         is_shared, restrict = problem.subsets(params)
         point = problem.evaluate(params, args, kwargs)
         check_per_task(point.evaluated, state)
-        present, dropped = read_present(mask, point.evaluated), ()
+        present, dropped = read_present(mask, point.evaluated), None
         if drops:
             point, finite = _without_nonfinite(problem, method, rows, params, restrict, point)
-            present, dropped = _drop(present, finite)
+            present = jnp.ones_like(finite) if present is None else present
+            present, dropped = present & finite, present & ~finite
         chosen = at if at == "features" else rows or problem.cheapest_rows(possible, point, restrict(params))
         decide = partial(decide_by, method, state, point, present, restrict, chosen, rows)
         again = partial(decide_or_repeat, method, refresh, decide, state, point.evaluated, present)
@@ -209,7 +210,7 @@ def value_and_grad(
 
         if method.after_gradient is not None:
             with with_names(names_of(evaluated.named)):
-                new_state = method.after_gradient(state, new_state, all_finite(gradient), *dropped)
+                new_state = method.after_gradient(state, new_state, all_finite(gradient), dropped)
         outputs = evaluated.losses, new_state
         outputs += (like_losses(weights, evaluated.losses),) if return_weights else ()
         outputs += (evaluated.aux,) if has_aux else ()
@@ -225,9 +226,3 @@ def _without_nonfinite(problem, method, rows, params, restrict, point):
         return rows_apart(point, n)
     needs_rows = isinstance(method, Aggregator) and problem.at == "parameters"
     return heads_apart(point, restrict, n if needs_rows else None)
-
-
-def _drop(present, finite):
-    """The tasks that are left; and those that are dropped, as the hook ``after_gradient`` is told of them."""
-    present = jnp.ones_like(finite) if present is None else present
-    return present & finite, (present & ~finite,)

@@ -35,9 +35,9 @@ def checked(method: Method) -> Method:
     there is nothing to find.
 
     Note:
-      Without ``checkify`` around it a call raises JAX's own error, that a ``check`` "was not functionalized". The loop
-      of a sweep is :func:`jax.lax.map`: under ``vmap`` the solvers' ``while_loop`` ends at another time for each model,
-      and ``checkify`` takes none such (``upgrad``, ``cagrad`` and ``epo``), nor JAX 0.10 the others outside of it.
+      Without ``checkify`` around it a call raises JAX's own error, that a ``check`` "was not functionalized". Sweep by
+      :func:`jax.lax.map`: ``checkify`` takes no ``vmap`` of the loops in ``upgrad``, ``cagrad`` and ``epo``, and JAX
+      0.10 no ``vmap`` of what ``checkify`` made of them.
 
       All rows of a Jacobian come through one backward pass, in which zero times infinity is NaN: a gradient that is not
       finite, of a loss that is, may make those of other tasks so, and then the first of them is named.
@@ -77,9 +77,9 @@ def checked(method: Method) -> Method:
         _check_losses(values, mask)
         return _check_state(method.observe(state, values, mask=mask), state)
 
-    def after_gradient(old, new, finite, *dropped):
+    def after_gradient(old, new, finite, dropped=None):
         checkify.check(jnp.all(finite), "gradient of the step: expected finite numbers, found others")
-        return _check_state(state_after(method, old, new, finite, *dropped), old)
+        return _check_state(state_after(method, old, new, finite, dropped), old)
 
     hooks = {"end_epoch": end_epoch, "observe": observe, "last_weights": method.last_weights}
     build = _checked_scalarizer if isinstance(method, Scalarizer) else _checked_aggregator

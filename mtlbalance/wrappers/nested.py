@@ -121,19 +121,8 @@ def nested(
         ended = {name: inner[name].end_epoch(state.inner[name]) for name in names.entries}
         return state._replace(inner=ended, outer=outer.end_epoch(state.outer))
 
-    def after_gradient(old, new, finite, *dropped):
-        told, of_groups = {name: [finite] for name in names.entries}, [finite]
-        for tasks in dropped:  # places need the losses' names, which who asks by hand does not give
-            each(lambda name, places, method, tasks=tasks: told[name].append(tasks[places]))
-            of_groups.append(jnp.stack([jnp.any(told[name][-1]) for name in names.entries]))
-        states = {
-            name: state_after(inner[name], old.inner[name], new.inner[name], *told[name]) for name in names.entries
-        }
-        return new._replace(inner=states, outer=state_after(outer, old.outer, new.outer, *of_groups))
-
     hooks = {"observe": observe, "end_epoch": end_epoch}
-    is_guarded = any(method.after_gradient for method in (outer, *inner.values()))
-    guard = {"after_gradient": after_gradient if is_guarded else None}
+    guard = {"after_gradient": _after_gradient(outer, inner, names.entries, each)}
     if isinstance(outer, base.Scalarizer):
 
         def init(shape, dtype):
@@ -147,6 +136,21 @@ def nested(
 
         return base.scalarizer(init, apply, **hooks)._replace(**guard)
     return _nested_aggregator(outer, len(inner), start, scalars, over_groups, hooks)._replace(**guard)
+
+
+def _after_gradient(outer, inner, entries, each):
+    """What tells the guards of the groups and of the method over them of a step; ``None`` without a guard."""
+
+    def after_gradient(old, new, finite, dropped=None):
+        of_inner, of_outer = dict.fromkeys(entries), None
+        if dropped is not None:  # places need the losses' names, which who asks by hand does not give
+            of_inner = each(lambda name, places, method: dropped[places])
+            of_outer = jnp.stack([jnp.any(of_inner[name]) for name in entries])
+        after = lambda name: state_after(inner[name], old.inner[name], new.inner[name], finite, of_inner[name])
+        states = {name: after(name) for name in entries}
+        return new._replace(inner=states, outer=state_after(outer, old.outer, new.outer, finite, of_outer))
+
+    return after_gradient if any(method.after_gradient for method in (outer, *inner.values())) else None
 
 
 def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):

@@ -49,9 +49,9 @@ def hooks_of(method: Method, visible: Callable[..., Any] = all_of) -> dict[str, 
     return {"end_epoch": end_epoch, "observe": observe, "last_weights": last_weights}
 
 
-def state_after(method: Any, old: Any, new: Any, *told: chex.Array) -> Any:
+def state_after(method: Any, old: Any, new: Any, finite: chex.Array, dropped: chex.Array | None = None) -> Any:
     """A method's state after a step: the new one, unless it has a guard, which is told how the gradient was."""
-    return method.after_gradient(old, new, *told) if method.after_gradient else new
+    return method.after_gradient(old, new, finite, dropped) if method.after_gradient else new
 
 
 def forward_after_gradient(method: Any, wrapper: Any) -> Any:
@@ -59,8 +59,8 @@ def forward_after_gradient(method: Any, wrapper: Any) -> Any:
     if method.after_gradient is None:
         return wrapper
 
-    def after_gradient(old, new, *told):
-        return new._replace(inner=state_after(method, old.inner, new.inner, *told))
+    def after_gradient(old, new, finite, dropped=None):
+        return new._replace(inner=state_after(method, old.inner, new.inner, finite, dropped))
 
     return wrapper._replace(after_gradient=after_gradient)
 

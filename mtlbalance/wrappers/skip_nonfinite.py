@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.contract import Rowwise
-from mtlbalance.mapped_axes import axes_of, over_devices, varying
+from mtlbalance.mapped_axes import axes_of, on_all_devices, varying
 from mtlbalance.states import among, increment, is_in, select
 from mtlbalance.wrappers.plumbing import (
     Method,
@@ -190,12 +190,13 @@ def _advance(state, inner, finite, finite_output, *, jacobian_shaped, axis_name)
     return SkipNonfiniteState(inner, increment(state.nonfinite, ~finite), increment(state.skipped, ~ok)), ok
 
 
-def _after_gradient(old, new, finite, dropped=False, *, jacobian_shaped, axis_name):
+def _after_gradient(old, new, finite, dropped=None, *, jacobian_shaped, axis_name):
     """The state after a step: where its gradient was not finite the inner one from before, and the call counted."""
     ok = _everywhere(finite, axis_name, like=old.skipped)
     inner = select(ok, new.inner, old.inner, new_anyway=jacobian_shaped)
     skipped = jnp.where(ok, new.skipped, increment(old.skipped, ~ok))
-    return new._replace(inner=inner, nonfinite=increment(new.nonfinite, dropped), skipped=skipped)
+    nonfinite = new.nonfinite if dropped is None else increment(new.nonfinite, dropped)
+    return new._replace(inner=inner, nonfinite=nonfinite, skipped=skipped)
 
 
 def _stays_finite(new_state, state, ok, jacobian_shaped, axis_name):
@@ -213,7 +214,7 @@ def _everywhere(ok, axis_name, like=None):
     axes = dict.fromkeys(axes_of(axis_name))
     if like is not None:
         axes |= dict.fromkeys(varying(ok) - varying(like))
-    return over_devices(jax.lax.psum, 1 - ok.astype(jnp.int32), tuple(axes)) == 0 if axes else ok
+    return on_all_devices(ok, tuple(axes))
 
 
 def _finite_losses(values, mask):

@@ -60,6 +60,7 @@ def run(built, mode):
             checking(lambda state, x: jax.grad(lambda x: built.apply(state, x)[0])(x))(built.init(), samples[0])
 
 
+@pytest.mark.every_method
 @pytest.mark.parametrize("mode", ["returned", "each operation", "checkify"])
 @pytest.mark.by_default(*BY_DEFAULT)
 def test_good_inputs_raise_no_alarm(built, mode):

@@ -129,7 +129,7 @@ def run(built, dtype):
 
 
 @pytest.mark.cases(lambda built: remembers(built))
-def test_two_hundred_thousand_steps(built):
+def test_many_steps(built):
     """No step compiles anew or leaves anything in memory; weights are where the method says; float32 does not drift."""
     state, (finite, outputs, weights), held = run(built, jnp.float32)
     chex.assert_tree_all_finite((state, outputs, weights))
