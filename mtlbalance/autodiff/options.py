@@ -133,15 +133,15 @@ def check_rows(rows: int | str | None, *names: str) -> None:
 
 
 def cheapest_rows(
-    possible: tuple[str, ...], own_data: bool, point: Point, params: chex.ArrayTree, small: int = _SMALL
+    possible: tuple[str, ...], own_data: bool, point: Point, params: chex.ArrayTree, small: int | None = None
 ) -> int | str:
     """What was fastest where that was measured, of those that take no more memory than may matter.
 
-    ``small`` are the bytes of a Jacobian that is kept without further ado.
+    ``small`` are the bytes of a Jacobian that is kept without further ado, 4 MiB by default.
     """
     row = n_bytes(params)
     jacobian = point.evaluated.values.size * row
-    if jacobian <= small and "vmap" in possible:
+    if jacobian <= (_SMALL if small is None else small) and "vmap" in possible:
         return "vmap"
     if "stream" in possible:
         return "stream"
