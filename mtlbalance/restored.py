@@ -31,7 +31,7 @@ def restore(saved: chex.ArrayTree | Mapping[str, Any], like: chex.ArrayTree) -> 
     Args:
       saved: nested dicts, lists and tuples of arrays, or a flat mapping from names to arrays.
       like: what it should be like: the state that ``init`` makes, or its shapes, ``jax.eval_shape(lambda:
-        method.init(3))``; or any other tree with arrays, such as ``(params, opt_state, state)``.
+        method.init(3))``; or any other tree of arrays, such as ``(params, opt_state, state)``.
 
     Returns:
       A tree of ``like``'s types with the numbers of ``saved``, copied; on a mesh where ``like``'s arrays are.
@@ -74,7 +74,10 @@ def restore(saved: chex.ArrayTree | Mapping[str, Any], like: chex.ArrayTree) -> 
 
 def _by_name(saved, paths):
     """What was saved, by the parts of its name; a flat mapping has the names of these paths in one piece."""
-    nested = jax.tree_util.tree_leaves_with_path(dict(saved) if isinstance(saved, Mapping) else saved)
+    try:
+        nested = jax.tree_util.tree_leaves_with_path(dict(saved) if isinstance(saved, Mapping) else saved)
+    except ValueError:  # keys that have no order
+        reject("saved", "names of one type in each dict, as in like", "several types", TypeError)
     spellings = jax.tree_util.keystr, lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     parts = {(spelling(path),): _name(path) for spelling in spellings for path in paths}
     parts |= {_name(path): _name(path) for path in paths}  # what is a name as it stands is no other one in one piece
@@ -98,13 +101,21 @@ def _without_names(others):
 
 def _read(path, found, like):
     """One array, if it is as it should be; where ``like`` has it."""
-    where, dtype = f"saved{jax.tree_util.keystr(path)}", like.dtype if hasattr(like, "dtype") else jnp.result_type(like)
+    where = f"saved{jax.tree_util.keystr(path)}"
+    if not hasattr(like, "dtype"):
+        reject(
+            f"like{jax.tree_util.keystr(path)}",
+            "an array (jnp.asarray(x) for a Python number)",
+            kind_of(like),
+            TypeError,
+        )
+    dtype = like.dtype
     if not hasattr(found, "dtype") or isinstance(found, jax.ShapeDtypeStruct):
         reject(where, f"an array of shape {np.shape(like)}, as in like", kind_of(found), TypeError)
     if found.dtype == np.dtype(f"V{dtype.itemsize}"):  # how NumPy's files keep bfloat16
         found = np.asarray(found).view(dtype)
     if np.shape(found) != np.shape(like):
-        is_other_number = np.shape(found)[1:] == np.shape(like)[1:] and np.ndim(found)
+        is_other_number = np.shape(found)[1:] == np.shape(like)[1:] and np.ndim(found) == np.ndim(like) > 0
         hint = " (of other tasks? restore it like their state, then mtl.carry_over)" if is_other_number else ""
         reject(where, f"shape {np.shape(like)}, as in like", f"shape {np.shape(found)}{hint}")
     if found.dtype != dtype:

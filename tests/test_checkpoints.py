@@ -211,6 +211,21 @@ ERRORS = {
         TypeError,
         "saved.average: expected an array of shape (3,), as in like, found ShapeDtypeStruct",
     ),
+    "a vector for a number": (
+        lambda: ({"seed": np.zeros(2, np.uint32)}, {"seed": jnp.zeros((), jnp.uint32)}),
+        ValueError,
+        "saved['seed']: expected shape (), as in like, found shape (2,)",
+    ),
+    "names of two types": (
+        lambda: ({1: np.zeros(2), "a": np.zeros(2)}, {"a": jnp.zeros(2)}),
+        TypeError,
+        "saved: expected names of one type in each dict, as in like, found several types",
+    ),
+    "a number in the template": (
+        lambda: ({"step": np.array(3)}, {"step": 3}),
+        TypeError,
+        "like['step']: expected an array (jnp.asarray(x) for a Python number), found int",
+    ),
     "no tree": (
         lambda: ("state", DWA),
         TypeError,
