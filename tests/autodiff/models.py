@@ -44,3 +44,8 @@ def squared_error(params, batch):
 def normal_batch(seed, *shape, n_in, n_out):
     keys = jax.random.split(jax.random.key(seed))
     return jax.random.normal(keys[0], (*shape, n_in)), jax.random.normal(keys[1], (*shape, n_out))
+
+
+def assert_close(found, expected, rtol=1e-5, atol=1e-6):
+    """Also where one is a NumPy array, or Python's numbers."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), found, expected)

@@ -11,7 +11,7 @@ from jax.experimental import checkify
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from mtlbalance.autodiff import decide
-from tests.autodiff.models import affine, layers, normal_batch
+from tests.autodiff.models import affine, assert_close, layers, normal_batch
 
 pytestmark = pytest.mark.unoptimized
 
@@ -79,10 +79,6 @@ METHODS = {
     "graddrop": aggregation.graddrop(key=0),
     "chain": mtl.chain(scalarization.uw_so(), aggregation.mgda()),
 }
-
-
-def assert_close(found, expected, rtol=1e-5, atol=1e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), found, expected)
 
 
 def assert_is_step_of_the_others(form, method, bad, **options):

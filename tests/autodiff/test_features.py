@@ -2,14 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, base, scalarization
 from mtlbalance.gramian import combine
 from mtlbalance.states import SeenState, count_seen
-from tests.autodiff.models import layers, network, normal_batch
+from tests.autodiff.models import assert_close, layers, network, normal_batch
 
 pytestmark = pytest.mark.unoptimized
 
@@ -56,11 +55,6 @@ METHODS = {
     "dwa": scalarization.dwa(),
     "geometric_mean": scalarization.geometric_mean(),
 }
-
-
-def assert_close(found, expected, **kwargs):
-    kwargs = {"rtol": 1e-5, "atol": 1e-6} | kwargs
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **kwargs), found, expected)
 
 
 def init(method, params):

@@ -11,7 +11,7 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
-from tests.autodiff.models import layers, network, normal_batch, squared_errors
+from tests.autodiff.models import assert_close, layers, network, normal_batch, squared_errors
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 
 pytestmark = pytest.mark.unoptimized
@@ -32,10 +32,6 @@ def counted_losses(params, batch):
 
 def uncounted_losses(params, batch):
     return squared_errors(params, batch[:2])
-
-
-def assert_close(found, expected):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, expected)
 
 
 def init(method):

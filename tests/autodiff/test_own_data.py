@@ -7,7 +7,7 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
-from tests.autodiff.models import layers, network, squared_error
+from tests.autodiff.models import assert_close, layers, network, squared_error
 
 pytestmark = pytest.mark.unoptimized
 
@@ -38,10 +38,6 @@ ABSENT = jax.tree.map(jnp.array, ABSENT)
 
 def all_losses(params, batch):
     return jax.tree.map(lambda function, part: function(params, part), FUNCTIONS, batch)
-
-
-def assert_close(found, expected, rtol=1e-5, atol=1e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), found, expected)
 
 
 METHODS = {
