@@ -1,4 +1,7 @@
-"""Small convex problems over the tasks, solved on the device, for matrices of float32 or float64."""
+"""Small convex problems over the tasks, solved on the device, for matrices of float32 or float64.
+
+What solves a quadratic program is a constant of differentiation, as the weights made of it are.
+"""
 
 from mtlbalance.solvers.alpha_fair import alpha_fair
 from mtlbalance.solvers.cagrad_dual import cagrad_dual

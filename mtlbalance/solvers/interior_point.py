@@ -37,7 +37,7 @@ def nonnegative_qp(
       offset: b, shape ``[m]``, 0 by default. R b could be a part of q, but here what cancels in b + x does so exactly.
 
     Returns:
-      x, shape ``[m]``, 0 where absent; NaN where there if what was given is not finite.
+      x, shape ``[m]``, 0 where absent; NaN where there if what was given is not finite. A constant of differentiation.
     """
     m, dtype = len(linear), matrix.dtype
     eps = float(jnp.finfo(dtype).eps)
@@ -56,7 +56,9 @@ def nonnegative_qp(
     z = jnp.where(mask, jnp.maximum(surplus, 0) + jnp.max(jnp.abs(surplus)) / 10, 0)
     settling, iterate = varying_as(((jnp.array(True), jnp.ones((), dtype)), (x, z, price)), surplus)
     problem = _Problem(matrix, linear, mask, coefficients if constrained else None, offset)
-    *_, (x, _, _) = _iterate(problem, (jnp.zeros((), jnp.int32), *settling, iterate))
+    # A constant of differentiation, as all weights are: `custom_vmap` has no rule for a loop that is differentiated.
+    given = jax.lax.stop_gradient((problem, (jnp.zeros((), jnp.int32), *settling, iterate)))
+    *_, (x, _, _) = _iterate(*given)
     x = jnp.where(x > eps, x, 0)
     return jnp.where(mask, nan_unless(jnp.all(jnp.isfinite(surplus)), x), 0)
 
