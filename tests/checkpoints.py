@@ -7,10 +7,9 @@ import functools
 import sys
 from pathlib import Path
 
-import flax.serialization
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+import pytest
 
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 from tests.conformance.helpers import Built
@@ -33,23 +32,28 @@ def flat_names(tree):
     return {name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
+# The serialisers that are installed: the oldest and newest releases of JAX are tested without them.
+serialization = lambda: pytest.importorskip("flax.serialization")
+orbax = lambda: pytest.importorskip("orbax.checkpoint")
+
+
 def save_by_orbax(path, tree):
-    with ocp.StandardCheckpointer() as checkpointer:
+    with orbax().StandardCheckpointer() as checkpointer:
         checkpointer.save(path, tree)
 
 
 def load_by_orbax(path, like=None):
-    with ocp.StandardCheckpointer() as checkpointer:
+    with orbax().StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, like)
 
 
 def save_by_flax(path, tree):
-    path.write_bytes(flax.serialization.to_bytes(tree))
+    path.write_bytes(serialization().to_bytes(tree))
 
 
 def load_by_flax(path, like=None):
     data = path.read_bytes()
-    return flax.serialization.msgpack_restore(data) if like is None else flax.serialization.from_bytes(like, data)
+    return serialization().msgpack_restore(data) if like is None else serialization().from_bytes(like, data)
 
 
 def save_by_numpy(path, tree):
