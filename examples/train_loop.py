@@ -215,7 +215,7 @@ def open_checkpoints(folder):
 
 
 def save(checkpoints, carry, history, settings):
-    run = {"history": history, "settings": settings}
+    run = {"history": list(history), "settings": settings}  # it is written later, when there may be more of the list
     args = ocp.args.Composite(carry=ocp.args.StandardSave(carry), run=ocp.args.JsonSave(run))
     checkpoints.save(len(history), args=args)
 
