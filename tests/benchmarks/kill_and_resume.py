@@ -115,7 +115,9 @@ def kill_often(folder, args):
             after += map(int, GOING_ON.findall(printed))
             check_same("the table", GOING_ON.sub("", printed), table)
             check_same("what was saved", saved(checkpoints), expected)
-            check_same("the folder", found_in(checkpoints), found_in(folder / "straight"))
+            # A kill while an older one is deleted leaves a part of that, which nobody goes on from.
+            steps = found_in(folder / "straight")
+            check_same("the folder", [name for name in found_in(checkpoints) if name in steps], steps)
     return counts, after
 
 
