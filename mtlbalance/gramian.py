@@ -19,6 +19,7 @@ from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import present_rows
 from mtlbalance.mapped_axes import add_up, split_over, varying_as
 from mtlbalance.meshes import explicit_mesh, with_whole_tasks
+from mtlbalance.numerics import wide
 from mtlbalance.parameters import check_params_like
 
 # Columns of a Jacobian that a CPU multiplies at a time: few enough for its cache, many enough to be worth a dot.
@@ -149,10 +150,10 @@ def n_entries(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> int:
 
 
 def squared_norm(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array:
-    """The squared norm of one task's gradient, summed over the axis by which its parameters are split, if any."""
+    """The squared norm of one task's gradient in float32 or wider, summed over the axis that splits it, if any."""
     # No dot, for which XLA would write the squares out first.
-    square = lambda leaf: jnp.sum(jnp.square(leaf.astype(jnp.result_type(jnp.float32, leaf))))
-    return jnp.asarray(add_up(jax.tree.map(square, split(tree)), axis_name))
+    square = lambda leaf: jnp.sum(jnp.square(leaf))
+    return jnp.asarray(add_up(jax.tree.map(square, wide(split(tree))), axis_name))
 
 
 def _rows_of_leaf(leaf):

@@ -82,7 +82,7 @@ def check_like(name: str, found: Any, expected: Any, *, method: str | None = Non
     if fields is not None:
         if _kind(found) != _kind(expected):
             is_any = "" if hasattr(found, "_fields") else "what the method's init returned, "
-            reject(name, f"{is_any}{_described(expected, method)}", described(found), TypeError)
+            reject(name, f"{is_any}{in_words(expected, method)}", described(found), TypeError)
         for field in () if by_type_only else fields:
             check_like(f"{name}.{field}", getattr(found, field), getattr(expected, field))
         return
@@ -95,8 +95,8 @@ def check_like(name: str, found: Any, expected: Any, *, method: str | None = Non
     structures = jax.tree.structure(expected), jax.tree.structure(found)
     if structures[0] != structures[1]:
         is_same_type = type(expected) is type(found)
-        what = f"{_described(found)} of another structure" if is_same_type else described(found)
-        reject(name, f"{_described(expected)} as init makes it", what, TypeError)
+        what = f"{in_words(found)} of another structure" if is_same_type else described(found)
+        reject(name, f"{in_words(expected)} as init makes it", what, TypeError)
     for (path, leaf), like in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         if np.shape(leaf) != like.shape:
             where = f"{name}{jax.tree_util.keystr(path)}"
@@ -151,10 +151,10 @@ def _kind(x):
 def described(x: Any) -> str:
     """What was found where a state is due."""
     hint = " (of a checkpoint? mtl.restore makes the state of it, like jax.eval_shape of init)"
-    return _described(x) + (hint if isinstance(x, dict | list) else "")
+    return in_words(x) + (hint if isinstance(x, dict | list) else "")
 
 
-def _described(x, method=None):
+def in_words(x: Any, method: str | None = None) -> str:
     """A state by its type and fields, and by its method where a file has one; anything else in a few words."""
     if hasattr(x, "_fields"):
         *_, folder, file = ("", *type(x).__module__.split("."))

@@ -26,6 +26,7 @@ from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import check_losses, is_counted
 from mtlbalance.mapped_axes import manual_axes, on_all_devices, types_tell, varying, varying_as
+from mtlbalance.state_checks import in_words
 
 
 def is_one_for_each(losses_fn: Any) -> bool:
@@ -166,19 +167,11 @@ def _parts(name, functions, given):
     try:
         parts = jax.tree.structure(functions, is_leaf=at_top).flatten_up_to(given)
     except ValueError:
-        expected = f"a part for each task, {_described(functions)} as the functions are (what is the same for all: by "
-        return reject(name, f"{expected}keyword)", _described(given))
+        expected = f"a part for each task, {in_words(functions)} as the functions are (what is the same for all: by "
+        return reject(name, f"{expected}keyword)", in_words(given))
     entries = jax.tree.leaves_with_path(functions, is_leaf=at_top)
     each = [_parts(f"{name}{jax.tree_util.keystr(path)}", f, x) for (path, f), x in zip(entries, parts, strict=True)]
     return list(itertools.chain.from_iterable(each))
-
-
-def _described(tree):
-    if isinstance(tree, Mapping):
-        return f"a {type(tree).__name__} of {list(tree)}"
-    if isinstance(tree, list | tuple):
-        return f"a {type(tree).__name__} of {len(tree)}"
-    return f"one array, shape {jnp.shape(tree)}" if hasattr(tree, "shape") else f"a {type(tree).__name__}"
 
 
 def _finite_rows(jacobian):

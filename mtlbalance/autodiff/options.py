@@ -29,7 +29,7 @@ def check_losses_fn(losses_fn: Any, shared: Subset | None, task_axis: int | None
     """Raises unless there is a function, or a trunk and heads without what these exclude."""
     is_pair = isinstance(losses_fn, tuple) and len(losses_fn) == 2 and callable(losses_fn[0])
     if is_one_for_each(losses_fn):
-        check_functions(losses_fn, task_axis)
+        _check_each_function(losses_fn, task_axis)
     elif not is_pair and not callable(losses_fn):
         expected = "a function, a pair of a trunk and heads, or a dict or list of functions, one for each task"
         reject("losses_fn", expected, f"{type(losses_fn).__name__}", TypeError)
@@ -39,7 +39,7 @@ def check_losses_fn(losses_fn: Any, shared: Subset | None, task_axis: int | None
         _check_keywords(function)
 
 
-def check_functions(losses_fn: Any, task_axis: int | None) -> None:
+def _check_each_function(losses_fn: Any, task_axis: int | None) -> None:
     """Raises unless all that is in a tree are functions, whose tasks need no axis of their own."""
     functions = jax.tree.leaves_with_path(losses_fn, is_leaf=lambda x: x is None or callable(x))
     for path, function in functions:
@@ -76,7 +76,7 @@ def _check_keywords(function):
 def check_function(losses_fn: Any, argnums: Any, task_axis: int | None) -> None:
     """Raises unless there is a function, or one for each task, and positions of arguments and not these themselves."""
     if is_one_for_each(losses_fn):
-        check_functions(losses_fn, task_axis)
+        _check_each_function(losses_fn, task_axis)
     elif not callable(losses_fn):
         expected = "a function that returns the losses, or a dict or list of functions, one for each task"
         reject("losses_fn", expected, f"{type(losses_fn).__name__}", TypeError)

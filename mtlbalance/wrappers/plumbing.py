@@ -3,7 +3,7 @@
 A wrapper's state is a named tuple in whose field ``inner`` is the state of the wrapped method.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import chex
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from mtlbalance import base, numerics
 from mtlbalance.complex_parts import is_complex
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, check_is_method, weights_of
-from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import reject
 from mtlbalance.states import increment, select
 
@@ -88,11 +87,6 @@ def nan_tree_unless(ok: chex.Array, output: chex.ArrayTree) -> chex.ArrayTree:
     nan = numerics.nan_where(~ok)
     nan_like = lambda x: jax.lax.complex(nan, nan).astype(x.dtype) if is_complex(x) else nan
     return jax.tree.map(lambda x: jnp.where(ok, x, nan_like(x)), output)
-
-
-def wide_squared_norm(row: chex.ArrayTree, axis_name: Hashable | None) -> chex.Array:
-    """The squared norm of one task's gradient, in float32 or wider whatever its dtype."""
-    return squared_norm(numerics.wide(row), axis_name)
 
 
 def within(field: str, fields: tuple[str, ...]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.contract import Rowwise
+from mtlbalance.gramian import squared_norm
 from mtlbalance.mapped_axes import axes_of, on_all_devices, varying
 from mtlbalance.states import among, increment, is_in, select
 from mtlbalance.wrappers.plumbing import (
@@ -18,7 +19,6 @@ from mtlbalance.wrappers.plumbing import (
     hooks_of,
     nan_tree_unless,
     visits_of,
-    wide_squared_norm,
     within,
 )
 
@@ -60,7 +60,7 @@ def skip_nonfinite(method: Method, *, axis_name: Hashable | None = None) -> Meth
     parts, ``chain(skip_nonfinite(scalarizer), skip_nonfinite(aggregator))``.
 
     It reads the Jacobian once more than the method does, and writes out no copy of it, nor does a mask: a call of
-    :func:`~mtlbalance.aggregation.excess_mtl` takes 1.1 to 1.3 times as long (``tests/benchmarks/excess_mtl.py``).
+    :func:`~mtlbalance.aggregation.excess_mtl` takes up to 1.3 times as long (``tests/benchmarks/excess_mtl.py``).
 
     Args:
       method: a method of either family.
@@ -224,8 +224,8 @@ def _finite_losses(values, mask):
 
 def _leaves_room(row, axis_name):
     """Whether a gradient is finite, and small enough that 2**20 of its squares can be added up."""
-    return _adds_up(wide_squared_norm(row, axis_name))
+    return _adds_up(squared_norm(row, axis_name))
 
 
-def _adds_up(squared_norm):
-    return jnp.isfinite(2**20 * squared_norm)
+def _adds_up(square):
+    return jnp.isfinite(2**20 * square)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.contract import Rowwise
+from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import reject
 from mtlbalance.states import increment
 from mtlbalance.wrappers.plumbing import (
@@ -17,7 +18,6 @@ from mtlbalance.wrappers.plumbing import (
     forward_after_gradient,
     hooks_of,
     visits_of,
-    wide_squared_norm,
     within,
 )
 
@@ -169,4 +169,4 @@ def _zero_losses(values, mask):
 
 
 def _is_zero(row, axis_name):
-    return wide_squared_norm(row, axis_name) == 0
+    return squared_norm(row, axis_name) == 0

@@ -11,6 +11,7 @@ from interleave import interleave, median_of_ratios
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization, solvers
+from tests.autodiff.models import layers, network
 
 # (b) Memory: how near a call is to reading and writing what it must.
 
@@ -109,19 +110,9 @@ def steps(size):
     return columns, [(f"`{name}`", lambda name=name: step_times(name, size)) for name in size.some(METHODS)]
 
 
-def network(key, layers):
-    keys = jax.random.split(key, len(layers) - 1)
-    return [
-        {"w": jax.random.normal(key, (n_in, n_out)) / np.sqrt(n_in), "b": jnp.zeros(n_out)}
-        for key, n_in, n_out in zip(keys, layers[:-1], layers[1:], strict=True)
-    ]
-
-
 def losses_fn(params, batch):
     x, y = batch
-    for layer in params[:-1]:
-        x = jax.nn.relu(x @ layer["w"] + layer["b"][None])
-    return jnp.mean((x @ params[-1]["w"] + params[-1]["b"][None] - y) ** 2, axis=0)
+    return jnp.mean((network(params, x, jax.nn.relu) - y) ** 2, axis=0)
 
 
 def data(size):
@@ -151,7 +142,7 @@ def step_times(name, size):
     functions = {}
     for which, method in {"ours": METHODS[name](), "plain": scalarization.sum()}.items():
         functions |= ways(
-            which, *training(method, network(jax.random.key(0), size.layers), batches[0]), batches, stacked
+            which, *training(method, layers(jax.random.key(0), size.layers), batches[0]), batches, stacked
         )
     theirs = torchjd_steps(name, size)
     times = interleave(functions | (theirs if isinstance(theirs, dict) else {}), size.rounds)
@@ -198,7 +189,7 @@ def torchjd_steps(name, size):
     if on_gpu and not torch.cuda.is_available():
         return "torch sees no GPU"
     device = "cuda" if on_gpu else "cpu"
-    model = torch_model(network(jax.random.key(0), size.layers)).to(device)
+    model = torch_model(layers(jax.random.key(0), size.layers)).to(device)
     try:
         method = PEERS[name](torchjd)
     except ImportError:  # some of its methods need solvers of their own
@@ -265,13 +256,13 @@ def sweep(size):
 
 
 def sweep_times(size):
-    layers = min(size.layers, (16, 64, 64, 3))  # a network of which many fit
-    batches = jax.device_put(data(size._replace(layers=layers, batch=64)))
+    sizes = min(size.layers, (16, 64, 64, 3))  # a network of which many fit
+    batches = jax.device_put(data(size._replace(layers=sizes, batch=64)))
 
     def train(temperature, seed):
         first = jax.tree.map(lambda x: x[0], batches)
         method = scalarization.dwa(temperature, steps_per_epoch=max(size.n_steps // 5, 1))
-        carry, step = training(method, network(jax.random.key(seed), layers), first)
+        carry, step = training(method, layers(jax.random.key(seed), sizes), first)
         return jax.lax.scan(step, carry, batches)[1]
 
     settings = jnp.geomspace(0.5, 64, size.models), jnp.arange(size.models)
