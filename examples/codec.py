@@ -3,22 +3,28 @@
 The generator packs a digit of 8x8 pixels into four numbers of five levels each, 9.3 bits, and unpacks it again. It has
 a reconstruction loss (the mean absolute difference), a feature loss (the distance of what a classifier sees, VQGAN's
 perceptual loss) and an adversarial one, by a discriminator that is trained beside it. They have no common unit. Three
-ways to weigh them:
+ways to weigh them, each with a factor of the feature loss and one of the adversarial to choose:
 
 * fixed weights;
-* VQGAN's adaptive weight: the adversarial gradient at the last layer is brought to the length of the others';
-* EnCodec's gradient shares: the gradient of each loss at the output is brought to the length asked for.
+* VQGAN's adaptive weight: the adversarial gradient at the last layer as long as that of the others together;
+* EnCodec's gradient shares: every loss's gradient at the output has the length that is asked for.
 
-Each way has two numbers to choose, the feature's and the adversarial factor. The table has all of them at 1, and the
-best of the same grid of sixteen. What is best is the smallest product of the reconstruction error and a Fréchet
-distance to real digits, by another classifier that nobody trains against, on digits that are neither trained nor tested
-on.
+The table has both factors at 1, which for fixed weights is the plain sum, and the best of the same grid of sixteen.
+What is best is the smallest product of the reconstruction error and a Fréchet distance to the digits that went in, in
+the features of another classifier that nobody trains against, on digits that are neither trained nor tested on. All
+have the same steps, seeds and learning rate.
 
-Run it with ``python examples/codec.py``. It needs ``mtlbalance[examples]``.
+Found: the three ways are equally good with the best factors each, so what is gained is the search. With factors of 1
+the product is 2.4 times that of the best fixed weights for the sum, 1.5 times for the adaptive weight, 1.2 times for
+gradient shares; and 7, 9 and 13 of the sixteen factors come within a quarter of it.
+
+Esser et al., "Taming Transformers for High-Resolution Image Synthesis", CVPR 2021, https://arxiv.org/abs/2012.09841;
+Défossez et al., "High Fidelity Neural Audio Compression", TMLR 2023, https://arxiv.org/abs/2210.13438.
+
+Run it with ``python examples/codec.py``: about a minute and a half on two CPU cores. It needs ``mtlbalance[examples]``.
 """
 
 import itertools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +32,7 @@ import numpy as np
 import optax
 import show
 from digits import init_layers, load_images
+from sklearn.neural_network import MLPClassifier
 from tqdm import tqdm
 
 import mtlbalance as mtl
@@ -34,10 +41,9 @@ from mtlbalance import aggregation, scalarization
 # Widths of the layers.
 CODEC = {"encoder": (64, 64, 4), "decoder": (4, 64, 64, 64)}
 DISCRIMINATOR = 64, 64, 32, 1
-CLASSIFIER = 64, 48, 32, 10
 N_VALID = 347  # of 1347 training images
 BATCH_SIZE = 32
-LEARNING_RATE = 2e-3  # of all models, the classifiers too
+LEARNING_RATE = 2e-3
 GRID = [*itertools.product((0.01, 0.1, 1.0, 10.0), (0.001, 0.01, 0.1, 1.0))]  # feature and adversarial
 ALONE, ONES = (0.0, 0.0), (1.0, 1.0)
 CHOICES = [ALONE, *GRID]
@@ -63,7 +69,7 @@ def run_layers(params, x):
     for _, layer in sorted(params.items()):
         x = x @ layer["w"] + layer["b"]
         outputs.append(x)
-        x = jax.nn.leaky_relu(x, 0.1)
+        x = jax.nn.relu(x)
     return outputs
 
 
@@ -89,6 +95,12 @@ def codec(params, images, *_):
 
 def judge(discriminator, images):
     return run_layers(discriminator, images)[-1][:, 0]
+
+
+def train_classifier(images, labels, seed):
+    found = MLPClassifier((48, 32), random_state=seed, max_iter=1000).fit(images, labels)
+    layers = zip(found.coefs_, found.intercepts_, strict=True)
+    return {f"layer_{i}": {"w": jnp.asarray(w), "b": jnp.asarray(b)} for i, (w, b) in enumerate(layers)}
 
 
 # The losses, and what is measured.
@@ -209,28 +221,6 @@ def make_training(way, n_steps, images, classifier):
     return start, advance
 
 
-def train_classifier(key, images, labels, n_steps):
-    params, optimizer = init_network(key, CLASSIFIER), optax.adam(LEARNING_RATE)
-
-    def loss_fn(params, batch):
-        logits = run_layers(params, images[batch])[-1]
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]))
-
-    def step(carry, key):
-        params, opt_state = carry
-        gradient = jax.grad(loss_fn)(params, jax.random.randint(key, (BATCH_SIZE,), 0, len(images)))
-        updates, opt_state = optimizer.update(gradient, opt_state)
-        return (optax.apply_updates(params, updates), opt_state), None
-
-    return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, n_steps))[0][0]
-
-
-@partial(jax.jit, static_argnames="n_steps")
-def train_classifiers(key, images, labels, n_steps):
-    """One for the feature loss, and one that no loss sees."""
-    return [train_classifier(each, images, labels, n_steps) for each in jax.random.split(key)]
-
-
 measure_all = jax.jit(jax.vmap(measure, in_axes=(None, 0, None, None)))
 
 
@@ -304,7 +294,7 @@ def draw(found, rows, images, n_steps, output):
     tiles = [images[:N_SHOWN], *(found[name]["output"][i, 0] for name, i in rows.values())]
     tiles = np.stack(tiles).reshape(len(tiles), N_SHOWN, 8, 8)
     tiles = np.pad(tiles, [(0, 0), (0, 0), (1, 1), (1, 1)], constant_values=0.5)
-    size = {"figsize": (10.4, 5.2), "width_ratios": (1.7, 1), "sharey": "col", "sharex": "col"}
+    size = {"figsize": (9.6, 4.8), "width_ratios": (1.7, 1), "sharey": "col", "sharex": "col"}
     with show.picture(output, "Digits in and out", len(WAYS), 2, grid=False, **size) as (fig, axes):
         for ax in axes[:, 0]:
             ax.remove()
@@ -324,11 +314,11 @@ def draw(found, rows, images, n_steps, output):
 
 
 def main(argv=None):
-    args = show.arguments(__doc__, __file__, seed=0, steps=1500, seeds=5).parse_args(argv)
+    args = show.arguments(__doc__, __file__, steps=1500, seeds=5).parse_args(argv)
     (images, labels), test = ((x.reshape(len(x), -1), y) for x, y in load_images())
     data = {"training": (images[N_VALID:], labels[N_VALID:]), "validation": (images[:N_VALID], labels[:N_VALID])}
     data["test"] = test
-    networks = train_classifiers(jax.random.key(args.seed), *data["training"], min(500, args.steps))
+    networks = [train_classifier(*data["training"], seed) for seed in (0, 1)]
     found = {}
     with tqdm(total=len(WAYS) * args.steps, unit="step") as progress:
         for name, way in WAYS.items():
