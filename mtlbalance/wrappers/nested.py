@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtlbalance import base, numerics
-from mtlbalance.contract import check_is_method
+from mtlbalance import base, boundary, numerics
+from mtlbalance.contract import Nesting, check_is_method
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import reject
 from mtlbalance.mapped_axes import varying_as
-from mtlbalance.names import Names, groups_of, with_names
+from mtlbalance.names import Names, compile_with_names, groups_of, with_names
+from mtlbalance.state_checks import state_check
 from mtlbalance.states import count_seen, zero_counts
 from mtlbalance.wrappers.plumbing import check_method, state_after
 
@@ -121,8 +122,32 @@ def nested(
         ended = {name: inner[name].end_epoch(state.inner[name]) for name in names.entries}
         return state._replace(inner=ended, outer=outer.end_epoch(state.outer))
 
+
+    def inside(state, values, mask):
+        """The groups' scalars, the weight of each loss in each group, which groups are present, and the new state."""
+
+        def groups_and_rest(values):
+            groups, *rest = scalars(state, values, mask)
+            return groups, rest
+
+        groups, pullback, (present, new_state) = jax.vjp(groups_and_rest, jax.lax.stop_gradient(values), has_aux=True)
+        ones = varying_as(jnp.eye(len(inner), dtype=groups.dtype), groups)
+        return groups, jax.vmap(lambda one: pullback(one)[0])(ones), present, new_state
+
+    def nesting(init):
+        check = state_check(init, (init,), None if isinstance(outer, base.Scalarizer) else ())
+        read = boundary.reader(check, required=True)
+
+        def groups(state, values, *, mask=None):
+            call = read(state, values, mask)
+            scalars, weights, present, new_state = inside(state, call.values, call.mask)
+            named = {name: scalars[i] for i, name in enumerate(names.entries)}
+            return named, weights, present, boundary.settle("apply", call, new_state, state)
+
+        return Nesting(outer, compile_with_names(groups, losses_at=1, check=check))
+
     hooks = {"observe": observe, "end_epoch": end_epoch}
-    guard = {"after_gradient": _after_gradient(outer, inner, names.entries, each)}
+    after_gradient = _after_gradient(outer, inner, names.entries, each)
     if isinstance(outer, base.Scalarizer):
 
         def init(shape, dtype):
@@ -134,8 +159,15 @@ def nested(
             scalar, outer_state = over_groups(outer.apply, state.outer, groups, mask=present)
             return scalar, new_state._replace(outer=outer_state)
 
-        return base.scalarizer(init, apply, **hooks)._replace(**guard)
-    return _nested_aggregator(outer, len(inner), start, scalars, over_groups, hooks)._replace(**guard)
+        method = base.scalarizer(init, apply, **hooks)
+        return method._replace(after_gradient=after_gradient, nesting=nesting(init))
+
+    def init_rows(m, params, dtype):
+        groups = over_groups(outer.init, (len(inner), params))
+        return NestedState(zero_counts(m), start((m,), dtype), groups)
+
+    method = _nested_aggregator(outer, init_rows, inside, over_groups, hooks)
+    return method._replace(after_gradient=after_gradient, nesting=nesting(init_rows))
 
 
 def _after_gradient(outer, inner, entries, each):
@@ -153,38 +185,27 @@ def _after_gradient(outer, inner, entries, each):
     return after_gradient if any(method.after_gradient for method in (outer, *inner.values())) else None
 
 
-def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):
-    def init(m, params, dtype):
-        groups = over_groups(outer.init, (n_groups, params))
-        return NestedState(zero_counts(m), start((m,), dtype), groups)
+def _nested_aggregator(outer, init, inside, over_groups, hooks):
+    """The method of rows that are there for all losses; a training step computes a row for each group alone."""
 
     def of_groups(weigh, of_group):
         def weigh_nested(state, statistic, values, mask):
-            values = jax.lax.stop_gradient(values)
-
-            def groups_and_rest(values):
-                groups, *rest = scalars(state, values, mask)
-                return groups, rest
-
-            groups, pullback, (present, new_state) = jax.vjp(groups_and_rest, values, has_aux=True)
-            # The weight of each loss in each group.
-            ones = varying_as(jnp.eye(n_groups, dtype=groups.dtype), groups)
-            inside = jax.vmap(lambda one: pullback(one)[0])(ones)
+            groups, within, present, new_state = inside(state, values, mask)
             weights, outer_state = over_groups(
-                weigh, state.outer, of_group(inside, statistic), values=groups, mask=present
+                weigh, state.outer, of_group(within, statistic), values=groups, mask=present
             )
-            weights = jnp.matmul(jnp.where(present, weights, 0), inside, precision="highest")
+            weights = jnp.matmul(jnp.where(present, weights, 0), within, precision="highest")
             return weights, new_state._replace(outer=outer_state)
 
         return weigh and weigh_nested
 
-    def combine_rows(inside, jacobian):
+    def combine_rows(within, jacobian):
         # Wide, or the sums are rounded to the leaves' dtype: weights of small losses are beyond float16's range.
         jacobian = numerics.wide(jacobian)
-        return jax.vmap(lambda weights: combine(weights, jacobian))(inside)
+        return jax.vmap(lambda weights: combine(weights, jacobian))(within)
 
-    def combine_gramian(inside, gramian):
-        return jnp.linalg.multi_dot([inside, gramian, inside.T], precision="highest")
+    def combine_gramian(within, gramian):
+        return jnp.linalg.multi_dot([within, gramian, within.T], precision="highest")
 
     of_gramian = outer.gramian_weighting
     return base.aggregator(
