@@ -243,6 +243,25 @@ SCALARIZERS = [
         needs_positive=True,
     ),
     Case(
+        "residual_attention",
+        scalarization.residual_attention,
+        {"decay": (0.5, 0.999), "lr": (0.1, 0.01), "initial_multipliers": (1.0, 0.0)},
+        needs_positive=True,
+    ),
+    Case(
+        "vrba",
+        scalarization.vrba,
+        {
+            "decay": (0.5, 0.999),
+            "lr": (0.1, 0.01),
+            "c_log": (0.2, 1.0),
+            "phi": (0.5, 1.0),
+            "initial_multipliers": (1.0, 0.1),
+        },
+        needs_positive=True,
+    ),
+    Case("brdr", scalarization.brdr, {"beta_c": (0.5, 0.999), "beta_w": (0.5, 0.999)}, needs_positive=True),
+    Case(
         "lagrangian",
         bounded(scalarization.lagrangian, damping=0.3, kappa_p=0.5, nu=0.9),
         {
