@@ -173,6 +173,15 @@ def test_self_adaptive_points_start_where_they_are_told(shape):
     np.testing.assert_allclose(np.ravel(state.inner.multipliers), flat(starts) * (1 + flat(losses)), rtol=1e-6)
 
 
+def test_self_adaptive_points_of_one_group_start_where_they_are_told():
+    starts, losses = draw(3, seed=1), {"bc": jnp.zeros(2), "pde": draw(3, seed=2)}
+    learned = mtl.learn(scalarization.self_adaptive(starts), optax.sgd(0.5))
+    method = mtl.nested(scalarization.sum(), {"bc": scalarization.mean(), "pde": learned})
+    (_, state), weights = scalar_and_weights(method, method.init(losses), losses)
+    np.testing.assert_allclose(weights["pde"], starts**2, rtol=1e-6)
+    np.testing.assert_allclose(state.inner["pde"].inner.multipliers, starts * (1 + losses["pde"]), rtol=1e-6)
+
+
 def test_in_brdr_the_sum_of_the_means_of_groups_is_a_matter_of_scaling():
     """As the paper's loss: the rates, and their mean, are over all points."""
     pde, bc, method = draw(4, 6), draw(4, 2, seed=1), scalarization.brdr(0.9, 0.5)
