@@ -237,6 +237,31 @@ SCALARIZERS = [
     Case("minmax", scalarization.minmax, {"initial_logits": (0.0, 1.0)}, total="m"),
     Case("self_adaptive", scalarization.self_adaptive, {"initial_multipliers": (0.5, 1.0), "max_weight": (0.1, 1e12)}),
     Case(
+        "causal",
+        lambda tol=1.0, **kw: scalarization.causal((tol, 100.0), n_chunks=2, **kw),
+        {"tol": (0.0, 1.0, 10.0), "threshold": (0.0, 0.99)},
+        needs_positive=True,
+    ),
+    Case(
+        "residual_attention",
+        scalarization.residual_attention,
+        {"decay": (0.5, 0.999), "lr": (0.1, 0.01), "initial_multipliers": (1.0, 0.0)},
+        needs_positive=True,
+    ),
+    Case(
+        "vrba",
+        scalarization.vrba,
+        {
+            "decay": (0.5, 0.999),
+            "lr": (0.1, 0.01),
+            "c_log": (0.2, 1.0),
+            "phi": (0.5, 1.0),
+            "initial_multipliers": (1.0, 0.1),
+        },
+        needs_positive=True,
+    ),
+    Case("brdr", scalarization.brdr, {"beta_c": (0.5, 0.999), "beta_w": (0.5, 0.999)}, needs_positive=True),
+    Case(
         "lagrangian",
         bounded(scalarization.lagrangian, damping=0.3, kappa_p=0.5, nu=0.9),
         {

@@ -46,7 +46,9 @@ def nested(
     some of them with fixed weights. A group is absent if all its losses are.
 
     If ``outer`` is an aggregator its rows are the gradients of the groups' scalars, made of those of all losses with
-    the weights of the inner scalarizers, which are constants of differentiation: it reads the losses.
+    the weights of the inner scalarizers, which are constants of differentiation: it reads the losses. That takes the
+    gradient of every loss: too many where a group is the points of an equation. There ``losses_fn`` calls the group's
+    scalarizer, and the scalars are the losses (the README's "Weights of points").
 
     It needs the losses' names: ``init`` gets the losses, or ``grad_fn.init`` makes the state. :func:`carry_over` and
     :func:`aggregate`, which know the number of tasks alone, cannot serve it.
