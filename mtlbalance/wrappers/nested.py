@@ -45,10 +45,10 @@ def nested(
     has two. A group may be an array, of any length. With ``outer=sum()`` the tasks are divided among several methods,
     some of them with fixed weights. A group is absent if all its losses are.
 
-    If ``outer`` is an aggregator its rows are the gradients of the groups' scalars, made of those of all losses with
-    the weights of the inner scalarizers, which are constants of differentiation: it reads the losses. That takes the
-    gradient of every loss: too many where a group is the points of an equation. There ``losses_fn`` calls the group's
-    scalarizer, and the scalars are the losses (the README's "Weights of points").
+    If ``outer`` is an aggregator its rows are the gradients of the groups' scalars. The weights of the inner scalarizers
+    are constants of differentiation there, and it reads the losses. :func:`value_and_grad` computes a row for each group;
+    ``apply``, and a wrapper around all this, need one of each loss. With :func:`amortize` inside, as ``outer``,
+    ``refresh=False`` takes the groups' weights again, and those inside anew.
 
     It needs the losses' names: ``init`` gets the losses, or ``grad_fn.init`` makes the state. :func:`carry_over` and
     :func:`aggregate`, which know the number of tasks alone, cannot serve it.
@@ -59,7 +59,7 @@ def nested(
 
     Returns:
       A method of the family of ``outer`` with state :class:`NestedState`. The hooks act on all methods; ``outer``
-      observes the groups' scalars. :func:`amortize` goes around it.
+      observes the groups' scalars. Around it :func:`amortize` takes all weights again, those inside too.
 
     Raises:
       TypeError: if a method is of the wrong family.
@@ -123,7 +123,6 @@ def nested(
     def end_epoch(state):
         ended = {name: inner[name].end_epoch(state.inner[name]) for name in names.entries}
         return state._replace(inner=ended, outer=outer.end_epoch(state.outer))
-
 
     def inside(state, values, mask):
         """The groups' scalars, the weight of each loss in each group, which groups are present, and the new state."""
