@@ -259,7 +259,7 @@ def one_hot(i: chex.Numeric, values: chex.Array) -> chex.Array:
     return jnp.reshape(jnp.arange(values.size) == i, values.shape).astype(values.dtype)
 
 
-def map_each(fun: Callable[..., Any], xs: Any, batch_size: int | str, values: chex.Array) -> Any:
+def map_each(fun: Callable[..., Any], xs: Any, batch_size: Any, values: chex.Array) -> Any:
     """The function of each of ``xs``, one for each value: so many at a time, or all at once (``"vmap"``)."""
     if batch_size == "vmap" or batch_size >= values.size:
         return jax.vmap(fun)(xs)

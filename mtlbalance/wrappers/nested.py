@@ -45,10 +45,10 @@ def nested(
     has two. A group may be an array, of any length. With ``outer=sum()`` the tasks are divided among several methods,
     some of them with fixed weights. A group is absent if all its losses are.
 
-    If ``outer`` is an aggregator its rows are the gradients of the groups' scalars. The weights of the inner scalarizers
-    are constants of differentiation there, and it reads the losses. :func:`value_and_grad` computes a row for each group;
-    ``apply``, and a wrapper around all this, need one of each loss. With :func:`amortize` inside, as ``outer``,
-    ``refresh=False`` takes the groups' weights again, and those inside anew.
+    If ``outer`` is an aggregator its rows are the gradients of the groups' scalars. The weights of the inner
+    scalarizers are constants of differentiation there, and it reads the losses. :func:`value_and_grad` computes a row
+    for each group; ``apply``, and a wrapper around all this, need one of each loss. With :func:`amortize` inside, as
+    ``outer``, ``refresh=False`` takes the groups' weights again, and those inside anew.
 
     It needs the losses' names: ``init`` gets the losses, or ``grad_fn.init`` makes the state. :func:`carry_over` and
     :func:`aggregate`, which know the number of tasks alone, cannot serve it.
