@@ -182,6 +182,15 @@ def test_self_adaptive_points_of_one_group_start_where_they_are_told():
     np.testing.assert_allclose(state.inner["pde"].inner.multipliers, starts * (1 + losses["pde"]), rtol=1e-6)
 
 
+def test_in_brdr_a_point_that_comes_later_is_no_slower_than_the_others():
+    """Their averages are without the bias of the start: what stays as it is has the rate 1 from its first call on."""
+    method, losses = scalarization.brdr(0.9, 0.0), jnp.array([2.0, 0.5])
+    state = method.init(2)
+    for mask in [True, False], [True, False], [True, True]:
+        _, state = method.apply(state, losses, mask=jnp.array(mask))
+    np.testing.assert_allclose(state.weights, [1.0, 1.0], rtol=1e-6)
+
+
 def test_in_brdr_the_sum_of_the_means_of_groups_is_a_matter_of_scaling():
     """As the paper's loss: the rates, and their mean, are over all points."""
     pde, bc, method = draw(4, 6), draw(4, 2, seed=1), scalarization.brdr(0.9, 0.5)
