@@ -91,6 +91,7 @@ def test_an_equation_without_points_has_no_say():
         (lambda: scalarization.causal(n_components=2).init((3, 4)), r"n_components: .* found 2 for shape \(3, 4\)"),
         (lambda: scalarization.causal(n_components=2).init(5), r"n_components: .* found 2 for shape \(5,\)"),
         (lambda: scalarization.causal().init({"u": draw(4), "v": draw(4)}), "n_components: .* found 1 for {'u': 4"),
+        (lambda: scalarization.causal().init({"late": draw(4), "early": draw(2)}), "n_components: .* found 1 for {'e"),
         (
             lambda: scalarization.causal(n_components=2).init({"u": draw(4), "v": draw(2)}),
             "n_components: expected as many as the losses have names, whose arrays are of one length",
