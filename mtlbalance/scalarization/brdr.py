@@ -1,7 +1,7 @@
 """Balanced residual decay rates (BRDR): points weigh more whose residuals fall more slowly.
 
 Chen, Howard and Stinis, "Self-adaptive weights based on balanced residual decay rate for physics-informed neural
-networks and deep operator networks", Journal of Computational Physics 542, 2025, https://arxiv.org/abs/2407.01613
+networks and deep operator networks", 2024, https://arxiv.org/abs/2407.01613
 """
 
 from typing import NamedTuple

@@ -154,7 +154,7 @@ def _check_components(n_components, shape):
     if names is not None and names.n_leaves > 1 and len(names.entries) == n_points:
         arrays = Counter(_array_of(entry) for entry in names.entries)
         lengths = list(arrays.values())
-        is_one_array = n_components == 1 and set(lengths) == {1}
+        is_one_array = n_components == 1 and sum(length > 1 for length in lengths) <= 1
         if not is_one_array and lengths != [lengths[0]] * n_components:
             due = "as many as the losses have names, whose arrays are of one length (of one equation: one array)"
             reject("n_components", due, f"{n_components} for {dict(arrays)}")

@@ -91,6 +91,7 @@ def test_an_equation_without_points_has_no_say():
         (lambda: scalarization.causal(n_components=2).init((3, 4)), r"n_components: .* found 2 for shape \(3, 4\)"),
         (lambda: scalarization.causal(n_components=2).init(5), r"n_components: .* found 2 for shape \(5,\)"),
         (lambda: scalarization.causal().init({"u": draw(4), "v": draw(4)}), "n_components: .* found 1 for {'u': 4"),
+        (lambda: scalarization.causal().init({"late": draw(4), "early": draw(2)}), "n_components: .* found 1 for {'e"),
         (
             lambda: scalarization.causal(n_components=2).init({"u": draw(4), "v": draw(2)}),
             "n_components: expected as many as the losses have names, whose arrays are of one length",
@@ -180,6 +181,15 @@ def test_self_adaptive_points_of_one_group_start_where_they_are_told():
     (_, state), weights = scalar_and_weights(method, method.init(losses), losses)
     np.testing.assert_allclose(weights["pde"], starts**2, rtol=1e-6)
     np.testing.assert_allclose(state.inner["pde"].inner.multipliers, starts * (1 + losses["pde"]), rtol=1e-6)
+
+
+def test_in_brdr_a_point_that_comes_later_is_no_slower_than_the_others():
+    """Their averages are without the bias of the start: what stays as it is has the rate 1 from its first call on."""
+    method, losses = scalarization.brdr(0.9, 0.0), jnp.array([2.0, 0.5])
+    state = method.init(2)
+    for mask in [True, False], [True, False], [True, True]:
+        _, state = method.apply(state, losses, mask=jnp.array(mask))
+    np.testing.assert_allclose(state.weights, [1.0, 1.0], rtol=1e-6)
 
 
 def test_in_brdr_the_sum_of_the_means_of_groups_is_a_matter_of_scaling():
