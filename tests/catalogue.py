@@ -130,7 +130,8 @@ def nested_pairs(outer, inner, tasks=THREE):
 
     each = lambda part: named(part) if callable(part) else part and type(part)(*map(named, part))
     parts = {"init", "apply", "end_epoch", "observe", "weighting", "gramian_weighting"} & set(method._fields)
-    return method._replace(**{name: each(getattr(method, name)) for name in parts})
+    nesting = method.nesting._replace(groups=named(method.nesting.groups))
+    return method._replace(nesting=nesting, **{name: each(getattr(method, name)) for name in parts})
 
 
 def averaging(beta=0.9, beta_sigma=0.5, axis_name=None):

@@ -85,135 +85,139 @@ def nested(
         argument = f"inner[{name!r}]"
         check_is_method(argument, method, "a Scalarizer", base.Scalarizer)
         check_method(method, f"inner={{{name!r}: learn(method, optimizer)}}", argument=argument)
-    names = Names(tuple(sorted(inner)), len(inner))
-
-    def each(function):
-        """The function of every group's name, places and method, with the names inside known."""
-        found = groups_of("inner", names.entries)
-        results = {}
-        for name in names.entries:
-            places, names_inside = found[name]
-            with with_names(names_inside):
-                results[name] = function(name, np.array(places), inner[name])
-        return results
-
-    def over_groups(function, *args, **kwargs):
-        with with_names(names):
-            return function(*args, **kwargs)
-
-    def start(shape, dtype):
-        return each(lambda name, places, method: method.init(jax.ShapeDtypeStruct(places.shape, dtype)))
-
-    def scalars(state, values, mask):
-        call = lambda name, places, method: method.apply(state.inner[name], values[places], mask=mask[places])
-        results = each(call)
-        present = each(lambda name, places, method: jnp.any(mask[places]))
-        stack = lambda x: jnp.stack([x[name] for name in names.entries])
-        groups = stack({name: scalar for name, (scalar, _) in results.items()})
-        new_state = state._replace(inner={name: new for name, (_, new) in results.items()})
-        return groups, stack(present), count_seen(new_state, mask)
+    groups = _Groups(dict(sorted(inner.items())))
 
     def observe(state, values, mask):
-        groups, present, _ = scalars(state, values, mask)
-        observe_one = lambda name, places, method: method.observe(state.inner[name], values[places], mask=mask[places])
-        return state._replace(
-            inner=each(observe_one), outer=over_groups(outer.observe, state.outer, groups, mask=present)
-        )
+        scalars, present, _ = groups.scalars(state, values, mask)
+        of_one = lambda name, places, method: method.observe(state.inner[name], values[places], mask=mask[places])
+        new = groups.over(outer.observe, state.outer, scalars, mask=present)
+        return state._replace(inner=groups.each(of_one), outer=new)
 
     def end_epoch(state):
-        ended = {name: inner[name].end_epoch(state.inner[name]) for name in names.entries}
+        ended = {name: method.end_epoch(state.inner[name]) for name, method in groups.inner.items()}
         return state._replace(inner=ended, outer=outer.end_epoch(state.outer))
 
-    def inside(state, values, mask):
-        """The groups' scalars, the weight of each loss in each group, which groups are present, and the new state."""
-
-        def groups_and_rest(values):
-            groups, *rest = scalars(state, values, mask)
-            return groups, rest
-
-        groups, pullback, (present, new_state) = jax.vjp(groups_and_rest, jax.lax.stop_gradient(values), has_aux=True)
-        ones = varying_as(jnp.eye(len(inner), dtype=groups.dtype), groups)
-        return groups, jax.vmap(lambda one: pullback(one)[0])(ones), present, new_state
-
-    def nesting(init):
-        check = state_check(init, (init,), None if isinstance(outer, base.Scalarizer) else ())
-        read = boundary.reader(check, required=True)
-
-        def groups(state, values, *, mask=None):
-            call = read(state, values, mask)
-            scalars, weights, present, new_state = inside(state, call.values, call.mask)
-            named = {name: scalars[i] for i, name in enumerate(names.entries)}
-            return named, weights, present, boundary.settle("apply", call, new_state, state)
-
-        return Nesting(outer, compile_with_names(groups, losses_at=1, check=check))
-
-    hooks = {"observe": observe, "end_epoch": end_epoch}
-    after_gradient = _after_gradient(outer, inner, names.entries, each)
-    if isinstance(outer, base.Scalarizer):
-
-        def init(shape, dtype):
-            groups = over_groups(outer.init, jax.ShapeDtypeStruct((len(inner),), dtype))
-            return NestedState(zero_counts(shape), start(shape, dtype), groups)
-
-        def apply(state, values, mask):
-            groups, present, new_state = scalars(state, values, mask)
-            scalar, outer_state = over_groups(outer.apply, state.outer, groups, mask=present)
-            return scalar, new_state._replace(outer=outer_state)
-
-        method = base.scalarizer(init, apply, **hooks)
-        return method._replace(after_gradient=after_gradient, nesting=nesting(init))
-
-    def init_rows(m, params, dtype):
-        groups = over_groups(outer.init, (len(inner), params))
-        return NestedState(zero_counts(m), start((m,), dtype), groups)
-
-    method = _nested_aggregator(outer, init_rows, inside, over_groups, hooks)
-    return method._replace(after_gradient=after_gradient, nesting=nesting(init_rows))
+    build = _scalarizer if isinstance(outer, base.Scalarizer) else _aggregator
+    method, init = build(outer, groups, observe=observe, end_epoch=end_epoch)
+    return method._replace(after_gradient=_after_gradient(outer, groups), nesting=_nesting(outer, groups, init))
 
 
-def _after_gradient(outer, inner, entries, each):
+class _Groups(NamedTuple):
+    """The scalarizers of the groups, sorted by name. The functions are called with the losses' names known."""
+
+    inner: dict[str, base.Scalarizer]
+
+    def each(self, function):
+        """The function of every group's name, places and method, with the names inside known."""
+        found, results = groups_of("inner", tuple(self.inner)), {}
+        for name, method in self.inner.items():
+            places, names_inside = found[name]
+            with with_names(names_inside):
+                results[name] = function(name, np.array(places), method)
+        return results
+
+    def over(self, function, *args, **kwargs):
+        """A function of the groups' scalars, with their names known."""
+        with with_names(Names(tuple(self.inner), len(self.inner))):
+            return function(*args, **kwargs)
+
+    def init(self, shape, dtype):
+        return self.each(lambda name, places, method: method.init(jax.ShapeDtypeStruct(places.shape, dtype)))
+
+    def scalars(self, state, values, mask):
+        """Those of the groups, which are present, and the state with all but ``outer`` new."""
+        call = lambda name, places, method: method.apply(state.inner[name], values[places], mask=mask[places])
+        scalars, states = zip(*self.each(call).values(), strict=True)
+        present = self.each(lambda name, places, method: jnp.any(mask[places]))
+        new_state = state._replace(inner=dict(zip(self.inner, states, strict=True)))
+        return jnp.stack(scalars), jnp.stack([*present.values()]), count_seen(new_state, mask)
+
+    def inside(self, state, values, mask):
+        """The groups' scalars, and the weight of each loss in each group; then as :meth:`scalars`."""
+
+        def scalars_and_rest(values):
+            scalars, *rest = self.scalars(state, values, mask)
+            return scalars, rest
+
+        scalars, pullback, rest = jax.vjp(scalars_and_rest, jax.lax.stop_gradient(values), has_aux=True)
+        ones = varying_as(jnp.eye(len(scalars), dtype=scalars.dtype), scalars)
+        return scalars, jax.vmap(lambda one: pullback(one)[0])(ones), *rest
+
+
+def _nesting(outer, groups, init):
+    """For a training step."""
+    check = state_check(init, (init,), None if isinstance(outer, base.Scalarizer) else ())
+    read = boundary.reader(check, required=True)
+
+    def public_groups(state, values, *, mask=None):
+        call = read(state, values, mask)
+        scalars, weights, present, new_state = groups.inside(state, call.values, call.mask)
+        named = dict(zip(groups.inner, scalars, strict=True))
+        return named, weights, present, boundary.settle("apply", call, new_state, state)
+
+    return Nesting(outer, compile_with_names(public_groups, losses_at=1, check=check))
+
+
+def _after_gradient(outer, groups):
     """What tells the guards of the groups and of the method over them of a step; ``None`` without a guard."""
 
     def after_gradient(old, new, finite, dropped=None):
-        of_inner, of_outer = dict.fromkeys(entries), None
+        of_inner, of_outer = dict.fromkeys(groups.inner), None
         if dropped is not None:  # places need the losses' names, which who asks by hand does not give
-            of_inner = each(lambda name, places, method: dropped[places])
-            of_outer = jnp.stack([jnp.any(of_inner[name]) for name in entries])
-        after = lambda name: state_after(inner[name], old.inner[name], new.inner[name], finite, of_inner[name])
-        states = {name: after(name) for name in entries}
+            of_inner = groups.each(lambda name, places, method: dropped[places])
+            of_outer = jnp.stack([jnp.any(x) for x in of_inner.values()])
+        after = lambda name, method: state_after(method, old.inner[name], new.inner[name], finite, of_inner[name])
+        states = {name: after(name, method) for name, method in groups.inner.items()}
         return new._replace(inner=states, outer=state_after(outer, old.outer, new.outer, finite, of_outer))
 
-    return after_gradient if any(method.after_gradient for method in (outer, *inner.values())) else None
+    return after_gradient if any(method.after_gradient for method in (outer, *groups.inner.values())) else None
 
 
-def _nested_aggregator(outer, init, inside, over_groups, hooks):
-    """The method of rows that are there for all losses; a training step computes a row for each group alone."""
+def _scalarizer(outer, groups, **hooks):
+    def init(shape, dtype):
+        of_groups = groups.over(outer.init, jax.ShapeDtypeStruct((len(groups.inner),), dtype))
+        return NestedState(zero_counts(shape), groups.init(shape, dtype), of_groups)
 
-    def of_groups(weigh, of_group):
+    def apply(state, values, mask):
+        scalars, present, new_state = groups.scalars(state, values, mask)
+        scalar, outer_state = groups.over(outer.apply, state.outer, scalars, mask=present)
+        return scalar, new_state._replace(outer=outer_state)
+
+    return base.scalarizer(init, apply, **hooks), init
+
+
+def _aggregator(outer, groups, **hooks):
+    """Of rows that are there for all losses: a training step computes one for each group alone."""
+
+    def init(m, params, dtype):
+        of_groups = groups.over(outer.init, (len(groups.inner), params))
+        return NestedState(zero_counts(m), groups.init((m,), dtype), of_groups)
+
+    def of_losses(weigh, of_group):
         def weigh_nested(state, statistic, values, mask):
-            groups, within, present, new_state = inside(state, values, mask)
-            weights, outer_state = over_groups(
-                weigh, state.outer, of_group(within, statistic), values=groups, mask=present
-            )
-            weights = jnp.matmul(jnp.where(present, weights, 0), within, precision="highest")
+            scalars, inside, present, new_state = groups.inside(state, values, mask)
+            statistic = of_group(inside, statistic)
+            weights, outer_state = groups.over(weigh, state.outer, statistic, values=scalars, mask=present)
+            weights = jnp.matmul(jnp.where(present, weights, 0), inside, precision="highest")
             return weights, new_state._replace(outer=outer_state)
 
         return weigh and weigh_nested
 
-    def combine_rows(within, jacobian):
+    def combine_rows(inside, jacobian):
         # Wide, or the sums are rounded to the leaves' dtype: weights of small losses are beyond float16's range.
         jacobian = numerics.wide(jacobian)
-        return jax.vmap(lambda weights: combine(weights, jacobian))(within)
+        return jax.vmap(lambda weights: combine(weights, jacobian))(inside)
 
-    def combine_gramian(within, gramian):
-        return jnp.linalg.multi_dot([within, gramian, within.T], precision="highest")
+    def combine_gramian(inside, gramian):
+        return jnp.linalg.multi_dot([inside, gramian, inside.T], precision="highest")
 
     of_gramian = outer.gramian_weighting
-    return base.aggregator(
+    method = base.aggregator(
         init,
-        weighting=of_groups(outer.weighting.apply, combine_rows),
-        gramian_weighting=of_groups(of_gramian and of_gramian.apply, combine_gramian),
+        weighting=of_losses(outer.weighting.apply, combine_rows),
+        gramian_weighting=of_losses(of_gramian and of_gramian.apply, combine_gramian),
         reads_losses=True,
         nan_if_nonfinite=False,
         **hooks,
     )
+    return method, init
