@@ -106,6 +106,8 @@ def causal(
         _check_components(n_components, values.shape)
         values = numerics.nonnegative(values)
         losses, present = (jnp.reshape(x, (n_components, -1)) for x in (jax.lax.stop_gradient(values), mask))
+        # XLA takes seconds to count many points that it knows are present, and no time to count others.
+        present = jax.lax.optimization_barrier(present)
         chunks, sizes = jax.vmap(lambda mask: _cut(mask, n_chunks))(present)
         places = jnp.ravel(chunks + n_chunks * jnp.arange(n_components)[:, None])
         added = jnp.ravel(jnp.where(present, losses, 0))
