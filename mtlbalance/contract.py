@@ -11,6 +11,20 @@ from mtlbalance.hyperparameters import reject
 Hook = Callable[..., Any]
 
 
+class Nesting(NamedTuple):
+    """A method over the scalars of groups of losses, so that a training step computes a row for each group alone.
+
+    Attributes:
+      outer: the method over the groups; its state is the field ``outer`` of the whole one's.
+      groups: ``(state, values, *, mask=None) -> (scalars, inside, present, new_state)``: the groups' scalars by name,
+        the weight of each loss in each group ``[groups, losses]``, which groups are present, and the state with all
+        but ``outer`` new.
+    """
+
+    outer: Any
+    groups: Callable[..., Any]
+
+
 class Scalarizer(NamedTuple):
     """A method that turns losses into one scalar.
 
@@ -37,6 +51,7 @@ class Scalarizer(NamedTuple):
         step by telling it the state from before, the one that ``apply`` made, whether the gradient is finite, which
         ``apply`` does not see, and which tasks ``nonfinite="drop_task"`` has dropped; the state it returns is the next.
         ``None`` for all others. See :func:`mtlbalance.skip_nonfinite`.
+      nesting: of a method over groups of losses, see :func:`mtlbalance.nested`; ``None`` for all others.
     """
 
     init: Callable[..., Any]
@@ -47,6 +62,7 @@ class Scalarizer(NamedTuple):
     jacobian_shaped: tuple[str, ...] = ()
     last_weights: Callable[..., Any] | None = None
     after_gradient: Callable[..., Any] | None = None
+    nesting: Nesting | None = None
 
 
 class Weighting(NamedTuple):
@@ -117,7 +133,7 @@ class Aggregator(NamedTuple):
         ``"transformation.*"``: each leaf in it has one entry per task, of any shape. Rows and entries of tasks whose
         gradient does not count stay as they were.
       last_weights: as in :class:`Scalarizer`, of shape ``[m]``.
-      after_gradient: as in :class:`Scalarizer`.
+      after_gradient, nesting: as in :class:`Scalarizer`.
     """
 
     init: Callable[..., Any]
@@ -131,6 +147,7 @@ class Aggregator(NamedTuple):
     jacobian_shaped: tuple[str, ...] = ()
     last_weights: Callable[..., Any] | None = None
     after_gradient: Callable[..., Any] | None = None
+    nesting: Nesting | None = None
 
 
 def check_is_method(argument: str, method: Any, expected: str, *families: type) -> None:

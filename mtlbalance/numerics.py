@@ -177,6 +177,12 @@ def nonnegative(x: chex.Array) -> chex.Array:
     return x * nan_where(x < 0)
 
 
+def relative_roots(values: chex.Array, mask: chex.Array) -> chex.Array:
+    """The roots of the values over the largest one present: from 0 to 1, zeros of zeros. Constants."""
+    roots = jnp.where(mask, jnp.sqrt(jnp.maximum(jax.lax.stop_gradient(values), 0)), 0)
+    return roots / scale(roots)
+
+
 def held(
     x: chex.Array, bound: Callable[[chex.Array], chex.Array], returns: chex.Array
 ) -> tuple[chex.Array, chex.Array]:

@@ -140,11 +140,16 @@ def unbiased_average(average: chex.Array, new: chex.Array, decay: chex.Numeric, 
       decay: from 0 to 1.
       seen: the calls before this one.
     """
-    count, decay = optax.safe_increment(seen), jnp.asarray(decay, average.dtype)
+    rate = unbiased_rate(decay, seen, average.dtype)
+    return jnp.where(seen == 0, new, average + rate * (new - average))
+
+
+def unbiased_rate(decay: chex.Numeric, seen: chex.Array, dtype: chex.ArrayDType) -> chex.Array:
+    """The share of a call in :func:`unbiased_average`, with ``seen`` before it: 1 at first."""
+    count, decay = optax.safe_increment(seen), jnp.asarray(decay, dtype)
     below = jnp.where(decay == 1, 0, decay)
     rate = (1 - below) / bias_correction(below, count)
-    rate = jnp.where(decay == 1, mean_rate(seen, average.dtype), rate)
-    return jnp.where(seen == 0, new, average + rate * (new - average))
+    return jnp.where(decay == 1, mean_rate(seen, dtype), rate)
 
 
 def split_key(state, impl):

@@ -130,7 +130,8 @@ def nested_pairs(outer, inner, tasks=THREE):
 
     each = lambda part: named(part) if callable(part) else part and type(part)(*map(named, part))
     parts = {"init", "apply", "end_epoch", "observe", "weighting", "gramian_weighting"} & set(method._fields)
-    return method._replace(**{name: each(getattr(method, name)) for name in parts})
+    nesting = method.nesting._replace(groups=named(method.nesting.groups))
+    return method._replace(nesting=nesting, **{name: each(getattr(method, name)) for name in parts})
 
 
 def averaging(beta=0.9, beta_sigma=0.5, axis_name=None):
@@ -236,6 +237,31 @@ SCALARIZERS = [
     Case("dtp", scalarization.dtp, {"gamma": (0.0, 0.5, 2.0), "alpha": (0.1, 1.0)}),
     Case("minmax", scalarization.minmax, {"initial_logits": (0.0, 1.0)}, total="m"),
     Case("self_adaptive", scalarization.self_adaptive, {"initial_multipliers": (0.5, 1.0), "max_weight": (0.1, 1e12)}),
+    Case(
+        "causal",
+        lambda tol=1.0, **kw: scalarization.causal((tol, 100.0), n_chunks=2, **kw),
+        {"tol": (0.0, 1.0, 10.0), "threshold": (0.0, 0.99)},
+        needs_positive=True,
+    ),
+    Case(
+        "residual_attention",
+        scalarization.residual_attention,
+        {"decay": (0.5, 0.999), "lr": (0.1, 0.01), "initial_multipliers": (1.0, 0.0)},
+        needs_positive=True,
+    ),
+    Case(
+        "vrba",
+        scalarization.vrba,
+        {
+            "decay": (0.5, 0.999),
+            "lr": (0.1, 0.01),
+            "c_log": (0.2, 1.0),
+            "phi": (0.5, 1.0),
+            "initial_multipliers": (1.0, 0.1),
+        },
+        needs_positive=True,
+    ),
+    Case("brdr", scalarization.brdr, {"beta_c": (0.5, 0.999), "beta_w": (0.5, 0.999)}, needs_positive=True),
     Case(
         "lagrangian",
         bounded(scalarization.lagrangian, damping=0.3, kappa_p=0.5, nu=0.9),

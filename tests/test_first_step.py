@@ -100,7 +100,8 @@ def test_every_method_without_arguments_does_something(family, name, monkeypatch
     # Another direction than the sum's, or another length from step to step.
     size = np.abs(weights).max()
     unequal, changes = np.ptp(weights, axis=1).max() / size, np.ptp(weights, axis=0).max() / size
-    assert max(unequal, changes, residuals.max()) > 1e-3
+    least = 3e-4 if name == "brdr" else 1e-3  # of whose weights each step keeps 0.999
+    assert max(unequal, changes, residuals.max()) > least
     if name == "famo":
         assert jnp.any(variables["state"].logits != 0)  # which only the second look changes
 

@@ -39,6 +39,8 @@ KEYWORDS = {
     "pbi reference": (partial(scalarization.pbi, 1.0, weights=RIGHT), "reference"),
     "minmax initial_logits": (scalarization.minmax, "initial_logits"),
     "self_adaptive initial_multipliers": (scalarization.self_adaptive, "initial_multipliers"),
+    "residual_attention initial_multipliers": (scalarization.residual_attention, "initial_multipliers"),
+    "vrba initial_multipliers": (scalarization.vrba, "initial_multipliers"),
     "lagrangian bounds": (scalarization.lagrangian, "bounds"),
     "aggregation constant weights": (aggregation.constant, "weights"),
     "upgrad pref_vector": (aggregation.upgrad, "pref_vector"),

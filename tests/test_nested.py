@@ -190,3 +190,53 @@ def test_narrow_gradients_are_added_up_in_float32():
     expected, _ = method.gramian_weighting.apply(state, mtl.gramian.gramian(rows), values=losses)
     assert jnp.all(jnp.isfinite(found))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# A training step.
+
+
+def pointwise_fn(n_points):
+    """Residuals at many points, and two losses."""
+    points = np.linspace(0, 1, n_points, dtype=np.float32)
+
+    def losses_fn(params, shift=0.0):
+        at_points = jnp.square(jnp.tanh(jnp.outer(points, params["w"]) - shift).sum(1) - jnp.sin(points))
+        return {"bc": jnp.square(params["w"][:2] - 1.0), "pde": at_points}
+
+    return losses_fn
+
+
+POINTWISE = {"bc": scalarization.sum(), "pde": scalarization.causal(0.1, n_chunks=4)}
+
+
+def test_a_step_keeps_a_row_for_each_group_and_none_for_each_point():
+    """Nor does it grow with the points but by some arrays of their number for each group."""
+    method, params = mtl.nested(aggregation.mgda(), POINTWISE), {"w": jnp.ones(1000)}
+    kept = []
+    for n in 10, 100:
+        grad_fn = mtl.value_and_grad(pointwise_fn(n), method, rows="vmap")
+        compiled = jax.jit(grad_fn).lower(params, grad_fn.init(params)).compile()
+        kept.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert (
+        kept[1] - kept[0] <= 90 * 1000 * 4 * 1.5
+    )  # what the model keeps at a point; a row of each would be as much again
+
+
+@pytest.mark.parametrize("outer", [scalarization.famo(), aggregation.grad_norm_weights()], ids=["famo", "grad_norm"])
+def test_the_outer_weights_alone_are_taken_again(outer):
+    """As those of tasks are, every thousand steps, while the weights of points follow every step."""
+    method, losses_fn = mtl.nested(mtl.amortize(outer), POINTWISE), pointwise_fn(8)
+    grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)
+    (_, state, _), _ = grad_fn(PARAMS, grad_fn.init(PARAMS), refresh=True)
+    step = jax.jit(grad_fn)
+    (losses, again, weights), grads = step(PARAMS, state, 0.5, refresh=jnp.array(False))
+    chex.assert_trees_all_equal(again.outer.last_weights, state.outer.last_weights)
+    causal = POINTWISE["pde"]
+    (_, pde), inside = jax.value_and_grad(causal.apply, argnums=1, has_aux=True)(state.inner["pde"], losses["pde"])
+    chex.assert_trees_all_close(again.inner["pde"], pde, rtol=1e-6)
+    np.testing.assert_allclose(weights["pde"], state.outer.last_weights[1] * inside, rtol=1e-5)
+    np.testing.assert_allclose(weights["bc"], np.full(2, state.outer.last_weights[0]), rtol=1e-6)
+    of_weighted = lambda params: sum(jnp.sum(weights[k] * x) for k, x in losses_fn(params, 0.5).items())
+    chex.assert_trees_all_close(grads, jax.grad(of_weighted)(PARAMS), rtol=1e-4)
+    (_, anew, _), _ = step(PARAMS, state, 0.5, refresh=jnp.array(True))
+    assert not np.allclose(anew.outer.last_weights, state.outer.last_weights, rtol=1e-3)

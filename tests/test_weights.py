@@ -99,7 +99,8 @@ def test_a_term_is_no_task(name):
     found, expected = everything(method, start(method)), everything(bare, start(bare), mask=OTHERS)
     if isinstance(bare, mtl.Scalarizer):
         np.testing.assert_allclose(found["weights"], expected["weights"].at[1].set(0.25), rtol=3e-7)
-        rounding = 3e-7 if name == "scalarization-capu" else 0  # what its state has of the last losses is a sum
+        # What their states have of the last losses is a sum of products, which compilers fuse.
+        rounding = 3e-7 if name in ("scalarization-capu", "scalarization-vrba") else 0
         chex.assert_trees_all_close(found["state"].inner, expected["state"], rtol=rounding, atol=0)
         return
     for path in found.keys() - {"apply"}:

@@ -113,8 +113,9 @@ def _decide_by_visits(rowwise, state, point, mask, restrict):
     return Decision(evaluated, state, None, gradient)
 
 
-def decide_or_repeat(method, refresh, decide, state, evaluated, present):
+def decide_or_repeat(method, state, point, present, refresh, decide):
     """The decision anew, or the last weights again."""
+    evaluated = point.evaluated
     if method.last_weights is None:
         expected = "a method that keeps its last weights, mtl.amortize(method), outside of mtl.chain"
         reject("refresh", expected, "one that does not")

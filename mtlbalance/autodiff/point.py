@@ -86,7 +86,7 @@ def of_losses(losses_fn, params, args, kwargs, *, has_aux, totals=None) -> Point
     values, pull, outputs = jax.vjp(values_of, params, has_aux=True)
     weighted = _weighted(pull, values, params)
     row = lambda i: weighted(one_hot(i, values))
-    rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n, values)
+    rows = lambda restrict, n: map_each(lambda i: restrict(row(i)), jnp.arange(values.size), n, values)
     return point_at(values, outputs, Pullback(weighted, row, rows, n_bytes(pull)))
 
 
@@ -115,7 +115,7 @@ def of_own_data(loss_fn, params, args, kwargs, *, has_aux, totals=None) -> Point
 
     def rows(restrict, n):
         # Not pulled back from one-hot weights: that would differentiate every task's data for every row.
-        jacobian = _map(lambda task: restrict(gradient(task)), tasks if n == "vmap" else on_all, n, values)
+        jacobian = map_each(lambda task: restrict(gradient(task)), tasks if n == "vmap" else on_all, n, values)
         return jax.tree.map(lambda x: with_whole_tasks(x, 1), jacobian)
 
     return point_at(values, outputs, Pullback(_weighted(pull, values, params), row, rows, n_bytes(pull)))
@@ -164,7 +164,7 @@ def of_features(trunk_and_heads, params, args, kwargs, *, has_aux, totals=None) 
         # Of the other heads nothing is in a row, where zero times what they have may be NaN.
         return from_features(jax.tree.map(lambda x: x[i], jacobian), alone, alone.astype(bool))
 
-    rows = lambda restrict, n: _map(lambda i: restrict(row(i)), jnp.arange(values.size), n, values)
+    rows = lambda restrict, n: map_each(lambda i: restrict(row(i)), jnp.arange(values.size), n, values)
     finite = lambda: jnp.stack([*map(all_finite, zip(head_gradients, rows_of_features, strict=True))])
     pullback = Pullback(weighted, row, rows, n_bytes(pull_features), (jacobian, from_features), finite)
     return point_at(values, (losses, (trunk_aux, aux) if has_aux else None), pullback)
@@ -259,7 +259,8 @@ def one_hot(i: chex.Numeric, values: chex.Array) -> chex.Array:
     return jnp.reshape(jnp.arange(values.size) == i, values.shape).astype(values.dtype)
 
 
-def _map(fun, xs, batch_size, values):
+def map_each(fun: Callable[..., Any], xs: Any, batch_size: Any, values: chex.Array) -> Any:
+    """The function of each of ``xs``, one for each value: so many at a time, or all at once (``"vmap"``)."""
     if batch_size == "vmap" or batch_size >= values.size:
         return jax.vmap(fun)(xs)
     if batch_size == 1:

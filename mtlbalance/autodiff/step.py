@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from mtlbalance.autodiff.apart import heads_apart, rows_apart
 from mtlbalance.autodiff.decide import balanced, decide_by, decide_or_repeat, ones, read_present
+from mtlbalance.autodiff.groups import over_groups
 from mtlbalance.autodiff.options import (
     check_at,
     check_is_possible,
@@ -176,7 +177,8 @@ def value_and_grad(
     check_nonfinite(nonfinite, rows, method)
     drops = nonfinite is not None
     problem = Problem(losses_fn, shared, decide_on, at, has_aux, task_axis, microbatches, allow_int, apart=drops)
-    possible = possible_rows(method, rows, problem.own_data, microbatches)
+    decider = method if method.nesting is None else method.nesting.outer
+    possible = possible_rows(decider, rows, problem.own_data, microbatches)
     if drops and "vmap" in possible:
         possible = ("vmap",)  # they have been kept to look at them
 
@@ -190,10 +192,11 @@ def value_and_grad(
             point, finite = _without_nonfinite(problem, method, rows, params, restrict, point)
             present = jnp.ones_like(finite) if present is None else present
             present, dropped = present & finite, present & ~finite
-        chosen = at if at == "features" else rows or problem.cheapest_rows(possible, point, restrict(params))
-        decide = partial(decide_by, method, state, point, present, restrict, chosen, rows)
-        again = partial(decide_or_repeat, method, refresh, decide, state, point.evaluated, present)
-        decision = decide() if refresh is None else again()
+        keeps_rows = drops or problem.own_data or at == "features"
+        *given, of_losses = over_groups(method, state, point, present, keeps_rows=keeps_rows)
+        chosen = at if at == "features" else rows or problem.cheapest_rows(possible, given[2], restrict(params))
+        decide = partial(decide_by, *given, restrict, chosen, rows)
+        decision = of_losses(decide() if refresh is None else decide_or_repeat(*given, refresh, decide))
 
         evaluated, new_state, weights, gradient = decision
         if gradient is None or decide_on is not None:

@@ -1,6 +1,8 @@
 """Losses to one scalar: one file per method."""
 
+from mtlbalance.scalarization.brdr import BRDRState, brdr
 from mtlbalance.scalarization.capu import CAPUState, capu
+from mtlbalance.scalarization.causal import CausalState, causal
 from mtlbalance.scalarization.coba import CoBaState, coba
 from mtlbalance.scalarization.constant import constant
 from mtlbalance.scalarization.cosmos import cosmos
@@ -20,6 +22,7 @@ from mtlbalance.scalarization.minmax import MinMaxState, minmax
 from mtlbalance.scalarization.pbi import pbi
 from mtlbalance.scalarization.random import random
 from mtlbalance.scalarization.relobralo import ReLoBRaLoState, relobralo
+from mtlbalance.scalarization.residual_attention import ResidualAttentionState, residual_attention
 from mtlbalance.scalarization.revised_uw import RevisedUWState, revised_uw
 from mtlbalance.scalarization.scale_invariant import scale_invariant
 from mtlbalance.scalarization.self_adaptive import SelfAdaptiveState, self_adaptive
@@ -30,10 +33,13 @@ from mtlbalance.scalarization.sum import sum
 from mtlbalance.scalarization.uw import UWState, uw
 from mtlbalance.scalarization.uw_o import uw_o
 from mtlbalance.scalarization.uw_so import uw_so
+from mtlbalance.scalarization.vrba import VRBAState, vrba
 from mtlbalance.states import RandomState, SeenState
 
 __all__ = [
+    "BRDRState",
     "CAPUState",
+    "CausalState",
     "CoBaState",
     "CoVWeightingState",
     "DTPState",
@@ -48,6 +54,7 @@ __all__ = [
     "MinMaxState",
     "RandomState",
     "ReLoBRaLoState",
+    "ResidualAttentionState",
     "RevisedUWState",
     "SLAWState",
     "STCHState",
@@ -55,7 +62,10 @@ __all__ = [
     "SelfAdaptiveState",
     "SoftAdaptState",
     "UWState",
+    "VRBAState",
+    "brdr",
     "capu",
+    "causal",
     "coba",
     "constant",
     "cosmos",
@@ -75,6 +85,7 @@ __all__ = [
     "pbi",
     "random",
     "relobralo",
+    "residual_attention",
     "revised_uw",
     "scale_invariant",
     "self_adaptive",
@@ -85,4 +96,5 @@ __all__ = [
     "uw",
     "uw_o",
     "uw_so",
+    "vrba",
 ]

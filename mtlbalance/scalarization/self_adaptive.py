@@ -44,7 +44,8 @@ def self_adaptive(
 
     Note:
       The paper weighs every collocation point, and its code starts with random multipliers. Here there is one for
-      each loss; for a weight per point give the points' losses as the values.
+      each loss: for a weight per point, of a fixed pool of points, give their squared residuals as the values, an array
+      of any shape, and ``initial_multipliers`` of that shape, such as :func:`jax.random.uniform`'s.
 
     Args:
       initial_multipliers: start of :math:`\lambda`, not zero: one real number, or one per task (an array or a tree of

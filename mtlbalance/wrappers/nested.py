@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtlbalance import base, numerics
-from mtlbalance.contract import check_is_method
+from mtlbalance import base, boundary, numerics
+from mtlbalance.contract import Nesting, check_is_method
 from mtlbalance.gramian import combine
 from mtlbalance.hyperparameters import reject
 from mtlbalance.mapped_axes import varying_as
-from mtlbalance.names import Names, groups_of, with_names
+from mtlbalance.names import Names, compile_with_names, groups_of, with_names
+from mtlbalance.state_checks import state_check
 from mtlbalance.states import count_seen, zero_counts
 from mtlbalance.wrappers.plumbing import check_method, state_after
 
@@ -44,8 +45,10 @@ def nested(
     has two. A group may be an array, of any length. With ``outer=sum()`` the tasks are divided among several methods,
     some of them with fixed weights. A group is absent if all its losses are.
 
-    If ``outer`` is an aggregator its rows are the gradients of the groups' scalars, made of those of all losses with
-    the weights of the inner scalarizers, which are constants of differentiation: it reads the losses.
+    If ``outer`` is an aggregator its rows are the gradients of the groups' scalars. The weights of the inner
+    scalarizers are constants of differentiation there, and it reads the losses. :func:`value_and_grad` computes a row
+    for each group; ``apply``, and a wrapper around all this, need one of each loss. With :func:`amortize` inside, as
+    ``outer``, ``refresh=False`` takes the groups' weights again, and those inside anew.
 
     It needs the losses' names: ``init`` gets the losses, or ``grad_fn.init`` makes the state. :func:`carry_over` and
     :func:`aggregate`, which know the number of tasks alone, cannot serve it.
@@ -56,7 +59,7 @@ def nested(
 
     Returns:
       A method of the family of ``outer`` with state :class:`NestedState`. The hooks act on all methods; ``outer``
-      observes the groups' scalars. :func:`amortize` goes around it.
+      observes the groups' scalars. Around it :func:`amortize` takes all weights again, those inside too.
 
     Raises:
       TypeError: if a method is of the wrong family.
@@ -82,97 +85,119 @@ def nested(
         argument = f"inner[{name!r}]"
         check_is_method(argument, method, "a Scalarizer", base.Scalarizer)
         check_method(method, f"inner={{{name!r}: learn(method, optimizer)}}", argument=argument)
-    names = Names(tuple(sorted(inner)), len(inner))
-
-    def each(function):
-        """The function of every group's name, places and method, with the names inside known."""
-        found = groups_of("inner", names.entries)
-        results = {}
-        for name in names.entries:
-            places, names_inside = found[name]
-            with with_names(names_inside):
-                results[name] = function(name, np.array(places), inner[name])
-        return results
-
-    def over_groups(function, *args, **kwargs):
-        with with_names(names):
-            return function(*args, **kwargs)
-
-    def start(shape, dtype):
-        return each(lambda name, places, method: method.init(jax.ShapeDtypeStruct(places.shape, dtype)))
-
-    def scalars(state, values, mask):
-        call = lambda name, places, method: method.apply(state.inner[name], values[places], mask=mask[places])
-        results = each(call)
-        present = each(lambda name, places, method: jnp.any(mask[places]))
-        stack = lambda x: jnp.stack([x[name] for name in names.entries])
-        groups = stack({name: scalar for name, (scalar, _) in results.items()})
-        new_state = state._replace(inner={name: new for name, (_, new) in results.items()})
-        return groups, stack(present), count_seen(new_state, mask)
+    groups = _Groups(dict(sorted(inner.items())))
 
     def observe(state, values, mask):
-        groups, present, _ = scalars(state, values, mask)
-        observe_one = lambda name, places, method: method.observe(state.inner[name], values[places], mask=mask[places])
-        return state._replace(
-            inner=each(observe_one), outer=over_groups(outer.observe, state.outer, groups, mask=present)
-        )
+        scalars, present, _ = groups.scalars(state, values, mask)
+        of_one = lambda name, places, method: method.observe(state.inner[name], values[places], mask=mask[places])
+        new = groups.over(outer.observe, state.outer, scalars, mask=present)
+        return state._replace(inner=groups.each(of_one), outer=new)
 
     def end_epoch(state):
-        ended = {name: inner[name].end_epoch(state.inner[name]) for name in names.entries}
+        ended = {name: method.end_epoch(state.inner[name]) for name, method in groups.inner.items()}
         return state._replace(inner=ended, outer=outer.end_epoch(state.outer))
 
-    hooks = {"observe": observe, "end_epoch": end_epoch}
-    guard = {"after_gradient": _after_gradient(outer, inner, names.entries, each)}
-    if isinstance(outer, base.Scalarizer):
-
-        def init(shape, dtype):
-            groups = over_groups(outer.init, jax.ShapeDtypeStruct((len(inner),), dtype))
-            return NestedState(zero_counts(shape), start(shape, dtype), groups)
-
-        def apply(state, values, mask):
-            groups, present, new_state = scalars(state, values, mask)
-            scalar, outer_state = over_groups(outer.apply, state.outer, groups, mask=present)
-            return scalar, new_state._replace(outer=outer_state)
-
-        return base.scalarizer(init, apply, **hooks)._replace(**guard)
-    return _nested_aggregator(outer, len(inner), start, scalars, over_groups, hooks)._replace(**guard)
+    build = _scalarizer if isinstance(outer, base.Scalarizer) else _aggregator
+    method, init = build(outer, groups, observe=observe, end_epoch=end_epoch)
+    return method._replace(after_gradient=_after_gradient(outer, groups), nesting=_nesting(outer, groups, init))
 
 
-def _after_gradient(outer, inner, entries, each):
+class _Groups(NamedTuple):
+    """The scalarizers of the groups, sorted by name. The functions are called with the losses' names known."""
+
+    inner: dict[str, base.Scalarizer]
+
+    def each(self, function):
+        """The function of every group's name, places and method, with the names inside known."""
+        found, results = groups_of("inner", tuple(self.inner)), {}
+        for name, method in self.inner.items():
+            places, names_inside = found[name]
+            with with_names(names_inside):
+                results[name] = function(name, np.array(places), method)
+        return results
+
+    def over(self, function, *args, **kwargs):
+        """A function of the groups' scalars, with their names known."""
+        with with_names(Names(tuple(self.inner), len(self.inner))):
+            return function(*args, **kwargs)
+
+    def init(self, shape, dtype):
+        return self.each(lambda name, places, method: method.init(jax.ShapeDtypeStruct(places.shape, dtype)))
+
+    def scalars(self, state, values, mask):
+        """Those of the groups, which are present, and the state with all but ``outer`` new."""
+        call = lambda name, places, method: method.apply(state.inner[name], values[places], mask=mask[places])
+        scalars, states = zip(*self.each(call).values(), strict=True)
+        present = self.each(lambda name, places, method: jnp.any(mask[places]))
+        new_state = state._replace(inner=dict(zip(self.inner, states, strict=True)))
+        return jnp.stack(scalars), jnp.stack([*present.values()]), count_seen(new_state, mask)
+
+    def inside(self, state, values, mask):
+        """The groups' scalars, and the weight of each loss in each group; then as :meth:`scalars`."""
+
+        def scalars_and_rest(values):
+            scalars, *rest = self.scalars(state, values, mask)
+            return scalars, rest
+
+        scalars, pullback, rest = jax.vjp(scalars_and_rest, jax.lax.stop_gradient(values), has_aux=True)
+        ones = varying_as(jnp.eye(len(scalars), dtype=scalars.dtype), scalars)
+        return scalars, jax.vmap(lambda one: pullback(one)[0])(ones), *rest
+
+
+def _nesting(outer, groups, init):
+    """For a training step."""
+    check = state_check(init, (init,), None if isinstance(outer, base.Scalarizer) else ())
+    read = boundary.reader(check, required=True)
+
+    def public_groups(state, values, *, mask=None):
+        call = read(state, values, mask)
+        scalars, weights, present, new_state = groups.inside(state, call.values, call.mask)
+        named = dict(zip(groups.inner, scalars, strict=True))
+        return named, weights, present, boundary.settle("apply", call, new_state, state)
+
+    return Nesting(outer, compile_with_names(public_groups, losses_at=1, check=check))
+
+
+def _after_gradient(outer, groups):
     """What tells the guards of the groups and of the method over them of a step; ``None`` without a guard."""
 
     def after_gradient(old, new, finite, dropped=None):
-        of_inner, of_outer = dict.fromkeys(entries), None
+        of_inner, of_outer = dict.fromkeys(groups.inner), None
         if dropped is not None:  # places need the losses' names, which who asks by hand does not give
-            of_inner = each(lambda name, places, method: dropped[places])
-            of_outer = jnp.stack([jnp.any(of_inner[name]) for name in entries])
-        after = lambda name: state_after(inner[name], old.inner[name], new.inner[name], finite, of_inner[name])
-        states = {name: after(name) for name in entries}
+            of_inner = groups.each(lambda name, places, method: dropped[places])
+            of_outer = jnp.stack([jnp.any(x) for x in of_inner.values()])
+        after = lambda name, method: state_after(method, old.inner[name], new.inner[name], finite, of_inner[name])
+        states = {name: after(name, method) for name, method in groups.inner.items()}
         return new._replace(inner=states, outer=state_after(outer, old.outer, new.outer, finite, of_outer))
 
-    return after_gradient if any(method.after_gradient for method in (outer, *inner.values())) else None
+    return after_gradient if any(method.after_gradient for method in (outer, *groups.inner.values())) else None
 
 
-def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):
+def _scalarizer(outer, groups, **hooks):
+    def init(shape, dtype):
+        of_groups = groups.over(outer.init, jax.ShapeDtypeStruct((len(groups.inner),), dtype))
+        return NestedState(zero_counts(shape), groups.init(shape, dtype), of_groups)
+
+    def apply(state, values, mask):
+        scalars, present, new_state = groups.scalars(state, values, mask)
+        scalar, outer_state = groups.over(outer.apply, state.outer, scalars, mask=present)
+        return scalar, new_state._replace(outer=outer_state)
+
+    return base.scalarizer(init, apply, **hooks), init
+
+
+def _aggregator(outer, groups, **hooks):
+    """Of rows that are there for all losses: a training step computes one for each group alone."""
+
     def init(m, params, dtype):
-        groups = over_groups(outer.init, (n_groups, params))
-        return NestedState(zero_counts(m), start((m,), dtype), groups)
+        of_groups = groups.over(outer.init, (len(groups.inner), params))
+        return NestedState(zero_counts(m), groups.init((m,), dtype), of_groups)
 
-    def of_groups(weigh, of_group):
+    def of_losses(weigh, of_group):
         def weigh_nested(state, statistic, values, mask):
-            values = jax.lax.stop_gradient(values)
-
-            def groups_and_rest(values):
-                groups, *rest = scalars(state, values, mask)
-                return groups, rest
-
-            groups, pullback, (present, new_state) = jax.vjp(groups_and_rest, values, has_aux=True)
-            # The weight of each loss in each group.
-            ones = varying_as(jnp.eye(n_groups, dtype=groups.dtype), groups)
-            inside = jax.vmap(lambda one: pullback(one)[0])(ones)
-            weights, outer_state = over_groups(
-                weigh, state.outer, of_group(inside, statistic), values=groups, mask=present
-            )
+            scalars, inside, present, new_state = groups.inside(state, values, mask)
+            statistic = of_group(inside, statistic)
+            weights, outer_state = groups.over(weigh, state.outer, statistic, values=scalars, mask=present)
             weights = jnp.matmul(jnp.where(present, weights, 0), inside, precision="highest")
             return weights, new_state._replace(outer=outer_state)
 
@@ -187,11 +212,12 @@ def _nested_aggregator(outer, n_groups, start, scalars, over_groups, hooks):
         return jnp.linalg.multi_dot([inside, gramian, inside.T], precision="highest")
 
     of_gramian = outer.gramian_weighting
-    return base.aggregator(
+    method = base.aggregator(
         init,
-        weighting=of_groups(outer.weighting.apply, combine_rows),
-        gramian_weighting=of_groups(of_gramian and of_gramian.apply, combine_gramian),
+        weighting=of_losses(outer.weighting.apply, combine_rows),
+        gramian_weighting=of_losses(of_gramian and of_gramian.apply, combine_gramian),
         reads_losses=True,
         nan_if_nonfinite=False,
         **hooks,
     )
+    return method, init
