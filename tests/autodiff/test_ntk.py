@@ -234,7 +234,13 @@ def at_own_points(params, points):
 REFUSED = {
     "no function": (TypeError, r"residuals_fn: expected a function", {"ics": u}, {}, ({},)),
     "no block": (ValueError, r"block_size: expected an int of at least 1", residuals_fn, {"block_size": 0}, ()),
-    "losses": (ValueError, r"residuals_fn\['bcs'\]\['slopes'\]: expected residuals of 5 points .*, found shape \(\)", of_means, {}, (POINTS,)),
+    "losses": (
+        ValueError,
+        r"residuals_fn\['bcs'\]\['slopes'\]: expected residuals of 5 points .*, found shape \(\)",
+        of_means,
+        {},
+        (POINTS,),
+    ),
     "no arguments": (
         ValueError,
         r"residuals_fn\['ics'\]: expected residuals of 1 points .*pointwise=False",
