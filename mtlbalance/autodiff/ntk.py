@@ -41,8 +41,8 @@ def diag_ntk(
     positional argument is a dict of the same names, each name has points of its own, as many as it likes; else all
     residuals are at the same points. What is no point goes by keyword.
 
-    The function is called with one point at a time, many side by side: all gradients together take some three times as
-    long as that of the sum of the residuals, and no more memory for more points. So a residual must depend on its own
+    The function is called with one point at a time, many side by side: all gradients together take three to four times
+    as long as that of the sum of the residuals, and no more memory for more points. So a residual must depend on its own
     point alone. Where it does not, as that of an integral, or where the points are no arguments, ``pointwise=False``
     pulls every residual back through all points: exact for any function, in a time that grows with the square of their
     number, and memory with it.
@@ -101,7 +101,8 @@ def diag_ntk(
             return _squared_norms(partial(residuals_at, points=points), params, restrict, size)
         shapes = jax.eval_shape(residuals_at, params, points)
         if isinstance(shapes, dict) and all(isinstance(x, dict) and x.keys() == shapes.keys() for x in points):
-            return jax.tree.map(of_name, type(shapes)(zip(shapes, shapes, strict=True)))
+            each, top = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=lambda x: x is not shapes)
+            return top.unflatten([of_name(key.key) for (key,), _ in each])
         return _of_points(residuals_at, params, points, restrict, size)
 
     return diagonal_fn
@@ -173,14 +174,13 @@ def _of_points(residuals_of, params, points, restrict, block_size, name=""):
 
 def _cut(x, n_blocks):
     """Blocks of every so many points, so that points that are split over devices stay where they are."""
-    whole = x
+    missing = -len(x) % n_blocks
     try:
-        if missing := -len(x) % n_blocks:
-            x = jnp.concatenate([x, x[:missing]])  # whose results are dropped
-        return jnp.moveaxis(x.reshape(-1, n_blocks, *x.shape[1:]), 1, 0)
+        filled = jnp.concatenate([x, x[:missing]]) if missing else x  # the results of these are dropped
+        return jnp.moveaxis(filled.reshape(-1, n_blocks, *x.shape[1:]), 1, 0)
     except Exception as error:  # on an Explicit mesh
         expected = "one that divides the number of points and is divisible by that of the devices"
-        raise ValueError(f"block_size: expected {expected}, found {n_blocks} blocks of {jax.typeof(whole)}") from error
+        raise ValueError(f"block_size: expected {expected}, found {n_blocks} blocks of {jax.typeof(x)}") from error
 
 
 def _squared_norms(residuals_of, params, restrict, block_size):
@@ -206,10 +206,8 @@ def _squared_norms(residuals_of, params, restrict, block_size):
 
     for path, x in jax.tree.leaves_with_path(residuals):
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            where, expected = f"residuals_fn{jax.tree_util.keystr(path)}", "floating point numbers"
-            reject(
-                where, f"{expected} (of complex ones the real and the imaginary part)", f"dtype {x.dtype}", TypeError
-            )
+            expected = "floating point numbers (of complex ones the real and the imaginary part)"
+            reject(f"residuals_fn{jax.tree_util.keystr(path)}", expected, f"dtype {x.dtype}", TypeError)
     return treedef.unflatten(map(of_leaf, range(len(leaves))))
 
 
