@@ -42,10 +42,10 @@ def diag_ntk(
     residuals are at the same points. What is no point goes by keyword.
 
     The function is called with one point at a time, many side by side: all gradients together take three to four times
-    as long as that of the sum of the residuals, and no more memory for more points. So a residual must depend on its own
-    point alone. Where it does not, as that of an integral, or where the points are no arguments, ``pointwise=False``
-    pulls every residual back through all points: exact for any function, in a time that grows with the square of their
-    number, and memory with it.
+    as long as that of the sum of the residuals, and no more memory for more points. So a residual must depend on its
+    own point alone. Where it does not, as that of an integral, or where the points are no arguments,
+    ``pointwise=False`` pulls every residual back through all points: exact for any function, in a time that grows with
+    the square of their number, and memory with it.
 
     Args:
       residuals_fn: returns real floating point numbers. A point may have several, on further axes.
