@@ -5,26 +5,26 @@ by symbol, in padded sequences of up to 48. Beside the main loss there are the z
 multi-token prediction (MTP): a head for the symbol after the next one.
 
 **Micro-batches.** As ``mtl.Counted`` losses they have the whole batch's gradients, to rounding; the mean of
-micro-batches' means is off by a tenth or more for the main loss, as sequences differ in length. MaxText, in its snapshot of
-August 2026 (``utils/gradient_accumulation.py``, ``trainers/pre_train/train.py``), adds the means of MTP and balance to
-the sum of cross entropies, z-loss included, and divides the gradients by all tokens. The first two come out too short,
-by the tokens of one micro-batch: 162 times here, 32,768 times with 8 sequences of 4096. The loss that it logs is right.
-The balance is that of each sequence, as there: Switch's, of all tokens of a batch, is no sum over its micro-batches.
+micro-batches' means is a tenth or more off for the main loss, as sequences differ in length. MaxText, in its snapshot
+of August 2026 (``utils/gradient_accumulation.py``, ``trainers/pre_train/train.py``), adds the means of MTP and balance
+to the sum of cross entropies, z-loss included, and divides the gradients by all tokens. The first two come out too
+short, by the tokens of one micro-batch: 162 times here, 32,768 times with 8 sequences of 4096. The loss that it logs is
+right. The balance is that of each sequence, as there: that of Switch, of all tokens of a batch, is no sum over its
+micro-batches.
 
 **Weights.** All sensible ones end within 0.03 nats per character of each other, where rounding alone moves an end by
 0.01, and none is clearly better than the main loss alone. The plain sum is 0.46 worse than the usual weights, as its
 z-loss holds the logits back; UW, which raises the weight of what gets small, 0.73; UW with z-loss and balance beside it
-0.09. UPGrad, bloop and MTP warmed up, all with the usual weights, move the main loss by less than the seeds do. What the
-auxiliary losses bring is what they are for: a head of 2.88 nats for the symbol after the next, and experts of which the
-busiest gets 30% of the tokens. With the lengths of MaxText these are 3.21 and 37%, and the main loss does not show it.
-The learning rate is one for all: of 0.01, 0.02 and 0.04 the best for the main loss alone, the sum and the usual weights;
-UW, at its best with 0.04, stays last.
+0.09. UPGrad, bloop and MTP warmed up, all with the usual weights, move the main loss by less than the seeds do. What
+the auxiliary losses bring is what they are for: a head of 2.88 nats for the symbol after the next, and experts of which
+the busiest gets 30% of the tokens. With the lengths of MaxText these are 3.21 and 37%, and the main loss does not show
+it. The learning rate is one for all: of 0.01, 0.02 and 0.04 the best for the main loss alone, the sum and the usual
+weights; UW, at its best with 0.04, stays last.
 
 z-loss: https://arxiv.org/abs/2204.02311. Balance: https://arxiv.org/abs/2101.03961. MTP:
 https://arxiv.org/abs/2412.19437. A closed attempt to mend it: https://github.com/AI-Hypercomputer/maxtext/pull/3311.
 
-Run it with ``python examples/language_model.py``: about two minutes on two CPU cores. It needs
-``mtlbalance[examples]``.
+Run it with ``python examples/language_model.py``: two minutes on two CPU cores. It needs ``mtlbalance[examples]``.
 """
 
 import itertools
