@@ -29,6 +29,7 @@ TINY = {
     "recurrent": (["--epochs", "1"], "On the test images, by rows read"),
     "two_stages": (["--steps", "5"], "How far the network is off"),
     "constrained": (["--epochs", "1"], "What the sum's error costs the digits"),
+    "reinforcement_learning": (["--updates", "2", "--seeds", "2"], "The entropy bonus outside and inside"),
     "mixed_precision": (["--epochs", "1"], "On the test images, and in the gradients"),
     "distributed": (["--steps", "10"], "Relative distance at most"),  # and fails if it is more than rounding
 }
