@@ -32,6 +32,7 @@ TINY = {
     "energy_forces": (["--steps", "2", "--seeds", "1"], "On the test clusters"),
     "codec": (["--steps", "2", "--seeds", "1"], "On the test digits"),
     "language_model": (["--steps", "2", "--parts", "1", "--seeds", "2"], "What the auxiliary losses cost and bring"),
+    "reinforcement_learning": (["--updates", "2", "--seeds", "2"], "The entropy bonus outside and inside"),
     "mixed_precision": (["--epochs", "1"], "On the test images, and in the gradients"),
     "distributed": (["--steps", "10"], "Relative distance at most"),  # and fails if it is more than rounding
 }
