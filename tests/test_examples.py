@@ -28,12 +28,13 @@ TINY = {
     "grouping": (["--epochs", "1"], "On the test images"),
     "recurrent": (["--epochs", "1"], "On the test images, by rows read"),
     "two_stages": (["--steps", "5"], "How far the network is off"),
+    "pinn": (["--steps", "5"], "Allen-Cahn until t = 0.5"),
     "constrained": (["--epochs", "1"], "What the sum's error costs the digits"),
     "mixed_precision": (["--epochs", "1"], "On the test images, and in the gradients"),
     "distributed": (["--steps", "10"], "Relative distance at most"),  # and fails if it is more than rounding
 }
 WITHOUT_PICTURE = ("minimal", "mixed_precision", "distributed")
-MODULES = ("digits", "show")  # of what the others share
+MODULES = ("digits", "pinn_problems", "show")  # of what the others share
 
 
 def test_every_example_is_run():

@@ -1,6 +1,7 @@
 """Losses to one scalar: one file per method."""
 
 from mtlbalance.scalarization.capu import CAPUState, capu
+from mtlbalance.scalarization.causal import CausalState, causal
 from mtlbalance.scalarization.coba import CoBaState, coba
 from mtlbalance.scalarization.constant import constant
 from mtlbalance.scalarization.cosmos import cosmos
@@ -34,6 +35,7 @@ from mtlbalance.states import RandomState, SeenState
 
 __all__ = [
     "CAPUState",
+    "CausalState",
     "CoBaState",
     "CoVWeightingState",
     "DTPState",
@@ -56,6 +58,7 @@ __all__ = [
     "SoftAdaptState",
     "UWState",
     "capu",
+    "causal",
     "coba",
     "constant",
     "cosmos",
