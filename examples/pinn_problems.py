@@ -119,10 +119,10 @@ def allen_cahn(end):
         return x**2 * jnp.cos(jnp.pi * x)
 
     def predict(params, inputs):
-        """Even and periodic in x by its features, as the solution is."""
+        """Even and periodic in x by its features, as the solution is: cosines, and a square, for the start's kink."""
         t, x = inputs[:, :1], inputs[:, 1:]
         waves = jnp.cos(jnp.pi * jnp.arange(1, HARMONICS + 1, dtype=x.dtype) * x)
-        return network(params, jnp.concatenate([2 * t / end - 1, waves], axis=1))
+        return network(params, jnp.concatenate([2 * t / end - 1, x**2, waves], axis=1))
 
     def residuals(params, points):
         u = lambda inputs: predict(params, inputs)
@@ -135,16 +135,17 @@ def allen_cahn(end):
         }
 
     def draw(key, n, dtype):
-        """Sorted by time, as causal weights want it: as a lattice is."""
+        """Sorted by time, as causal weights want it; in half of space, and densest where all begins to grow from 0."""
         inside, start = jax.random.split(key)
-        x = lattice(start, n // 8, dtype)[:, 0]
-        inside = lattice(inside, n, dtype) * jnp.array([end, 1], dtype)
-        return {"inside": inside, "start": jnp.stack([jnp.zeros_like(x), x], axis=1)}
+        t, x = lattice(inside, n, dtype).T
+        first = lattice(start, n // 8, dtype)[:, 0] ** 2
+        inside = jnp.stack([end * t, x**2], axis=1)
+        return {"inside": inside, "start": jnp.stack([jnp.zeros_like(first), first], axis=1)}
 
     t, x, expected = by_fourier(end, n_steps=1000, n_points=512)
     some = slice(None, None, 20), slice(None, None, 4)
     grid, expected = np.stack(np.meshgrid(t, x, indexing="ij"), axis=-1)[some], expected[some]
-    start = lambda key: init_params((1 + HARMONICS, 32, 32, 32, 1), key)
+    start = lambda key: init_params((2 + HARMONICS, 32, 32, 32, 1), key)
     title = f"Allen-Cahn until t = {end:g}"
     return Problem(title, "start", scalarization.causal, predict, residuals, draw, start, grid, expected, ("t", "x"))
 
