@@ -13,8 +13,9 @@ weights against 0.011 for the best of the sweep (1 : 10) and 0.020 for equal one
 (0.21) and the norms (0.045) are worse, but the best of the sweep is not (0.012). One learning rate serves all arms: on
 Helmholtz 0.01 is better than 0.003 for equal weights and for the norms, and as good for 1 : 100.
 
-Run it with ``python examples/pinn.py``: some two minutes on two CPU cores. ``--full`` takes rounds of 1000 steps, and
-Allen-Cahn to its end with four seeds of fewer arms. It needs ``mtlbalance[examples]``.
+Run it with ``python examples/pinn.py``: some two minutes on two CPU cores. It needs ``mtlbalance[examples]``. With
+``--full``, which takes 20 minutes, rounds have 1000 steps and Allen-Cahn goes to its end, with four seeds of fewer
+arms: the first one with causal weights and 1 : 100 is off by 0.45 after Adam, and after L-BFGS by 0.0022.
 
 The causal weights are those of Wang et al., "Respecting causality is all you need for training physics-informed neural
 networks", 2022, https://arxiv.org/abs/2203.07404, the norms those of jaxpi, https://arxiv.org/abs/2308.08468.
@@ -84,7 +85,8 @@ def make_plans(steps, full):
     longer = Plan(
         lr=5e-3, n_points=1024, steps=1000, adam=6, lbfgs=8, memory=200, seeds=4, weights=(1, 100), tols=(10.0,)
     )
-    # Under `vmap` a line search computes both sides of what it decides, and so many points leave a processor's cache.
+    # One after the other takes half of a processor's time: under `vmap` a line search computes both sides of what it
+    # decides. An accelerator is for `vmap`.
     longer = longer._replace(together=False)
     return [(helmholtz(), plan), (allen_cahn(1.0), longer)]
 
