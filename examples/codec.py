@@ -14,8 +14,8 @@ What is best is the smallest product of the reconstruction error and a Fréchet 
 the features of another classifier that nobody trains against, on digits that are neither trained nor tested on. All
 have the same steps, seeds and learning rate.
 
-Found: with the best factors each, neither is better than the best fixed weights: 1.08 +- 0.13 times their product for
-the adaptive weight, 1.05 +- 0.07 for gradient shares. What they save is the search. With factors of 1 it is 2.5 times
+Found: with the best factors each, neither is better than the best fixed weights: 1.08 ± 0.13 times their product for
+the adaptive weight, 1.05 ± 0.07 for gradient shares. What they save is the search. With factors of 1 it is 2.5 times
 for the plain sum, 1.8 for the adaptive weight, 1.2 for gradient shares; and 4, 6 and 10 of the sixteen factors come
 within a quarter of the best fixed weights.
 
@@ -26,6 +26,7 @@ Run it with ``python examples/codec.py``: about a minute and a half on two CPU c
 """
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,6 @@ GRID = [*itertools.product((0.01, 0.1, 1.0, 10.0), (0.001, 0.01, 0.1, 1.0))]  # 
 ALONE, ONES = (0.0, 0.0), (1.0, 1.0)
 CHOICES = [ALONE, *GRID]
 N_SHOWN = 10
-N_CHUNKS = 20  # of a training, between which the bar moves
 
 
 # The networks.
@@ -186,18 +186,22 @@ def make_training(way, n_steps, images, classifier):
         method = build(run["feature"], run["adversarial"])
         return mtl.value_and_grad((codec, heads), method, return_weights=True, **options)
 
+    def keys(run):
+        return jax.random.split(jax.random.key(run["seed"]), 3)
+
     def start(run):
-        codec_key, discriminator_key = jax.random.split(jax.random.key(run["seed"]))
+        codec_key, discriminator_key, _ = keys(run)
         params, discriminator = init_codec(codec_key), init_network(discriminator_key, DISCRIMINATOR)
         state = gradient_of(run).init((params, no_params), images[:BATCH_SIZE], discriminator)
         return (params, optimizer.init(params), state), (discriminator, optimizer.init(discriminator))
 
     def advance(run, carry, steps):
         grad_fn = gradient_of(run)
+        *_, batch_key = keys(run)
 
         def step(carry, number):
             (params, opt_state, state), (discriminator, its_opt_state) = carry
-            key = jax.random.fold_in(jax.random.key(run["seed"]), number)
+            key = jax.random.fold_in(batch_key, number)
             batch = images[jax.random.randint(key, (BATCH_SIZE,), 0, len(images))]
             (_, state, weights), (gradient, _) = grad_fn((params, no_params), state, batch, discriminator)
             updates, opt_state = optimizer.update(gradient, opt_state)
@@ -228,22 +232,18 @@ measure_all = jax.jit(jax.vmap(measure, in_axes=(None, 0, None, None)))
 
 def train(way, n_steps, seeds, data, networks, progress):
     """All choices and seeds of a way in one program: what was measured, ``[choice, seed]``, outputs, and shares."""
-    runs = [(*factors, seed) for factors in CHOICES for seed in range(seeds)]
+    runs = [(*choice, seed) for choice in CHOICES for seed in range(seeds)]
     runs = dict(zip(("feature", "adversarial", "seed"), map(np.array, zip(*runs, strict=True)), strict=True))
     start, advance = make_training(way, n_steps, data["training"][0], networks[0])
     advance = jax.jit(jax.vmap(advance, in_axes=(0, 0, None)), donate_argnums=1)
-    carry, shares = jax.jit(jax.vmap(start))(runs), []
-    for steps in np.array_split(np.arange(n_steps), min(N_CHUNKS, n_steps)):
-        carry, of_chunk = advance(runs, carry, steps)
-        shares.append(np.asarray(of_chunk))
-        progress.update(len(steps))
+    carry, of_parts = show.in_parts(partial(advance, runs), jax.jit(jax.vmap(start))(runs), n_steps, progress)
     params = carry[0][0]
     by_choice = lambda tree: jax.tree.map(lambda x: np.reshape(x, (len(CHOICES), seeds, *x.shape[1:])), tree)
     return {
         "validation": by_choice(measure_all(networks, params, *data["validation"])),
         "test": by_choice(measure_all(networks, params, *data["test"])),
         "output": by_choice(jax.vmap(codec, in_axes=(0, None))(params, data["test"][0][:N_SHOWN])),
-        "shares": by_choice(np.stack(shares, axis=1)),
+        "shares": by_choice(np.stack(of_parts, axis=1)),
     }
 
 
@@ -276,19 +276,16 @@ def print_table(found, rows):
         metrics = {key: x[i] for key, x in found[name]["test"].items()}
         ratio = product(metrics) / product(found["fixed weights"]["test"])[best]
         near = np.sum(best_of(found[name])[1][1:] < 1.25 * products[best])
-        mean_of = lambda x, digits: f"{x.mean():.{digits}f} ± {x.std():.{digits}f}"
-        numbers = [mean_of(metrics[key], 3) for key in ("reconstruction", "feature")]
-        numbers += mean_of(metrics["Fréchet"], 2), f"{metrics['read'].mean():.1%}", mean_of(ratio, 2)
+        numbers = [show.spread(metrics[key], 3) for key in ("reconstruction", "feature")]
+        numbers += show.spread(metrics["Fréchet"]), f"{metrics['read'].mean():.1%}", show.spread(ratio)
         chosen = ", ".join(f"{factor:g}" for factor in CHOICES[i])
         cells.append((row, chosen, *numbers, f"{near} of {len(GRID)}" if row.endswith("best") else ""))
     columns = "weights", "factors", "pixels ↓", "features ↓", "Fréchet ↓", "read ↑", "product ↓", "near"
-    about = (
-        "factors: the feature's and the adversarial one. pixels, features: the reconstruction and the feature loss. "
-    )
+    about = "factors: the feature's and the adversarial one. pixels, features: reconstruction and feature loss. "
     about += "Fréchet, read: distance and accuracy by another classifier. Means and standard deviations of the seeds. "
     about += "product: of pixels and Fréchet, over that of the best fixed weights on the same seed. near: how many of "
     about += "the grid's factors are within a quarter of those, on the digits to choose by."
-    show.print_table("On the test digits", columns, cells, about, width=118)
+    show.print_table("On the test digits", columns, cells, about, width=124)
 
 
 def draw(found, rows, images, n_steps, output):

@@ -10,7 +10,7 @@ times the energy, then the energy ten times the forces. That schedule, nine fixe
 get the same number of steps and the same seeds, each with the best of three learning rates. What is best is the
 smallest product of both errors, whatever their units, on clusters that are neither trained nor tested on.
 
-Found: UW's product of both errors is 0.82 +- 0.11 of that of the best fixed weight, 30: its weight of the energy rises
+Found: UW's product of both errors is 0.82 ± 0.11 of that of the best fixed weight, 30: its weight of the energy rises
 from 1 to 200 as the energy's loss falls. The plain sum has 1.6, the two stages 1.35. Gradient norms, IMTL-G and UPGrad
 do not help beyond what a sweep of fixed weights finds: 1.3 to 1.6.
 
@@ -43,7 +43,6 @@ CUTOFF = 3.0
 CENTERS = np.linspace(0.8, CUTOFF, 20)
 WIDTH = 32
 BATCH_SIZE = 16
-N_CHUNKS = 20  # of a training, between which the bar moves
 LEARNING_RATES = 1e-2, 3e-2, 1e-1
 ENERGY_WEIGHTS = 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0  # of the sweep; the forces' is 1
 
@@ -165,20 +164,25 @@ def make_training(build, n_steps, train_clusters):
         grad_fn = mtl.value_and_grad(task_losses, build(run["weight"], n_steps), return_weights=True)
         return grad_fn, optax.adam(optax.cosine_decay_schedule(run["learning rate"], n_steps))
 
-    def draw(key):
+    def keys(run):
+        return jax.random.split(jax.random.key(run["seed"]))
+
+    def draw_batch(key):
         return jax.tree.map(lambda x: x[jax.random.randint(key, (BATCH_SIZE,), 0, N_TRAIN)], train_clusters)
 
     def start(run):
         grad_fn, optimizer = parts(run)
-        params = init_params(jax.random.key(run["seed"]))
-        return params, optimizer.init(params), grad_fn.init(params, draw(jax.random.key(0)))
+        params_key, batch_key = keys(run)
+        params = init_params(params_key)
+        return params, optimizer.init(params), grad_fn.init(params, draw_batch(batch_key))
 
     def advance(run, carry, steps):
         grad_fn, optimizer = parts(run)
+        _, batch_key = keys(run)
 
         def step(carry, number):
             params, opt_state, state = carry
-            batch = draw(jax.random.fold_in(jax.random.key(run["seed"]), number))
+            batch = draw_batch(jax.random.fold_in(batch_key, number))
             (_, state, weights), gradient = grad_fn(params, state, batch)
             updates, opt_state = optimizer.update(gradient, opt_state)
             return (optax.apply_updates(params, updates), opt_state, state), weights
@@ -194,7 +198,7 @@ class Row(NamedTuple):
 
     validation: np.ndarray  # the product of both errors, on the clusters to choose by
     test: np.ndarray  # energy and forces
-    ratios: np.ndarray  # the energy's weight over the forces' in every chunk
+    ratios: np.ndarray  # the energy's weight over the forces' in every part
     learning_rate: float
 
 
@@ -205,11 +209,8 @@ def train(build, weights, n_steps, seeds, clusters, progress):
     train_clusters, valid_clusters, test_clusters = clusters
     start, advance = make_training(build, n_steps, train_clusters)
     advance = jax.jit(jax.vmap(advance, in_axes=(0, 0, None)), donate_argnums=1)
-    carry, ratios = jax.jit(jax.vmap(start))(runs), []
-    for steps in np.array_split(np.arange(n_steps), min(N_CHUNKS, n_steps)):
-        carry, of_chunk = advance(runs, carry, steps)
-        ratios.append(of_chunk["energy"] / of_chunk["forces"])
-        progress.update(len(steps))
+    carry, used = show.in_parts(partial(advance, runs), jax.jit(jax.vmap(start))(runs), n_steps, progress)
+    ratios = [of_part["energy"] / of_part["forces"] for of_part in used]
 
     product = np.prod(errors_of_all(carry[0], valid_clusters), axis=-1)
     found = product, errors_of_all(carry[0], test_clusters), np.stack(ratios, axis=-1)
@@ -235,8 +236,7 @@ def print_table(fixed, best, others):
     cells = []
     for name, row in shown.items():
         product = np.prod(row.test, axis=1) / np.prod(fixed[best].test, axis=1)
-        cell = lambda x, digits: f"{x.mean():.{digits}f} ± {x.std():.{digits}f}"
-        numbers = cell(row.test[:, 0], 4), cell(row.test[:, 1], 3), cell(product, 2)
+        numbers = show.spread(row.test[:, 0], 4), show.spread(row.test[:, 1], 3), show.spread(product)
         start, end = geometric_mean(row.ratios)[[0, -1]]
         cells.append((name, *numbers, f"{start:.2g} to {end:.0f}", f"{row.learning_rate:g}"))
     columns = "weights", "energy ↓", "forces ↓", "product ↓", "energy : forces", "rate"
@@ -252,19 +252,21 @@ def draw(fixed, best, others, n_steps, output):
         front = {weight: geometric_mean(row.test) for weight, row in fixed.items()}
         plane.plot(*np.array([*front.values()]).T, ".-", color="0.4", label="fixed weights")
         for weight in (*ENERGY_WEIGHTS[:3], best, *ENERGY_WEIGHTS[-2:]):
-            plane.annotate(f"{weight:g}", front[weight], (4, 4), textcoords="offset points", color="0.3")
+            below = -12 if weight == best else 4
+            plane.annotate(f"{weight:g}", front[weight], (4, below), textcoords="offset points", color="0.3")
         for row in fixed.values():
             plane.plot(*row.test.T, ".", color="0.4", alpha=0.25, markeredgewidth=0)
         for i, (name, row) in enumerate(others.items()):
             plane.plot(*row.test.T, ".", color=f"C{i}", alpha=0.5, markeredgewidth=0)
-            plane.plot(*geometric_mean(row.test)[:, None], "D", color=f"C{i}", markersize=7, label=name)
+            plane.plot(*geometric_mean(row.test)[:, None], "D", color=f"C{i}", markersize=10 - 1.2 * i, label=name)
             steps = n_steps * (np.arange(row.ratios.shape[1]) + 0.5) / row.ratios.shape[1]
             ax.plot(steps, geometric_mean(row.ratios), color=f"C{i}")
         ax.axhline(best, color="0.4", linestyle="--", label="best fixed weight")
         title = "errors on the test clusters (small: one seed)"
-        plane.set(xlabel="energy per atom", ylabel="forces", title=title, xscale="log", yscale="log")
+        plane.set(xlabel=r"energy per atom [$\epsilon$]", ylabel=r"forces [$\epsilon/\sigma$]", title=title)
+        plane.set(xscale="log", yscale="log")
         for axis in plane.xaxis, plane.yaxis:
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("")
         ax.set(xlabel="step", title="weight of the energy, over the forces'", yscale="log")

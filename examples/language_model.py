@@ -8,9 +8,9 @@ multi-token prediction (MTP): a head for the symbol after the next one.
 micro-batches' means is a tenth or more off for the main loss, as sequences differ in length. MaxText, in its snapshot
 of August 2026 (``utils/gradient_accumulation.py``, ``trainers/pre_train/train.py``), adds the means of MTP and balance
 to the sum of cross entropies, z-loss included, and divides the gradients by all tokens. The first two come out too
-short, by the tokens of one micro-batch: 162 times here, 32,768 times with 8 sequences of 4096. The loss that it logs is
-right. The balance is that of each sequence, as there: that of Switch, of all tokens of a batch, is no sum over its
-micro-batches.
+short, by the tokens of one micro-batch: some 160 times here, 32,768 times with 8 sequences of 4096. The loss that it
+logs is right; with ``use_tunix_gradient_accumulation`` it divides by the micro-batches. The balance is that of each
+sequence, as there: that of Switch, of all tokens of a batch, is no sum over its micro-batches.
 
 **Weights.** All sensible ones end within 0.03 nats per character of each other, where rounding alone moves an end by
 0.01, and none is clearly better than the main loss alone. The plain sum is 0.46 worse than the usual weights, as its
@@ -302,11 +302,10 @@ def keep_best(results):
 def print_results(results):
     last = {name: {key: x[:, -1] for key, x in found.items()} for name, (_, found, _) in results.items()}
     usual = last["usual"]["lm"]
-    spread = lambda x, sign="": f"{np.mean(x):{sign}.3f} ± {np.std(x, ddof=1):.3f}"
     lines = []
     for name, x in last.items():
         others = f"{x['mtp'].mean():.2f}", f"{x['load'].max(axis=-1).mean():.0%}", f"{x['|log Z|'].mean():.1f}"
-        lines.append((name, spread(x["lm"]), spread(x["lm"] - usual, "+"), *others))
+        lines.append((name, show.spread(x["lm"], 3), show.spread(x["lm"] - usual, 3, "+"), *others))
     about = f"Held-out text, nats per character: mean ± standard deviation of {len(usual)} seeds. busy: the share of "
     about += f"tokens of the busiest of {EXPERTS} experts. by hand: weights of z, balance and MTP, of 8 the best here."
     columns = "weights", "main loss", "minus usual", "MTP", "busy", "log Z"
@@ -317,18 +316,20 @@ def draw(results, output):
     """The main loss; the weight of MTP over that of the main loss; and how the experts share the tokens."""
     with show.picture(output, "Losses, weights and experts", 1, 3, figsize=(9.6, 3.6)) as (_, axes):
         n_steps = results["usual"][2][0]["lm"].shape[1]
+        widths = np.linspace(4.5, 1, len(results))  # thick below thin, where they coincide
         for i, (_, found, log) in enumerate(results.values()):
             curve = found["lm"].mean(axis=0)
-            axes[0].plot(np.arange(1, len(curve) + 1) * n_steps / len(curve), curve, f"C{i}")
+            style = {"color": f"C{i}", "linewidth": widths[i]}
+            axes[0].plot(np.arange(1, len(curve) + 1) * n_steps / len(curve), curve, **style)
             if log:  # bloop has no weights
-                axes[1].plot(np.mean(log[0]["mtp"] / log[0]["lm"], axis=0), f"C{i}")
+                axes[1].plot(np.mean(log[0]["mtp"] / log[0]["lm"], axis=0), **style)
             shares = np.sort(found["load"][:, -1], axis=-1)[:, ::-1].mean(axis=0)
             for j, share in enumerate(shares):
                 axes[2].barh(i, share, left=shares[:j].sum(), color=f"C{i}", alpha=1 - 0.22 * j)
         axes[0].set(title="main loss, held-out text", xlabel="step", ylabel="nats per character")
         axes[1].set(title="MTP's weight / main's", xlabel="step")
-        axes[2].set(title="experts' shares of tokens", xlim=(0, 1), xticks=np.arange(5) / 4)
-        axes[2].set_yticks(range(len(results)), results)
+        axes[2].set(title=f"shares of the {EXPERTS} experts, sorted", xlim=(0, 1), xticks=np.arange(5) / 4)
+        axes[2].set_yticks(range(len(results)), ["best by hand" if x.startswith("by hand") else x for x in results])
         axes[2].yaxis.tick_right()
         axes[2].xaxis.set_major_formatter("{x:.0%}")
         axes[2].invert_yaxis()

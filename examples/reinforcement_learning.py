@@ -190,14 +190,15 @@ def by_scale(power):
     return scalarization.constant(jnp.append(weights(power), 1.0)), scalarization.constant(weights(2 * power))
 
 
+# Of each the actor's and the critic's; those of the sweep are functions of the power.
 METHODS = {
-    "fixed": by_scale,  # of a power
-    "PCGrad": (outside(aggregation.pcgrad()), aggregation.pcgrad()),
-    "UPGrad": (outside(upgrad(N_TASKS)), upgrad(N_TASKS)),
-    "UW": (outside(uw(N_TASKS)), uw(N_TASKS)),
-    "PCGrad, inside": (aggregation.pcgrad(), aggregation.pcgrad()),
-    "UPGrad, inside": (upgrad(N_TASKS + 1), upgrad(N_TASKS)),
-    "UW, inside": (uw(N_TASKS + 1), uw(N_TASKS)),
+    "fixed": by_scale,
+    "PCGrad": lambda _: (outside(aggregation.pcgrad()), aggregation.pcgrad()),
+    "UPGrad": lambda _: (outside(upgrad(N_TASKS)), upgrad(N_TASKS)),
+    "UW": lambda _: (outside(uw(N_TASKS)), uw(N_TASKS)),
+    "PCGrad, inside": lambda _: (aggregation.pcgrad(), aggregation.pcgrad()),
+    "UPGrad, inside": lambda _: (upgrad(N_TASKS + 1), upgrad(N_TASKS)),
+    "UW, inside": lambda _: (uw(N_TASKS + 1), uw(N_TASKS)),
 }
 BALANCED = "PCGrad", "UPGrad", "UW"
 
@@ -253,17 +254,19 @@ def train_all(args):
     starts = jax.jit(jax.vmap(draw_start))(start_keys)
     rates, by_power, found = RATES if args.full else RATES[:1], {}, {}
     with tqdm(total=len(POWERS) + len(METHODS) - 1, unit="training") as progress:
-        for name, methods in METHODS.items():
+        for name, build in METHODS.items():
 
-            def train_one(power, rate, start, key, methods=methods):
-                return train(methods(power) if callable(methods) else methods, args.updates, rate, start, key)
+            def train_one(power, rate, start, key, build=build):
+                return train(build(power), args.updates, rate, start, key)
 
             progress.set_description(f"{name:14}")
             program = jax.jit(jax.vmap(train_one, in_axes=(None, None, 0, 0)))
-            for power in POWERS if callable(methods) else (0.0,):
-                logs = [jax.device_get(program(power, rate, starts, keys)) for rate in rates]
-                log = max(logs, key=mean_return)
-                (by_power if callable(methods) else found)[power if callable(methods) else name] = log
+            for power in POWERS if name == "fixed" else (0.0,):
+                log = max((jax.device_get(program(power, rate, starts, keys)) for rate in rates), key=mean_return)
+                if name == "fixed":
+                    by_power[power] = log
+                else:
+                    found[name] = log
                 progress.update()
     return by_power, found
 
@@ -280,8 +283,9 @@ def mean_return(log):
     return np.mean(final(log["return"]))
 
 
-def spread(percents):
-    return f"{100 * np.mean(percents):.0f} ± {100 * np.std(percents):.0f}"
+def spread(returns):
+    """In percent."""
+    return show.spread(100 * returns, 0)
 
 
 def print_returns(compared, by_power):
@@ -318,10 +322,10 @@ def draw(compared, found, output):
     with show.picture(output, "Returns and entropies", 1, 3, figsize=(9.6, 3.8)) as (fig, (learning, tasks, entropy)):
         for i, (name, log) in enumerate(compared.items()):
             color = ("0.2", "0.6", "C0", "C1", "C2")[i]
-            draw_band(learning, 100 * log["return"].mean(axis=-1), color=color, label=name)
+            width = np.linspace(4, 1.2, len(compared))[i]  # thick below thin, where they coincide
+            draw_band(learning, 100 * log["return"].mean(axis=-1), color=color, label=name, linewidth=width)
             percents = 100 * final(log["return"])
-            style = {"color": color, "marker": "o", "markersize": 3, "linewidth": 1}
-            tasks.errorbar(SCALES * 1.06 ** (i - 2), percents.mean(axis=0), percents.std(axis=0), **style)
+            tasks.plot(SCALES, percents.mean(axis=0), "o-", color=color, markersize=3, linewidth=width)
             for where, line in (("", "-"), (", inside", "--")) if name in BALANCED else ():
                 draw_band(entropy, found[f"{name}{where}"]["entropy"], line, color=color)
         for where, line in (("bonus outside", "-"), ("inside", "--")):

@@ -1,4 +1,4 @@
-"""What the examples share of arguments, tables and pictures. No script: they import it."""
+"""What the examples share of arguments, progress, tables and pictures. No script: they import it."""
 
 import argparse
 from contextlib import contextmanager
@@ -45,8 +45,27 @@ def print_table(title, columns, rows, caption, width=None, **style):
     Console(width=width).print(table)
 
 
+def spread(x, digits=2, sign=""):
+    """Mean and standard deviation (that of a sample), of numbers that have an entry for each seed."""
+    return f"{np.mean(x):{sign}.{digits}f} ± {np.std(x, ddof=min(1, np.size(x) - 1)):.{digits}f}"
+
+
 def format_scores(metrics):
     return [f"{metrics['left']:.1%}", f"{metrics['right']:.1%}", f"{metrics['sum']:.2f}"]
+
+
+def in_parts(advance, carry, n_steps, progress, n_parts=20):
+    """``advance(carry, steps)`` over all steps, in parts between which the bar moves.
+
+    Returns:
+      The last carry, and a list of what else each part returned.
+    """
+    outputs = []
+    for steps in np.array_split(np.arange(n_steps), min(n_parts, n_steps)):
+        carry, output = advance(carry, steps)
+        outputs.append(output)
+        progress.update(len(steps))
+    return carry, outputs
 
 
 @contextmanager

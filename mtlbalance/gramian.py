@@ -123,6 +123,20 @@ def combine(weights: chex.Array, jacobian: chex.ArrayTree, mask: chex.Array | No
     return join_like(jax.tree.map(leaf_sum, split(jacobian)), jacobian)
 
 
+def combine_groups(inside: chex.Array, jacobian: chex.ArrayTree, mask: chex.Array | None = None) -> chex.ArrayTree:
+    """A row for each group of tasks, in float32 or wider: the tasks' rows with its weights, ``inside[group]``.
+
+    Not in the leaves' dtype, to which the sums would be rounded: weights of small losses are beyond float16's range.
+    """
+    jacobian = wide(jacobian)
+    return jax.vmap(lambda weights: combine(weights, jacobian, mask))(inside)
+
+
+def weights_of_groups(weights: chex.Array, inside: chex.Array, present: chex.Array) -> chex.Array:
+    """One weight for each task, from those of its groups; groups that are absent have none."""
+    return jnp.matmul(jnp.where(present, weights, 0), inside, precision="highest")
+
+
 def total(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array | float:
     r"""Sum of all entries of a tree shaped like the parameters.
 

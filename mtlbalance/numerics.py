@@ -177,6 +177,11 @@ def nonnegative(x: chex.Array) -> chex.Array:
     return x * nan_where(x < 0)
 
 
+def weighted_mean(weights: chex.Array, values: chex.Array, mask: chex.Array) -> chex.Array:
+    """Of losses present, which must not be negative, with weights that are constants of differentiation."""
+    return weighted_sum(weights / jnp.maximum(jnp.sum(mask), 1), nonnegative(values), mask)
+
+
 def relative_roots(values: chex.Array, mask: chex.Array) -> chex.Array:
     """The roots of the values over the largest one present: from 0 to 1, zeros of zeros. Constants."""
     roots = jnp.where(mask, jnp.sqrt(jnp.maximum(jax.lax.stop_gradient(values), 0)), 0)

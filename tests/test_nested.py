@@ -210,7 +210,7 @@ POINTWISE = {"bc": scalarization.sum(), "pde": scalarization.causal(0.1, n_chunk
 
 
 def test_a_step_keeps_a_row_for_each_group_and_none_for_each_point():
-    """Nor does it grow with the points but by some arrays of their number for each group."""
+    """It grows by what the model keeps at a point, and by no row of each."""
     method, params = mtl.nested(aggregation.mgda(), POINTWISE), {"w": jnp.ones(1000)}
     kept = []
     for n in 10, 100:

@@ -56,6 +56,7 @@ def test_links_lead_somewhere():
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert {link[1:] for link in links if link.startswith("#")} <= headings
     files = {link for link in links if not link.startswith(("#", "http"))}
+    assert {f"docs/recipes/{page.name}" for page in (ROOT / "docs" / "recipes").glob("*.md")} <= files
     assert {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")} <= files
     assert all((ROOT / file).exists() for file in files)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mtlbalance import numerics
 from mtlbalance.autodiff.loops import map_rows
 from mtlbalance.autodiff.options import check_params
-from mtlbalance.autodiff.point import n_bytes, one_hot
+from mtlbalance.autodiff.point import map_each, n_bytes, one_hot
 from mtlbalance.autodiff.subsets import Subset, read_option, select_subset, whole
 from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import check_int, reject
@@ -167,12 +167,12 @@ def _of_points(residuals_of, params, points, restrict, block_size, name=""):
     n_blocks = -(-n // block_size)
     if n_blocks == 1:
         return jax.vmap(at_point)(points)
-    blocks = jax.tree.map(lambda x: _cut(x, n_blocks), points)
+    blocks = jax.tree.map(lambda x: _cut(x, n_blocks, block_size), points)
     diagonal = map_rows(jax.vmap(at_point), blocks, batch_size=1, given=params)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:n], diagonal)
 
 
-def _cut(x, n_blocks):
+def _cut(x, n_blocks, block_size):
     """Blocks of every so many points, so that points that are split over devices stay where they are."""
     missing = -len(x) % n_blocks
     try:
@@ -180,7 +180,9 @@ def _cut(x, n_blocks):
         return jnp.moveaxis(filled.reshape(-1, n_blocks, *x.shape[1:]), 1, 0)
     except Exception as error:  # on an Explicit mesh
         expected = "one that divides the number of points and is divisible by that of the devices"
-        raise ValueError(f"block_size: expected {expected}, found {n_blocks} blocks of {jax.typeof(x)}") from error
+        raise ValueError(
+            f"block_size: expected {expected}, found {block_size}, {n_blocks} blocks of {jax.typeof(whole)}"
+        ) from error
 
 
 def _squared_norms(residuals_of, params, restrict, block_size):
@@ -195,13 +197,11 @@ def _squared_norms(residuals_of, params, restrict, block_size):
             cotangents = [varying_as(x, like) for x, like in zip(cotangents, leaves, strict=True)]
             return squared_norm(restrict(pull(treedef.unflatten(cotangents))[0]))
 
-        indices = jnp.arange(leaves[k].size)
-        if len(indices) == 1:
+        n = leaves[k].size
+        if n == 1:
             squared_norms = squared_norm_of(0)  # a quarter faster than with an axis of one
-        elif block_size is None or block_size >= len(indices):
-            squared_norms = jax.vmap(squared_norm_of)(indices)
         else:
-            squared_norms = map_rows(squared_norm_of, indices, block_size, given=leaves)
+            squared_norms = map_each(squared_norm_of, jnp.arange(n), block_size or "vmap", leaves[k])
         return squared_norms.reshape(leaves[k].shape)
 
     for path, x in jax.tree.leaves_with_path(residuals):
@@ -216,7 +216,7 @@ def _n_points(points, name):
     lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(points)}
     if len(lengths) != 1 or lengths & {(), (0,)}:
         expected = "as many points on the first axis of every positional argument, or names that are those of residuals"
-        found = f"shapes {[jnp.shape(x) for x in jax.tree.leaves(points)]}"
+        found = f"shapes {jax.tree.map(jnp.shape, [*points])}"
         reject(f"points{name}", f"{expected} (what is no point goes by keyword)", found)
     ((n,),) = lengths
     return n

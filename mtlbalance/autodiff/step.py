@@ -193,10 +193,10 @@ def value_and_grad(
             present = jnp.ones_like(finite) if present is None else present
             present, dropped = present & finite, present & ~finite
         keeps_rows = drops or problem.own_data or at == "features"
-        *given, of_losses = over_groups(method, state, point, present, keeps_rows=keeps_rows)
-        chosen = at if at == "features" else rows or problem.cheapest_rows(possible, given[2], restrict(params))
-        decide = partial(decide_by, *given, restrict, chosen, rows)
-        decision = of_losses(decide() if refresh is None else decide_or_repeat(*given, refresh, decide))
+        deciding, of_losses = over_groups(method, state, point, present, keeps_rows=keeps_rows)
+        chosen = at if at == "features" else rows or problem.cheapest_rows(possible, deciding.point, restrict(params))
+        decide = partial(decide_by, *deciding, restrict, chosen, rows)
+        decision = of_losses(decide() if refresh is None else decide_or_repeat(*deciding, refresh, decide))
 
         evaluated, new_state, weights, gradient = decision
         if gradient is None or decide_on is not None:

@@ -53,8 +53,8 @@ def brdr(beta_c: chex.Numeric = 0.999, beta_w: chex.Numeric = 0.999) -> base.Sca
       The paper takes c and its mean over the points of all equations and conditions together, and adds up the mean of
       each: for that give this method all of them, each multiplied by the number of all points over its own, which
       changes no c. The paper also scales the whole loss by the gradient's length; here that is left to the optimizer.
-      In mini-batches its official code lets averages decay with the steps that a point was not drawn in, too: to that
-      ``beta_c`` and ``beta_w`` are raised to the number of batches.
+      In mini-batches its official code lets a point's average and weight decay also for the steps in which it was not
+      drawn. Where every point is drawn once in b steps, ``beta_c**b`` and ``beta_w**b`` do that.
 
     Args:
       beta_c: decay of the average, from 0 to 1; at 1 it is the mean of all calls. May be traced.
@@ -87,15 +87,14 @@ def brdr(beta_c: chex.Numeric = 0.999, beta_w: chex.Numeric = 0.999) -> base.Sca
         return BRDRState(jnp.ones(shape, dtype), jnp.zeros(shape, dtype), zero_counts(shape))
 
     def apply(state, values, mask):
-        losses, n_present = jnp.maximum(jax.lax.stop_gradient(values), 0), jnp.sum(mask)
+        losses = jnp.maximum(jax.lax.stop_gradient(values), 0)
         rate = unbiased_rate(beta_c, state.seen, losses.dtype)
         averages = numerics.root_mean(state.averages, losses, rate)
-        balanced = numerics.normalize(numerics.ratio(losses, averages), mask, n_present)
+        balanced = numerics.normalize(numerics.ratio(losses, averages), mask, jnp.sum(mask))
         weights = beta_w * state.weights + (1 - beta_w) * balanced
         state = state._replace(
             weights=jnp.where(mask, weights, state.weights), averages=jnp.where(mask, averages, state.averages)
         )
-        scalar = numerics.weighted_sum(weights / jnp.maximum(n_present, 1), numerics.nonnegative(values), mask)
-        return scalar, count_seen(state, mask)
+        return numerics.weighted_mean(weights, values, mask), count_seen(state, mask)
 
     return base.scalarizer(init, apply)

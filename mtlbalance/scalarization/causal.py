@@ -55,7 +55,7 @@ def causal(
     Of several ``tol`` (:math:`\epsilon`) the next one is in force once every weight is above ``threshold``.
 
     Of several equations (``n_components``) each has a cumulative loss of its own, the weight of a chunk is the
-    smallest that one of them gives it, and the scalar is the sum of what the equation shows for each.
+    smallest that one of them gives it, and the scalar is the sum of the formula above for each.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 

@@ -46,7 +46,7 @@ def residual_attention(
 
     Note:
       The official code can make its first step with :math:`\eta = 1`; that is ``initial_multipliers`` of
-      :math:`|r_i| / \max_j |r_j|`, up to that step's :math:`\eta` and :math:`\gamma`.
+      :math:`(1 - \eta) |r_i| / (\gamma \max_j |r_j|)`.
 
     Args:
       decay: :math:`\gamma`, at least 0 and below 1. May be traced.
@@ -85,8 +85,7 @@ def residual_attention(
 
     def apply(state, values, mask):
         multipliers = decay * state.multipliers + lr * numerics.relative_roots(values, mask)
-        weights = jnp.square(multipliers) / jnp.maximum(jnp.sum(mask), 1)
         state = ResidualAttentionState(jnp.where(mask, multipliers, state.multipliers))
-        return numerics.weighted_sum(weights, numerics.nonnegative(values), mask), state
+        return numerics.weighted_mean(jnp.square(multipliers), values, mask), state
 
     return base.scalarizer(init, apply, per_task={"initial_multipliers": initial_multipliers})

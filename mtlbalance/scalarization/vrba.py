@@ -103,8 +103,7 @@ def vrba(
         relative = numerics.relative_roots(values, mask)
         parts = jnp.exp(sharpness * (relative - jnp.max(relative, where=mask, initial=0)))
         multipliers = decay * state.multipliers + lr * (phi * parts + (1 - phi))
-        weights = jnp.square(multipliers) / jnp.maximum(jnp.sum(mask), 1)
         state = VRBAState(jnp.where(mask, multipliers, state.multipliers), calls)
-        return numerics.weighted_sum(weights, numerics.nonnegative(values), mask), state
+        return numerics.weighted_mean(jnp.square(multipliers), values, mask), state
 
     return base.scalarizer(init, apply, per_task={"initial_multipliers": initial_multipliers})

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtlbalance import base, boundary, numerics
+from mtlbalance import base, boundary
 from mtlbalance.contract import Nesting, check_is_method
-from mtlbalance.gramian import combine
+from mtlbalance.gramian import combine_groups, weights_of_groups
 from mtlbalance.hyperparameters import reject
 from mtlbalance.mapped_axes import varying_as
 from mtlbalance.names import Names, compile_with_names, groups_of, with_names
@@ -42,8 +42,9 @@ def nested(
     .. math:: \mathrm{outer}(S_1, S_2, \ldots), \qquad S_k = \mathrm{inner}_k(L_i,\ i \in \text{group } k)
 
     The groups are what stands under the losses' first names: ``{"pde": residuals, "bc": {"left": ..., "right": ...}}``
-    has two. A group may be an array, of any length. With ``outer=sum()`` the tasks are divided among several methods,
-    some of them with fixed weights. A group is absent if all its losses are.
+    has two. A group may be an array of any shape: its method sees it raveled, so that numbers per loss are a vector.
+    With ``outer=sum()`` the tasks are divided among several methods, some of them with fixed weights. A group is absent
+    if all its losses are.
 
     If ``outer`` is an aggregator its rows are the gradients of the groups' scalars. The weights of the inner
     scalarizers are constants of differentiation there, and it reads the losses. :func:`value_and_grad` computes a row
@@ -146,7 +147,8 @@ class _Groups(NamedTuple):
 
 def _nesting(outer, groups, init):
     """For a training step."""
-    check = state_check(init, (init,), None if isinstance(outer, base.Scalarizer) else ())
+    is_scalarizer = isinstance(outer, base.Scalarizer)
+    check = state_check(init, (init,), jacobian_shaped=None if is_scalarizer else ())
     read = boundary.reader(check, required=True)
 
     def public_groups(state, values, *, mask=None):
@@ -198,15 +200,9 @@ def _aggregator(outer, groups, **hooks):
             scalars, inside, present, new_state = groups.inside(state, values, mask)
             statistic = of_group(inside, statistic)
             weights, outer_state = groups.over(weigh, state.outer, statistic, values=scalars, mask=present)
-            weights = jnp.matmul(jnp.where(present, weights, 0), inside, precision="highest")
-            return weights, new_state._replace(outer=outer_state)
+            return weights_of_groups(weights, inside, present), new_state._replace(outer=outer_state)
 
         return weigh and weigh_nested
-
-    def combine_rows(inside, jacobian):
-        # Wide, or the sums are rounded to the leaves' dtype: weights of small losses are beyond float16's range.
-        jacobian = numerics.wide(jacobian)
-        return jax.vmap(lambda weights: combine(weights, jacobian))(inside)
 
     def combine_gramian(inside, gramian):
         return jnp.linalg.multi_dot([inside, gramian, inside.T], precision="highest")
@@ -214,7 +210,7 @@ def _aggregator(outer, groups, **hooks):
     of_gramian = outer.gramian_weighting
     method = base.aggregator(
         init,
-        weighting=of_losses(outer.weighting.apply, combine_rows),
+        weighting=of_losses(outer.weighting.apply, combine_groups),
         gramian_weighting=of_losses(of_gramian and of_gramian.apply, combine_gramian),
         reads_losses=True,
         nan_if_nonfinite=False,

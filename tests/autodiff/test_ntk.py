@@ -25,6 +25,10 @@ def u(params, x):
     return network(params, x)[0]
 
 
+def of_u(params, x):
+    return jax.vmap(u, (None, 0))(params, x)
+
+
 def residual(params, x):
     """Of Helmholtz' equation at one point: a derivative of a derivative."""
     along = lambda v: jax.jvp(lambda x: jax.jvp(partial(u, params), (x,), (v,))[1], (x,), (v,))[1]
@@ -100,7 +104,6 @@ def test_complex_parameters_and_points_for_all(pointwise):
 @unoptimized
 def test_bfloat16_is_squared_in_float32():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
-    of_u = lambda params, x: jax.vmap(u, (None, 0))(params, x)
     found = mtl.diag_ntk(of_u)(params, POINTS["ics"].astype(jnp.bfloat16))
     assert found.dtype == jnp.float32
     assert_close(found, explicit(of_u, PARAMS, POINTS["ics"]), rtol=0.05)
@@ -109,7 +112,6 @@ def test_bfloat16_is_squared_in_float32():
 @unoptimized
 def test_parameters_that_do_not_count():
     is_shared = [True, False]  # the layers
-    of_u = lambda params, x: jax.vmap(u, (None, 0))(params, x)
     frozen = lambda params, x: of_u([params[0], jax.lax.stop_gradient(params[1])], x)
     expected = explicit(frozen, PARAMS, POINTS["res"])
     assert_close(mtl.diag_ntk(of_u, shared=is_shared)(PARAMS, POINTS["res"]), expected)
@@ -137,7 +139,6 @@ def test_temporaries_do_not_grow_with_the_points(n_seeds):
 @unoptimized
 def test_seeds_by_vmap():
     seeds = [layers(jax.random.key(seed), [2, 8, 1]) for seed in range(2)]
-    of_u = lambda params, x: jax.vmap(u, (None, 0))(params, x)
     diagonal_fn = mtl.diag_ntk(of_u, block_size=4)
     together = jax.tree.map(lambda *x: jnp.stack(x), *seeds)
     found = jax.jit(jax.vmap(diagonal_fn, (0, None)))(together, POINTS["res"])
@@ -148,7 +149,6 @@ def test_seeds_by_vmap():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.by_default("AxisType.Explicit")
 def test_points_on_eight_devices_stay_there(kind):
-    of_u = lambda params, x: jax.vmap(u, (None, 0))(params, x)
     x = jnp.tile(POINTS["bcs"], (16, 1))[:64]
     expected = explicit(of_u, PARAMS, x)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
@@ -208,6 +208,10 @@ def test_a_run_with_weights_of_every_fourth_step():
         _, grads = mtl.value_and_grad(losses_fn, scalarization.constant(weights))(params, state, points)
         return (jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), weights), weights
 
+    def weighted(params, weights):
+        losses = losses_fn(params, points)
+        return sum(weights[name] * losses[name] for name in losses)
+
     _, found = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(8)))((PARAMS, start))
     params, weights = PARAMS, start
     for i in range(8):
@@ -216,8 +220,7 @@ def test_a_run_with_weights_of_every_fourth_step():
             new = jax.tree.map(lambda mean, means=means: sum(means.values()) / 2 / mean, means)
             weights = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, weights, new)
         assert_close(jax.tree.map(lambda x, i=i: x[i], found), weights, rtol=1e-4)
-        weighted = lambda params: sum(w * loss for w, loss in zip(weights.values(), losses_fn(params, points).values()))  # noqa: B023, B905
-        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.jit(jax.grad(weighted))(params))
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.jit(jax.grad(weighted))(params, weights))
 
 
 # What is refused.
