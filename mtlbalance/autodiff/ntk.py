@@ -180,9 +180,8 @@ def _cut(x, n_blocks, block_size):
         return jnp.moveaxis(filled.reshape(-1, n_blocks, *x.shape[1:]), 1, 0)
     except Exception as error:  # on an Explicit mesh
         expected = "one that divides the number of points and is divisible by that of the devices"
-        raise ValueError(
-            f"block_size: expected {expected}, found {block_size}, {n_blocks} blocks of {jax.typeof(whole)}"
-        ) from error
+        found = f"{block_size}, which makes {n_blocks} blocks of {jax.typeof(x)}"
+        raise ValueError(f"block_size: expected {expected}, found {found}") from error
 
 
 def _squared_norms(residuals_of, params, restrict, block_size):
