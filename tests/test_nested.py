@@ -240,3 +240,14 @@ def test_the_outer_weights_alone_are_taken_again(outer):
     chex.assert_trees_all_close(grads, jax.grad(of_weighted)(PARAMS), rtol=1e-4)
     (_, anew, _), _ = step(PARAMS, state, 0.5, refresh=jnp.array(True))
     assert not np.allclose(anew.outer.last_weights, state.outer.last_weights, rtol=1e-3)
+
+
+def test_a_step_of_scalarizers_may_be_differentiated_in_turn():
+    """As without groups: their weights are functions of the losses."""
+    method = mtl.nested(
+        scalarization.geometric_mean(), {"bc": scalarization.mean(), "pde": scalarization.geometric_mean()}
+    )
+    grad_fn, state = mtl.value_and_grad(losses_fn, method), method.init(LOSSES)
+    found = jax.jacrev(lambda w: grad_fn({"w": w}, state)[1]["w"])(PARAMS["w"])
+    expected = jax.hessian(lambda w: method.apply(state, losses_fn({"w": w}))[0])(PARAMS["w"])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

@@ -20,6 +20,7 @@ from mtlbalance.autodiff.subsets import Subset, read_option, select_subset, whol
 from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.mapped_axes import varying_as
+from mtlbalance.meshes import with_tasks_as
 
 # Bytes of the gradients of a block, by default.
 _BLOCK = 4 * 2**20
@@ -144,6 +145,9 @@ def ntk_weights(diagonal: chex.ArrayTree, *, of_means: bool = False) -> chex.Arr
       https://github.com/PredictiveIntelligenceLab/PINNsNTK; https://github.com/PredictiveIntelligenceLab/jaxpi.
     """
     traces = jax.tree.map(jnp.mean if of_means else jnp.sum, jax.lax.stop_gradient(diagonal))
+    # Of the largest: neither a sum nor a ratio is beyond the range then.
+    largest = numerics.scale(jnp.stack(jax.tree.leaves(traces)))
+    traces = jax.tree.map(lambda trace: trace / largest, traces)
     paces = jax.tree.leaves(traces)
     total = sum(paces) / (len(paces) if of_means else 1)
     return jax.tree.map(lambda trace: numerics.ratio(total, trace), traces)
@@ -192,7 +196,7 @@ def _squared_norms(residuals_of, params, restrict, block_size):
     def of_leaf(k):
         def squared_norm_of(i):
             cotangents = [jnp.zeros_like(x) for x in leaves]
-            cotangents[k] = one_hot(i, leaves[k])
+            cotangents[k] = with_tasks_as(one_hot(i, leaves[k]), leaves[k])
             cotangents = [varying_as(x, like) for x, like in zip(cotangents, leaves, strict=True)]
             return squared_norm(restrict(pull(treedef.unflatten(cotangents))[0]))
 

@@ -110,11 +110,11 @@ def causal(
         present = jax.lax.optimization_barrier(present)
         chunks, sizes = jax.vmap(lambda mask: _cut(mask, n_chunks))(present)
         places = jnp.ravel(chunks + n_chunks * jnp.arange(n_components)[:, None])
-        added = jnp.ravel(jnp.where(present, losses, 0))
-        added = jax.ops.segment_sum(added, places, sizes.size, indices_are_sorted=True)
-        means = jnp.reshape(added, sizes.shape) / jnp.maximum(sizes, 1)
+        parts = losses / jnp.maximum(jnp.take_along_axis(sizes, chunks, axis=1), 1)
+        parts = jnp.ravel(jnp.where(present, parts, 0))
+        means = jax.ops.segment_sum(parts, places, sizes.size, indices_are_sorted=True).reshape(sizes.shape)
         # Not less each one's own: it may be far larger than those before it, and nothing would be left of them.
-        before = jnp.pad(jnp.cumsum(means[:, :-1], axis=1), ((0, 0), (1, 0)))
+        before = numerics.finite(jnp.pad(jnp.cumsum(means[:, :-1], axis=1), ((0, 0), (1, 0))))
         tols = jnp.stack([jnp.asarray(stage, values.dtype) for stage in stages])
         weights = jnp.min(jnp.exp(-tols[state.stage] * before), axis=0, where=sizes > 0, initial=1)
 

@@ -49,7 +49,8 @@ def nested(
     If ``outer`` is an aggregator its rows are the gradients of the groups' scalars. The weights of the inner
     scalarizers are constants of differentiation there, and it reads the losses. :func:`value_and_grad` computes a row
     for each group; ``apply``, and a wrapper around all this, need one of each loss. With :func:`amortize` inside, as
-    ``outer``, ``refresh=False`` takes the groups' weights again, and those inside anew.
+    ``outer``, ``refresh=False`` takes the groups' weights again, and those inside anew. Parameters that are not
+    ``shared`` get the gradient of the plain sum of all losses, not of the groups' scalars.
 
     It needs the losses' names: ``init`` gets the losses, or ``grad_fn.init`` makes the state. :func:`carry_over` and
     :func:`aggregate`, which know the number of tasks alone, cannot serve it.
@@ -140,7 +141,7 @@ class _Groups(NamedTuple):
             scalars, *rest = self.scalars(state, values, mask)
             return scalars, rest
 
-        scalars, pullback, rest = jax.vjp(scalars_and_rest, jax.lax.stop_gradient(values), has_aux=True)
+        scalars, pullback, rest = jax.vjp(scalars_and_rest, values, has_aux=True)
         ones = varying_as(jnp.eye(len(scalars), dtype=scalars.dtype), scalars)
         return scalars, jax.vmap(lambda one: pullback(one)[0])(ones), *rest
 
@@ -153,7 +154,8 @@ def _nesting(outer, groups, init):
 
     def public_groups(state, values, *, mask=None):
         call = read(state, values, mask)
-        scalars, weights, present, new_state = groups.inside(state, call.values, call.mask)
+        values = call.values if is_scalarizer else jax.lax.stop_gradient(call.values)
+        scalars, weights, present, new_state = groups.inside(state, values, call.mask)
         named = dict(zip(groups.inner, scalars, strict=True))
         return named, weights, present, boundary.settle("apply", call, new_state, state)
 
@@ -197,7 +199,7 @@ def _aggregator(outer, groups, **hooks):
 
     def of_losses(weigh, of_group):
         def weigh_nested(state, statistic, values, mask):
-            scalars, inside, present, new_state = groups.inside(state, values, mask)
+            scalars, inside, present, new_state = groups.inside(state, jax.lax.stop_gradient(values), mask)
             statistic = of_group(inside, statistic)
             weights, outer_state = groups.over(weigh, state.outer, statistic, values=scalars, mask=present)
             return weights_of_groups(weights, inside, present), new_state._replace(outer=outer_state)

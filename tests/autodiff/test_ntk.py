@@ -162,6 +162,7 @@ def test_points_on_eight_devices_stay_there(kind):
         text = step.lower(params, x).compile().as_text()
         assert "all-gather" not in text
         assert "all-to-all" not in text
+        assert_close(jax.jit(mtl.diag_ntk(of_u, pointwise=False))(params, x), expected)
         if kind == AxisType.Explicit:
             with pytest.raises(ValueError, match="block_size: expected one that divides the number of points and is"):
                 mtl.diag_ntk(of_u, block_size=12)(params, x)
@@ -182,6 +183,7 @@ def test_weights_of_the_paper_and_of_jaxpi():
     assert_close(mtl.ntk_weights(DIAGONAL, of_means=True), {"ics": 3.5 / 2, "res": 3.5 / 5})
     with_zero = mtl.ntk_weights(DIAGONAL | {"frozen": jnp.zeros(3)})
     assert_close(with_zero, {"ics": 24 / 4, "res": 24 / 20, "frozen": 1.0})
+    assert_close(mtl.ntk_weights({"ics": jnp.array([3e38]), "res": jnp.array([3e38])}), {"ics": 2.0, "res": 2.0})
     gradient = jax.grad(lambda diagonal: mtl.ntk_weights(diagonal)["res"])(DIAGONAL)
     assert not any(jnp.any(x) for x in jax.tree.leaves(gradient))
 

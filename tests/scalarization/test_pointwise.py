@@ -59,6 +59,15 @@ def test_a_later_chunk_that_is_far_larger_leaves_the_weights_their_digits():
     np.testing.assert_allclose(3 * weights, [1.0, np.exp(-0.5), 0.0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("n_chunks", [1, 2, 4])
+def test_without_causality_losses_at_the_end_of_the_range_have_their_mean(n_chunks):
+    """Their sum, in a chunk or over the chunks, is beyond it."""
+    method, losses = scalarization.causal((0.0, 1.0), n_chunks), jnp.full(4, 3e38)
+    (scalar, state), weights = scalar_and_weights(method, method.init(4), losses)
+    np.testing.assert_allclose((scalar, state.min_weight), (3e38, 1), rtol=1e-6)
+    np.testing.assert_allclose(weights, 0.25, rtol=1e-6)
+
+
 def test_tol_rises_once_all_weights_are_above_the_threshold():
     method = scalarization.causal([0.1, 1.0, 10.0], n_chunks=2, threshold=0.9)
     losses = np.array([2.0, 0.5, 0.5, 0.01, 0.5, 0.001], np.float32)  # of either point
