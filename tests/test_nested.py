@@ -251,3 +251,15 @@ def test_a_step_of_scalarizers_may_be_differentiated_in_turn():
     found = jax.jacrev(lambda w: grad_fn({"w": w}, state)[1]["w"])(PARAMS["w"])
     expected = jax.hessian(lambda w: method.apply(state, losses_fn({"w": w}))[0])(PARAMS["w"])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_are_the_groups_last_weights_and_those_inside_for_these_losses():
+    method, losses_fn = mtl.nested(mtl.amortize(aggregation.grad_norm_weights()), POINTWISE), pointwise_fn(8)
+    grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)
+    (_, state, _), _ = grad_fn(PARAMS, grad_fn.init(PARAMS), refresh=True)
+    (losses, _, weights), _ = grad_fn(PARAMS, state, 0.5, refresh=False)
+    frozen = mtl.freeze(method, state, losses)
+    found = jax.grad(frozen.apply, argnums=1, has_aux=True)(frozen.init(losses), losses)[0]
+    chex.assert_trees_all_close(found, weights, rtol=1e-6)
+    with pytest.raises(ValueError, match="method: expected an aggregator that keeps its weights"):
+        mtl.freeze(method, state)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.contract import check_is_method, weights_of
+from mtlbalance.gramian import weights_of_groups
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import like_losses, read_labelled, read_losses
 from mtlbalance.scalarization.constant import constant
@@ -25,14 +26,16 @@ def freeze(
     an aggregator too this is a scalarizer: the gradient of this sum is the rows combined with these weights.
 
     The weights are those that a scalarizer gives ``losses``, where a task that is absent from them has 0 from then on;
-    or the last ones of a method that keeps its weights, as :func:`amortize` makes every method do that has any. With
+    or the last ones of a method that keeps its weights, as :func:`amortize` makes every method do that has any. If it
+    stands inside of :func:`nested`, as ``outer``, the weights inside of the groups are those for ``losses``. With
     weights at hand, as ``value_and_grad(..., return_weights=True)`` returns them, there is
     :func:`~mtlbalance.scalarization.constant`.
 
     Args:
       method: a scalarizer, or a method that keeps its last weights.
       state: its state now.
-      losses: for a scalarizer, the losses at which its weights are asked for; not needed where it keeps them.
+      losses: for a scalarizer, or inside of groups, the losses at which weights are asked for; not needed where all
+        are kept.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`, for losses of the same names; of kept weights,
@@ -58,6 +61,12 @@ def freeze(
         values = like_losses(read_losses("losses", losses), losses)
         weights, _ = weights_of(method, state, values, read_labelled(losses))
         return constant(jax.lax.stop_gradient(weights))
+    nesting = method.nesting
+    if losses is not None and nesting is not None and nesting.outer.last_weights is not None:
+        values = like_losses(read_losses("losses", losses), losses)
+        _, inside, present, _ = nesting.groups(state, values, mask=read_labelled(losses))
+        weights = weights_of_groups(nesting.outer.last_weights(state.outer), inside, present)
+        return constant(like_losses(jax.lax.stop_gradient(weights), losses))
     if method.last_weights is None:
         if isinstance(method, base.Scalarizer):
             reject("losses", "the losses, for which the method gives its weights", "none")
