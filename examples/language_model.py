@@ -12,14 +12,15 @@ short, by the tokens of one micro-batch: some 160 times here, 32,768 times with 
 logs is right; with ``use_tunix_gradient_accumulation`` it divides by the micro-batches. The balance is that of each
 sequence, as there: that of Switch, of all tokens of a batch, is no sum over its micro-batches.
 
-**Weights.** All sensible ones end within 0.03 nats per character of each other, where rounding alone moves an end by
-0.01, and none is clearly better than the main loss alone. The plain sum is 0.46 worse than the usual weights, as its
-z-loss holds the logits back; UW, which raises the weight of what gets small, 0.73; UW with z-loss and balance beside it
-0.09. UPGrad, bloop and MTP warmed up, all with the usual weights, move the main loss by less than the seeds do. What
-the auxiliary losses bring is what they are for: a head of 2.88 nats for the symbol after the next, and experts of which
-the busiest gets 30% of the tokens. With the lengths of MaxText these are 3.21 and 37%, and the main loss does not show
-it. The learning rate is one for all: of 0.01, 0.02 and 0.04 the best for the main loss alone, the sum and the usual
-weights; UW, at its best with 0.04, stays last.
+**Weights.** With the manual of Python 3.11 all sensible ones end within 0.03 nats per character of each other, where
+rounding alone moves an end by 0.01, and none is clearly better than the main loss alone; the best of eight by hand is
+chosen by these very ends. The plain sum is 0.46 worse than the usual weights, as its z-loss holds the logits back; UW,
+which raises the weight of what gets small, 0.73; UW with z-loss and balance beside it 0.09. UPGrad, bloop and MTP
+warmed up, all with the usual weights, move the main loss by less than the seeds do. What the auxiliary losses bring is
+what they are for: a head of 2.88 nats for the symbol after the next, and experts of which the busiest gets 30% of the
+tokens. With the lengths of MaxText these are 3.21 and 37%, and the main loss does not show it. The learning rate is one
+for all: of 0.01, 0.02 and 0.04 the best for the main loss alone, the sum and the usual weights; UW, at its best with
+0.04, stays last.
 
 z-loss: https://arxiv.org/abs/2204.02311. Balance: https://arxiv.org/abs/2101.03961. MTP:
 https://arxiv.org/abs/2412.19437. A closed attempt to mend it: https://github.com/AI-Hypercomputer/maxtext/pull/3311.
