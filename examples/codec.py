@@ -22,7 +22,7 @@ and 13 of the sixteen factors come within a quarter of the best fixed weights.
 Esser et al., "Taming Transformers for High-Resolution Image Synthesis", CVPR 2021, https://arxiv.org/abs/2012.09841;
 Défossez et al., "High Fidelity Neural Audio Compression", TMLR 2023, https://arxiv.org/abs/2210.13438.
 
-Run it with ``python examples/codec.py``: about a minute and a half on two CPU cores. It needs ``mtlbalance[examples]``.
+Run it with ``python examples/codec.py``: about two minutes on two CPU cores. It needs ``mtlbalance[examples]``.
 """
 
 import itertools

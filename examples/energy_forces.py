@@ -17,7 +17,7 @@ of fixed weights finds: 1.3 to 1.7.
 
 MACE's losses and weights are those of https://github.com/ACEsuit/mace.
 
-Run it with ``python examples/energy_forces.py``: about a minute and a half on two CPU cores. It needs
+Run it with ``python examples/energy_forces.py``: about two minutes on two CPU cores. It needs
 ``mtlbalance[examples]``.
 """
 
