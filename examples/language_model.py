@@ -25,7 +25,8 @@ for all: of 0.01, 0.02 and 0.04 the best for the main loss alone, the sum and th
 z-loss: https://arxiv.org/abs/2204.02311. Balance: https://arxiv.org/abs/2101.03961. MTP:
 https://arxiv.org/abs/2412.19437. A closed attempt to mend it: https://github.com/AI-Hypercomputer/maxtext/pull/3311.
 
-Run it with ``python examples/language_model.py``: two and a half minutes on two CPU cores. It needs ``mtlbalance[examples]``.
+Run it with ``python examples/language_model.py``: two and a half minutes on two CPU cores. It needs
+``mtlbalance[examples]``.
 """
 
 import itertools
