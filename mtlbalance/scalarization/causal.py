@@ -110,8 +110,8 @@ def causal(
         present = jax.lax.optimization_barrier(present)
         chunks, sizes = jax.vmap(lambda mask: _cut(mask, n_chunks))(present)
         places = jnp.ravel(chunks + n_chunks * jnp.arange(n_components)[:, None])
-        parts = losses / jnp.maximum(jnp.take_along_axis(sizes, chunks, axis=1), 1)
-        parts = jnp.ravel(jnp.where(present, parts, 0))
+        size = jnp.take_along_axis(sizes, chunks, axis=1)  # of each point's chunk
+        parts = jnp.ravel(jnp.where(present, losses / jnp.maximum(size, 1), 0))
         means = jax.ops.segment_sum(parts, places, sizes.size, indices_are_sorted=True).reshape(sizes.shape)
         # Not less each one's own: it may be far larger than those before it, and nothing would be left of them.
         before = numerics.finite(jnp.pad(jnp.cumsum(means[:, :-1], axis=1), ((0, 0), (1, 0))))
@@ -119,8 +119,7 @@ def causal(
         weights = jnp.min(jnp.exp(-tols[state.stage] * before), axis=0, where=sizes > 0, initial=1)
 
         n_filled = jnp.sum(sizes > 0, axis=1, keepdims=True)
-        counts = jnp.take_along_axis(sizes, chunks, axis=1) * n_filled
-        point_weights = weights[chunks] / jnp.maximum(counts, 1).astype(values.dtype)
+        point_weights = weights[chunks] / jnp.maximum(size * n_filled, 1).astype(values.dtype)
         min_weight = jnp.min(weights)
         rises = (min_weight > threshold) & (state.stage < len(stages) - 1)
         state = state._replace(min_weight=min_weight, stage=state.stage + rises)
