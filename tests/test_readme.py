@@ -89,6 +89,12 @@ def test_method_table_names_every_method(family):
     assert set(re.findall(rf"^\| `{name}\.(\w+)\(", README, re.MULTILINE)) == methods
 
 
+def test_where_to_begin_names_every_method():
+    begin = README.partition("### Where to begin\n")[2].partition("\n### ")[0]
+    methods = {public for public in [*scalarization.__all__, *aggregation.__all__] if public.islower()}
+    assert methods - set(re.findall(r"`(\w+)[`(]", begin)) == set()
+
+
 @pytest.mark.parametrize(("family", "cases"), [("scalarization", SCALARIZERS), ("aggregation", AGGREGATORS)])
 def test_method_table_has_the_totals_that_are_tested(family, cases):
     rows = re.findall(rf"^\| `{family}\.(\w+)\(.*?\| (?:.*?) \| (?:.*?) \| (.*?) \|", README, re.MULTILINE)
