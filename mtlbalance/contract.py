@@ -52,6 +52,8 @@ class Scalarizer(NamedTuple):
         ``apply`` does not see, and which tasks ``nonfinite="drop_task"`` has dropped; the state it returns is the next.
         ``None`` for all others. See :func:`mtlbalance.skip_nonfinite`.
       nesting: of a method over groups of losses, see :func:`mtlbalance.nested`; ``None`` for all others.
+      needs: the hooks, of ``"observe"`` and ``"end_epoch"``, that the training loop must call: without them the method,
+        with these hyperparameters, is a plain sum.
     """
 
     init: Callable[..., Any]
@@ -63,6 +65,7 @@ class Scalarizer(NamedTuple):
     last_weights: Callable[..., Any] | None = None
     after_gradient: Callable[..., Any] | None = None
     nesting: Nesting | None = None
+    needs: tuple[str, ...] = ()
 
 
 class Weighting(NamedTuple):
@@ -133,7 +136,7 @@ class Aggregator(NamedTuple):
         ``"transformation.*"``: each leaf in it has one entry per task, of any shape. Rows and entries of tasks whose
         gradient does not count stay as they were.
       last_weights: as in :class:`Scalarizer`, of shape ``[m]``.
-      after_gradient, nesting: as in :class:`Scalarizer`.
+      after_gradient, nesting, needs: as in :class:`Scalarizer`.
     """
 
     init: Callable[..., Any]
@@ -148,6 +151,29 @@ class Aggregator(NamedTuple):
     last_weights: Callable[..., Any] | None = None
     after_gradient: Callable[..., Any] | None = None
     nesting: Nesting | None = None
+    needs: tuple[str, ...] = ()
+
+
+def has_weights(method: Scalarizer | Aggregator) -> bool:
+    """Whether a method makes one weight per task, as ``mtl.value_and_grad(..., return_weights=True)`` asks.
+
+    Args:
+      method: of either family. A scalarizer's weights are the derivative of its scalar; some aggregators have none.
+
+    Returns:
+      Whether it has.
+
+    Raises:
+      TypeError: if it is of neither family.
+
+    Example:
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import aggregation
+      >>> mtl.has_weights(aggregation.upgrad()), mtl.has_weights(aggregation.graddrop())
+      (True, False)
+    """
+    check_is_method("method", method, "a Scalarizer or an Aggregator", Scalarizer, Aggregator)
+    return isinstance(method, Scalarizer) or method.weighting is not None
 
 
 def check_is_method(argument: str, method: Any, expected: str, *families: type) -> None:

@@ -344,6 +344,12 @@ SCALARIZERS = [
         own_names=True,
     ),
     Case("transform-dwa", lambda: mtl.transform_weights(scalarization.dwa(steps_per_epoch=2), AVERAGE)),
+    Case(
+        "switch-dwa",
+        lambda **kw: mtl.switch((scalarization.uw_so(), scalarization.dwa(steps_per_epoch=2, **kw)))(1),
+        {"temperature": (0.3, 2.0, 10.0)},
+        total="m",
+    ),
     Case("skip_zero-famo", lambda: mtl.skip_zero(scalarization.famo()), nonlinear=True, needs_positive=True, total="1"),
     Case(
         "amortize-dwa",
@@ -708,6 +714,15 @@ AGGREGATORS = [
         "transform-amortize-mgda",
         lambda axis_name=None: mtl.transform_weights(mtl.amortize(aggregation.mgda(axis_name=axis_name)), AVERAGE),
         sharded=True,
+    ),
+    Case(
+        "switch-excess_mtl",
+        lambda axis_name=None, **kw: mtl.switch(
+            (aggregation.grad_norm_weights(axis_name=axis_name), aggregation.excess_mtl(axis_name=axis_name, **kw))
+        )(1),
+        {"robust_step_size": (0.01, 0.3, 1.0)},
+        sharded=True,
+        total="1",
     ),
     Case(
         "skip_zero-mgda",

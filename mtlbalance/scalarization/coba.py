@@ -141,7 +141,7 @@ def coba(tau: chex.Numeric = 5.0, window: int = 200, n_warmup_steps: int = 100) 
         is_new = is_new[..., None]
         return jnp.where(is_new, new_ratios, ratios), jnp.where(is_new, push(slopes, slope), slopes)
 
-    return base.scalarizer(init, apply, observe=observe)
+    return base.scalarizer(init, apply, observe=observe, needs=("observe",))
 
 
 def _slope(history, n):

@@ -88,4 +88,4 @@ def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer
         kpi = running_average(state.kpi, values, 1 - alpha, state.observed)
         return select(mask, state._replace(kpi=kpi, observed=optax.safe_increment(state.observed)), state)
 
-    return base.scalarizer(init, apply, observe=observe)
+    return base.scalarizer(init, apply, observe=observe, needs=("observe",))

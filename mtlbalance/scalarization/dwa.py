@@ -102,7 +102,8 @@ def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> 
     def end_epoch(state):
         return _close(state, state.count > 0)
 
-    return base.scalarizer(init, apply, end_epoch=end_epoch)
+    needs = ("end_epoch",) if steps_per_epoch is None else ()
+    return base.scalarizer(init, apply, end_epoch=end_epoch, needs=needs)
 
 
 def _close(state, closing):

@@ -137,4 +137,7 @@ def famo(
         logits = state.logits - lr * mean / (jnp.sqrt(square) + 1e-8)
         return state._replace(logits=logits, mu=mu, nu=nu, count=count)
 
-    return base.scalarizer(init, apply, observe=None if delayed else step, per_task={"min_losses": min_losses})
+    named = {"min_losses": min_losses}
+    if delayed:
+        return base.scalarizer(init, apply, per_task=named)
+    return base.scalarizer(init, apply, observe=step, per_task=named, needs=("observe",))

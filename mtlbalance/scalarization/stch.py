@@ -139,7 +139,8 @@ def stch(
     def end_epoch(state):
         return _close(state, state.count > 0)
 
-    return base.scalarizer(init_warm_up, apply_warm_up, end_epoch=end_epoch)
+    needs = ("end_epoch",) if steps_per_epoch is None else ()
+    return base.scalarizer(init_warm_up, apply_warm_up, end_epoch=end_epoch, needs=needs)
 
 
 def _smooth_max(x, mu, mask):

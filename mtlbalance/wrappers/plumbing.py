@@ -16,6 +16,7 @@ from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, check_is_method
 from mtlbalance.hyperparameters import reject
 from mtlbalance.states import increment, select
 
+HOOKS = "observe", "end_epoch"
 Method = TypeVar("Method", Scalarizer, Aggregator)
 
 
@@ -45,7 +46,12 @@ def hooks_of(method: Method, visible: Callable[..., Any] = all_of) -> dict[str, 
         return state._replace(inner=method.observe(state.inner, values, mask=visible(state, mask)))
 
     last_weights = method.last_weights and (lambda state: method.last_weights(state.inner))
-    return {"end_epoch": end_epoch, "observe": observe, "last_weights": last_weights}
+    return {"end_epoch": end_epoch, "observe": observe, "last_weights": last_weights, "needs": method.needs}
+
+
+def needs_of(*methods: Any) -> tuple[str, ...]:
+    """The hooks that one of several methods needs."""
+    return tuple(hook for hook in HOOKS if any(hook in method.needs for method in methods))
 
 
 def state_after(method: Any, old: Any, new: Any, finite: chex.Array, dropped: chex.Array | None = None) -> Any:
