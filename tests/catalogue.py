@@ -85,7 +85,7 @@ def following(rate=0.5):
     def end_epoch(state):
         return FollowState(state.level / 2)
 
-    return base.scalarizer(init, apply, observe=observe, end_epoch=end_epoch)
+    return base.scalarizer(init, apply, observe=observe, end_epoch=end_epoch, needs=("observe",))
 
 
 class FollowState(NamedTuple):

@@ -5,20 +5,20 @@ import typing
 
 import pytest
 
-from mtlbalance import aggregation, scalarization
+import mtlbalance as mtl
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 from tests.conformance import conftest
 
-FAMILIES = [(scalarization, SCALARIZERS), (aggregation, AGGREGATORS)]
+CASES = {"scalarization": SCALARIZERS, "aggregation": AGGREGATORS}
+METHODS = [pytest.param(info, id=info.full_name) for info in mtl.methods()]
 
 
-def methods(family):
-    return [name for name in family.__all__ if name.islower()]
-
-
-@pytest.mark.parametrize(("family", "cases"), FAMILIES)
-def test_every_public_method_is_in_the_catalogue(family, cases):
-    assert set(methods(family)) <= {case.name for case in cases}
+@pytest.mark.parametrize("info", METHODS)
+def test_every_public_method_is_in_the_catalogue_with_what_it_requires(info):
+    (case,) = [case for case in CASES[info.family] if case.name == info.name]
+    assert case.required.keys() == set(info.required)
+    parameters = inspect.signature(info.factory, eval_str=True).parameters.values()
+    assert case.names_task == next((each.name for each in parameters if each.annotation == int | str), None)
 
 
 def takes_float(parameter):
@@ -26,14 +26,13 @@ def takes_float(parameter):
     return isinstance(parameter.default, float) or float in typing.get_args(parameter.annotation)
 
 
-@pytest.mark.parametrize(("family", "cases"), FAMILIES)
-def test_every_float_hyperparameter_is_swept(family, cases):
+@pytest.mark.parametrize("info", METHODS)
+def test_every_float_hyperparameter_is_swept(info):
     """In the row of the method, or in one whose name goes on after a hyphen."""
-    for name in methods(family):
-        parameters = inspect.signature(getattr(family, name), eval_str=True).parameters.values()
-        rows = [case for case in cases if case.name.split("-")[0] == name]
-        swept = {hyperparameter for case in rows for hyperparameter in case.hyperparameters}
-        assert {x.name for x in parameters if takes_float(x)} <= swept, f"catalogue: {name} sweeps only {swept}"
+    parameters = inspect.signature(info.factory, eval_str=True).parameters.values()
+    rows = [case for case in CASES[info.family] if case.name.split("-")[0] == info.name]
+    swept = {hyperparameter for case in rows for hyperparameter in case.hyperparameters}
+    assert {x.name for x in parameters if takes_float(x)} <= swept
 
 
 @pytest.mark.parametrize("case", [*SCALARIZERS, *AGGREGATORS], ids=lambda case: case.name)

@@ -222,7 +222,7 @@ def test_steps_without_a_refresh_take_terms_and_priors_by_name_too(bare):
 
 def test_a_transformation_that_remembers_nothing_costs_no_state():
     for transformation in optax.identity(), optax.clip_by_global_norm(1.0), weights.normalize():
-        for bare in scalarization.dwa(), aggregation.mgda():
+        for bare in scalarization.dwa(steps_per_epoch=100), aggregation.mgda():
             state = mtl.transform_weights(bare, transformation).init(2 if isinstance(bare, mtl.Scalarizer) else (2, 3))
             assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(state.inner))
 
