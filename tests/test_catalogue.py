@@ -1,8 +1,9 @@
-"""No public method escapes the conformance checks, nor does a float hyperparameter."""
+"""No public method escapes the conformance checks, nor does a hyperparameter that may be traced."""
 
 import inspect
 import typing
 
+import jax
 import pytest
 
 import mtlbalance as mtl
@@ -10,6 +11,8 @@ from tests.catalogue import AGGREGATORS, SCALARIZERS
 from tests.conformance import conftest
 
 CASES = {"scalarization": SCALARIZERS, "aggregation": AGGREGATORS}
+# Each method with one of these compares it with a count of its calls.
+COUNTED = "steps_per_epoch", "n_warmup_steps", "n_warmup_epochs"
 METHODS = [pytest.param(info, id=info.full_name) for info in mtl.methods()]
 
 
@@ -26,13 +29,20 @@ def takes_float(parameter):
     return isinstance(parameter.default, float) or float in typing.get_args(parameter.annotation)
 
 
+def takes_count(parameter):
+    """Whether it is an integer that may be traced; a key is swept as a seed."""
+    kinds = set(typing.get_args(parameter.annotation))
+    return {int, jax.Array} <= kinds and float not in kinds and parameter.name != "key"
+
+
 @pytest.mark.parametrize("info", METHODS)
-def test_every_float_hyperparameter_is_swept(info):
+def test_every_hyperparameter_that_may_be_traced_is_swept(info):
     """In the row of the method, or in one whose name goes on after a hyphen."""
     parameters = inspect.signature(info.factory, eval_str=True).parameters.values()
+    assert not any(x.name in COUNTED and not takes_count(x) for x in parameters)
     rows = [case for case in CASES[info.family] if case.name.split("-")[0] == info.name]
     swept = {hyperparameter for case in rows for hyperparameter in case.hyperparameters}
-    assert {x.name for x in parameters if takes_float(x)} <= swept
+    assert {x.name for x in parameters if takes_float(x) or takes_count(x)} <= swept
 
 
 @pytest.mark.parametrize("case", [*SCALARIZERS, *AGGREGATORS], ids=lambda case: case.name)
