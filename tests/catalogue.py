@@ -524,8 +524,8 @@ AGGREGATORS = [
         {
             "beta": (0.5, 1.0),
             "beta_sigma": (0.0, 0.5),
-            "gamma": (1e-3, 0.1),
-            "gamma_sigma": (0.0, 0.5),
+            "lr": (1e-3, 0.1),
+            "lr_sigma": (0.0, 0.5),
             "rho": (0.0, 0.3),
         },
         sharded=True,
@@ -606,7 +606,7 @@ AGGREGATORS = [
     Case(
         "modo",
         aggregation.modo,
-        {"gamma": (0.001, 0.1), "rho": (0.0, 0.1)},
+        {"lr": (0.001, 0.1), "rho": (0.0, 0.1)},
         sharded=True,
         total="1",
         amplifies_rounding=True,
