@@ -52,10 +52,10 @@ def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | chex.Array | Non
 
     Args:
       temperature: :math:`T > 0`; large values make the weights equal. May be traced.
-      steps_per_epoch: with ``None``, call ``state = method.end_epoch(state)`` after each epoch. With an int of at
-        least 1, ``apply`` closes a task's epoch itself after that many calls in which it was present, so that
-        a whole training fits in one :func:`jax.lax.scan`; a small number gives DWA over a window of iterations.
-        May be traced.
+      steps_per_epoch: with ``None``, call ``state = method.end_epoch(state)`` after each epoch: without that call the
+        weights stay 1. With an int of at least 1, ``apply`` closes a task's epoch itself after that many calls in which
+        it was present, so that a whole training fits in one :func:`jax.lax.scan`; a small number gives DWA over a
+        window of iterations. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`DWAState`.

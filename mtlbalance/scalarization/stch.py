@@ -65,9 +65,9 @@ def stch(
         same names. May be traced: ``vmap`` over it traces a Pareto front. 1/m each by default.
       reference: ideal point :math:`z`, one real number for all tasks or one for each; zero by default. May be traced.
       n_warmup_epochs: ``None``, or an int of at least 0, then without ``weights`` and ``reference``. May be traced.
-      steps_per_epoch: with ``None``, call ``state = method.end_epoch(state)`` after each epoch. With an int of at
-        least 1, ``apply`` closes a task's epoch itself after that many calls in which it was present. Only with a
-        warm-up. May be traced.
+      steps_per_epoch: with ``None``, call ``state = method.end_epoch(state)`` after each epoch: without that call the
+        warm-up never ends. With an int of at least 1, ``apply`` closes a task's epoch itself after that many calls in
+        which it was present. Only with a warm-up. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`; :class:`STCHState` with a warm-up.
