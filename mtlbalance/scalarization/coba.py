@@ -53,10 +53,11 @@ def coba(tau: chex.Numeric = 5.0, window: int = 200, n_warmup_steps: int | chex.
     slowly, the absolute one a those that still converge as fast as they did; as soon as the worst task's loss turns up,
     the divergence factor D passes from the first to the second. If a weight is below 0.1/m, all become 0.9 w + 0.1/m.
 
-    ``apply`` weighs the training losses and changes nothing: without ``observe`` all shares stay equal. After a step, or every few, give the losses on a batch of
-    validation data to ``observe``: the first call, best before the training, sets the first losses, the others enter
-    the window. The weights are constants of differentiation and sum to 1; a task has an equal share during its warm-up.
-    Validation losses should be positive. The ratio of a task that joins late is 1 at first, and may be the largest.
+    ``apply`` weighs the training losses and changes nothing: without ``observe`` all shares stay equal. After a step,
+    or every few, give the losses on a batch of validation data to ``observe``: the first call, best before the
+    training, sets the first losses, the others enter the window. The weights are constants of differentiation and sum
+    to 1; a task has an equal share during its warm-up. Validation losses should be positive. The ratio of a task that
+    joins late is 1 at first, and may be the largest.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
