@@ -26,7 +26,7 @@ class SwitchState(NamedTuple):
 
 
 @base.memoized
-def switch(methods: Sequence[Method]) -> Callable[[chex.Numeric], Method]:
+def switch(methods: Sequence[Method]) -> Callable[[int | chex.Array], Method]:
     """Several methods in one program, chosen by an integer that may be traced.
 
     For comparing methods: ``jax.lax.map`` over the index trains the same network with each of them, one after the
@@ -77,7 +77,7 @@ def switch(methods: Sequence[Method]) -> Callable[[chex.Numeric], Method]:
     build = _scalarizer if isinstance(methods[0], base.Scalarizer) else _aggregator
 
     @base.memoized
-    def choose(index: chex.Numeric) -> Method:
+    def choose(index: int | chex.Array) -> Method:
         check_count("index", index, 0, len(methods) - 1)
         return build(_Switch(methods, index))
 
