@@ -58,7 +58,7 @@ def train(method, n_rounds, key):
     """One model: what it predicts, and after every round its error and the boundary's weight."""
     start_key, rounds_key = jax.random.split(key)
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, n_rounds * STEPS_PER_ROUND))
-    grad_fn = mtl.value_and_grad(task_losses, method, return_weights=True)
+    grad_fn = mtl.value_and_grad(task_losses, method, return_weights=True, hooks=True)  # below, end_epoch is called
 
     def step(carry, key):
         params, opt_state, state = carry
