@@ -89,7 +89,7 @@ def test_method_table_names_every_method():
 
 def test_where_to_begin_names_every_method():
     begin = README.partition("### Where to begin\n")[2].partition("\n### ")[0]
-    methods = {public for public in [*scalarization.__all__, *aggregation.__all__] if public.islower()}
+    methods = {info.name for info in mtl.methods()}
     assert methods - set(re.findall(r"`(\w+)[`(]", begin)) == set()
 
 
