@@ -22,8 +22,10 @@ from mtlbalance.meshes import explicit_mesh, with_whole_tasks
 from mtlbalance.numerics import wide
 from mtlbalance.parameters import check_params_like
 
-# Columns of a Jacobian that a CPU multiplies at a time: few enough for its cache, many enough to be worth a dot.
-_CHUNK = 4096
+# Numbers of a Jacobian that a CPU multiplies at a time: few enough for one core's cache, many enough to be worth a dot.
+_CHUNK = 2**17
+# Columns of a chunk at least, however many rows there are, and a few of them: from there on a leaf is wide.
+_NARROWEST, _WIDE = 1024, 8192
 # Rows that are added up in one pass over the sum, at most.
 _ROWS_AT_A_TIME = 8
 
@@ -176,7 +178,7 @@ def _rows_of_leaf(leaf):
 
 def _is_wide(leaf):
     """Whether it takes long to write a leaf out once more."""
-    return leaf.size >= 2 * len(leaf) * _CHUNK
+    return leaf.size >= len(leaf) * _WIDE
 
 
 def _sum_of_present(weights, rows, mask):
@@ -212,17 +214,19 @@ def _of_rows(x, y, mask):
 
 
 def _of_leaf_by_chunks(x, y, mask):
-    # For wide matrices XLA's CPU backend first copies both factors into another order: up to four times slower.
+    # For wide matrices XLA's CPU backend first copies both factors into another order: up to four times slower. One dot
+    # at a time: several side by side use two threads no better, and push each other out of the cache. Half the products
+    # (the Gramian is symmetric), batched dots and sums of products in fused loops were no faster either.
     x, y = (jnp.reshape(leaf, (len(leaf), -1)) for leaf in (x, y))
-    n_chunks = x.shape[1] // _CHUNK
+    n_chunks = -(-x.shape[1] // max(_NARROWEST, _CHUNK // len(x)))
+    width = x.shape[1] // n_chunks // 16 * 16  # whole cache lines
 
     def add(i, added):
-        chunks = (jax.lax.dynamic_slice_in_dim(leaf, i * _CHUNK, _CHUNK, axis=1) for leaf in (x, y))
+        chunks = (jax.lax.dynamic_slice_in_dim(leaf, i * width, width, axis=1) for leaf in (x, y))
         return added + _of_rows(*chunks, mask)
 
-    rest = (leaf[:, n_chunks * _CHUNK :] for leaf in (x, y))
-    # Unrolled, because the dots of one iteration overlap in time: a quarter faster with 40 tasks.
-    return jax.lax.fori_loop(0, n_chunks, add, _of_rows(*rest, mask), unroll=4)
+    rest = (leaf[:, n_chunks * width :] for leaf in (x, y))
+    return jax.lax.fori_loop(0, n_chunks, add, _of_rows(*rest, mask))
 
 
 def _contract(x, y, free):
