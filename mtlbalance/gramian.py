@@ -22,7 +22,7 @@ from mtlbalance.meshes import explicit_mesh, with_whole_tasks
 from mtlbalance.numerics import wide
 from mtlbalance.parameters import check_params_like
 
-# Columns in one dot on a CPU: with many more, some of XLA's dots of few rows add them up one after the other in float32.
+# Columns in one dot on a CPU: of many more, and few rows, jax 0.8 would make one long sum in float32.
 _COLUMNS = 4096
 # Numbers in the dots that are made together: few enough for one core's cache, and for XLA to bring them into order in
 # one thread, as handing half to another takes longer; many enough to be worth a call.
