@@ -26,6 +26,11 @@ from mtlbalance.states import SeenState
 SHAPES = [(3, 10**5), (11, 10**5), (3, 2 * 10**6), (40, 10**5)]
 N_MATRICES = 3
 NO_METHOD = "(no method)"
+WHOLE, WITHOUT = "whole", "without the Gramian"
+WITHOUT_METHOD = {
+    WHOLE: "the Gramian and the weighted sum alone",
+    WITHOUT: "a bare call, m x m numbers",
+}
 HEADER = f"{'ours':>10} {'TorchJD':>10} {'TorchJD / ours':>19} {'of minima':>11}"
 
 
@@ -70,7 +75,7 @@ def jacobians(m, n, independent):
     vectors = rng.normal(size=(N_MATRICES, m, n)).astype(np.float32)
     mixtures = np.stack(N_MATRICES * [np.eye(m)]) if independent else rng.normal(size=(N_MATRICES, m, m))
     mixtures = mixtures.astype(np.float32)
-    return {"whole": mixtures @ vectors, "without the Gramian": np.float32(n**0.5) * mixtures}
+    return {WHOLE: mixtures @ vectors, WITHOUT: np.float32(n**0.5) * mixtures}
 
 
 def ours(method, matrices):
@@ -103,7 +108,7 @@ def compare(m, n, rounds, independent, only):
         print(f"\n{group}\n{'':14} {HEADER}")
         for name, (method, make) in methods(m).items():
             if name in (only or methods(m)):
-                named = (f"the Gramian and the weighted sum alone, {what}", f"{m} x {n:,}")
+                named = (WITHOUT_METHOD[what], f"{m} x {n if what == WHOLE else m:,}")
                 row = one_row(*(named if name == NO_METHOD else (group, name)), method, make, matrices, rounds)
                 rows += [row] if name != NO_METHOD and not row.note else []
                 print(line(name, row), flush=True)

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from gramian_methods import jacobians, ours
+from gramian_methods import WHOLE, jacobians, ours
 from interleave import REST, Row, compared, interleave
 
 from mtlbalance import aggregation
@@ -73,7 +73,7 @@ def theirs(cls, keywords, matrices):
 def measure(rounds, quick=False, *, folder):
     warnings.simplefilter("ignore")
     for m, n in SHAPES[:1] if quick else SHAPES:
-        matrices, group = jacobians(m, n, independent=False)["whole"], f"LibMTL's rules, {m} tasks x {n:,} parameters"
+        matrices, group = jacobians(m, n, independent=False)[WHOLE], f"LibMTL's rules, {m} tasks x {n:,} parameters"
         for name, (keywords, method) in RULES.items():
             try:
                 call = theirs(load(folder, name), keywords, matrices)
