@@ -91,7 +91,7 @@ def read_digits(width=32, batch_size=64, n_pairs=2000):
 
     return Job(
         title="Two overlaid digits",
-        n_steps=1000,
+        n_steps=500,
         tasks=tuple(metrics),
         draw=lambda key: draw_pairs(key, train_digits, batch_size),
         task_losses=task_losses,
@@ -112,7 +112,7 @@ def read_digits(width=32, batch_size=64, n_pairs=2000):
 # An equation and its boundary.
 
 
-def solve_helmholtz(widths=(2, 24, 24, 1), n_points=128):
+def solve_helmholtz(widths=(2, 16, 16, 1), n_points=64):
     """Helmholtz's equation of ``pinn_problems.py``, at half its second frequency, by a smaller network."""
     problem = helmholtz(a=2)
     points = np.random.default_rng(0).uniform(-1, 1, (2000, 2))
@@ -129,7 +129,7 @@ def solve_helmholtz(widths=(2, 24, 24, 1), n_points=128):
 
     return Job(
         title="Helmholtz by a network",
-        n_steps=2000,
+        n_steps=1500,
         tasks=("boundary", "equation"),
         draw=lambda key: problem.draw(key, n_points, jnp.float32),
         task_losses=losses,

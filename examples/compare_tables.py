@@ -185,8 +185,9 @@ def about(found):
         )
     rest = (
         f"{n_seeds} seeds, mean and standard error; in brackets the interval of 95%. p: paired t-test, by Holm's "
-        f"correction for {n_tested} methods; better and worse are at the corrected 5% level. {AT_EDGE}: the best was the "
-        f"last one tried on one side. Time: of a step, over that of the plain sum. {AGGREGATOR.strip()}: an aggregator."
+        f"correction for {n_tested} methods; better and worse are at the corrected 5% level. {AT_EDGE}: the best was "
+        "the last one tried on one side. Time: of a step, over that of the plain sum. "
+        f"{AGGREGATOR.strip()}: an aggregator."
     )
     return f"{scores} {rest}"
 
@@ -223,8 +224,8 @@ def write_markdown(path, all_found):
         columns, rows = table_of(found)
         lines = [columns, ["---"] * len(columns), *rows]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-        new = f"{begin}\n\n{about(found)}\n\n{table}\n\n{end}"
         begin, end = f"<!-- {name}: made by compare.py -->", f"<!-- {name}: end -->"
+        new = f"{begin}\n\n{about(found)}\n\n{table}\n\n{end}"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if not pattern.search(page):
             raise SystemExit(f"{path}: expected the marks {begin} and {end}, found none")
