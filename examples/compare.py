@@ -22,15 +22,10 @@ the same with next to no training. What is done is kept beside the picture, and 
 ``mtlbalance[examples]``.
 """
 
-import os
-
-# One training on one core, and that in order: small programs are slower in parallel.
-FLAGS = "--xla_cpu_multi_thread_eigen=false --xla_cpu_enable_concurrency_optimized_scheduler=false"
-os.environ.setdefault("XLA_FLAGS", FLAGS)
-
 import hashlib
 import itertools
 import json
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -45,9 +40,12 @@ from compare_jobs import JOBS, training
 from compare_methods import Entry, alone, entries_for
 from tqdm import tqdm
 
+import mtlbalance as mtl
 from mtlbalance import scalarization
 
 RATE_LIMITS = (1e-5, 1.0)
+# One training on one core, and that in order: small programs are slower in parallel.
+ONE_CORE = {"xla_cpu_multi_thread_eigen": False, "xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
 class Plan(NamedTuple):
@@ -83,12 +81,12 @@ class Trainer:
 
     def compile_measure(self):
         params = jax.eval_shape(self.job.init_params, jax.random.key(0))
-        self.measure = jax.jit(self.job.measure).lower(params).compile()
+        self.measure = jax.jit(self.job.measure).lower(params).compile(ONE_CORE)
 
     def compile(self, entries):
         """One program for methods of one kind."""
         given = np.int32(0), np.float32(0), np.float32(0), np.int32(0)
-        program = jax.jit(training(self.job, entries, self.n_steps)).lower(*given).compile()
+        program = jax.jit(training(self.job, entries, self.n_steps)).lower(*given).compile(ONE_CORE)
         self.programs |= {entry.name: (program, i) for i, entry in enumerate(entries)}
 
     def train(self, name, rate, value, seed):
@@ -250,6 +248,12 @@ def chosen(name, wanted):
     )
 
 
+def settings_of(plan, trainer, table):
+    """What decides the numbers: rows of other settings are not mixed with these."""
+    grids = {name: [entry.knob, entry.values, entry.limits] for name, entry in table.items()}
+    return plan._asdict() | {"n_steps": trainer.n_steps, "grids": grids, "version": mtl.__version__}
+
+
 def read_arguments(argv):
     parser = show.arguments(__doc__, __file__, workers=os.cpu_count())
     parser.add_argument("--quick", action="store_true", help="every method, in two minutes, with next to no training")
@@ -263,15 +267,17 @@ def read_arguments(argv):
 def main(argv=None):
     args = read_arguments(argv)
     plan = QUICK if args.quick else Plan()
+    jax.config.update("jax_disable_most_optimizations", args.quick)  # it compiles for longer than it trains
     plan = plan._replace(shortened=args.shorter or plan.shortened)
     jobs = {name: JOBS[name]() for name in args.jobs}
     trainers = {name: Trainer(job, max(1, job.n_steps // plan.shortened)) for name, job in jobs.items()}
-    settings = {name: plan._asdict() | {"n_steps": trainers[name].n_steps} for name in jobs}
-    kept = {name: Kept(args.output.parent / "compare", name, settings[name]) for name in jobs}
-
-    entries = {name: entries_for(job) for name, job in jobs.items()}
+    tables = {name: entries_for(job) for name, job in jobs.items()}
+    kept = {
+        name: Kept(args.output.parent / "compare", name, settings_of(plan, trainers[name], tables[name]))
+        for name in jobs
+    }
     entries = {
-        job: [entry for name, entry in found.items() if chosen(name, args.methods)] for job, found in entries.items()
+        name: [entry for entry in table.values() if chosen(entry.name, args.methods)] for name, table in tables.items()
     }
     possible = {name: [e for e in found if e.fewest_tasks <= len(jobs[name].tasks)] for name, found in entries.items()}
     left = {name: [entry for entry in found if entry.name not in kept[name].rows] for name, found in possible.items()}

@@ -61,16 +61,28 @@ def holm(p_values):
 # What was found.
 
 
+class Distance(NamedTuple):
+    """The difference of a method's scores to a baseline's, and its p with Holm's correction over all methods."""
+
+    paired: Paired
+    p: float
+
+    @property
+    def verdict(self):
+        """Whether the method is better or worse at the corrected 5% level, or neither."""
+        return "" if self.p > LEVEL else "better" if self.paired.mean < 0 else "worse"
+
+
 class Row(NamedTuple):
-    """A method on a job; scores and differences are of seeds, and the less, the better."""
+    """A method on a job; metrics and scores are of seeds, and the less a score, the better."""
 
     name: str
     kept: dict[str, Any]
     knob: str
     metrics: np.ndarray
     scores: np.ndarray
-    difference: Paired
-    p: float
+    to_fixed: Distance
+    to_equal: Distance
 
 
 class Found(NamedTuple):
@@ -95,22 +107,21 @@ def find(job, entries, kept):
     able = [entry for entry in entries if entry.name in kept]
     metrics = {entry.name: np.array(kept[entry.name]["metrics"]) for entry in able}
     scores = {name: job.score(x, single) for name, x in metrics.items()}
-    differences = {name: paired(x - scores[FIXED]) for name, x in scores.items()}
-    tested = [entry.name for entry in able if entry.name != FIXED]
-    corrected = dict(zip(tested, holm([differences[name].p for name in tested]), strict=True)) | {FIXED: 1.0}
+    to_fixed, to_equal = (distances(scores, baseline) for baseline in (FIXED, EQUAL))
     rows = [
-        Row(
-            e.name, kept[e.name], e.knob, metrics[e.name], scores[e.name], differences[e.name], float(corrected[e.name])
-        )
+        Row(e.name, kept[e.name], e.knob, metrics[e.name], scores[e.name], to_fixed[e.name], to_equal[e.name])
         for e in able
     ]
     unable = {entry.name: entry.fewest_tasks for entry in entries if entry.name not in kept}
     return Found(job, sorted(rows, key=lambda row: np.mean(row.scores)), unable, single)
 
 
-def verdict(row):
-    """Whether it is better or worse than fixed weights at the corrected level, or neither."""
-    return "" if row.p > LEVEL else "better" if row.difference.mean < 0 else "worse"
+def distances(scores, baseline):
+    """Of all methods to one of them, which are as many hypotheses as there are others."""
+    found = {name: paired(x - scores[baseline]) for name, x in scores.items()}
+    others = [name for name in found if name != baseline]
+    corrected = dict(zip(others, holm([found[name].p for name in others]), strict=True)) | {baseline: 1.0}
+    return {name: Distance(found[name], float(corrected[name])) for name in scores}
 
 
 # As text.
@@ -125,38 +136,31 @@ def with_error(x, digits):
     return f"{np.mean(x):.{digits}f} ± {standard_error(x):.{digits}f}"
 
 
-def scores_of(found, row):
-    """The cells of a row that say how well it does, and how far it is from fixed weights."""
-    difference = row.difference
-    if found.job.single:
-        cells = [with_error(row.scores, 1), *(f"{x:.3g}" for x in np.mean(row.metrics, axis=0))]
-        distance = f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
-    else:
-        cells = [with_error(row.metrics[:, 0], 3)]
-        distance = f"{10**difference.mean:.2f} [{10**difference.low:.2f}, {10**difference.high:.2f}]"
-    return [*cells, "" if row.name == FIXED else distance]
+def cells_of_distance(found, distance, with_interval):
+    """How far it is from a baseline, and how sure that is."""
+    mean, low, high, _ = distance.paired
+    text = (lambda x: f"{x:+.1f}") if found.job.single else (lambda x: f"{10**x:.2f}")
+    interval = f" [{text(low)}, {text(high)}]" if with_interval else ""
+    return [f"{text(mean)}{interval}", f"{distance.verdict} {distance.p:.2g}".strip()]
 
 
 def cells_of(found, i, row):
-    p = "" if row.name == FIXED else f"{row.p:.2g}"
-    edges = row.kept["edges"]
-    rate = f"{row.kept['rate']:.2g}{AT_EDGE * ('learning rate' in edges)}"
-    knob = f"{row.knob} {row.kept['value']:.3g}{AT_EDGE * (row.knob in edges)}" if row.knob else ""
-    diverged = f" ({row.kept['diverged']} diverged)" if row.kept["diverged"] else ""
-    return [
-        f"{i:2} {called(row.name)}{diverged}",
-        *scores_of(found, row),
-        p,
-        verdict(row),
-        rate,
-        knob,
-        f"{row.kept['times_plain']:.1f}",
-    ]
+    kept, edges = row.kept, row.kept["edges"]
+    scores = [with_error(row.metrics[:, 0], 3)]
+    if found.job.single:
+        scores = [with_error(row.scores, 1), *(f"{x:.3g}" for x in np.mean(row.metrics, axis=0))]
+    fixed = ["", ""] if row.name == FIXED else cells_of_distance(found, row.to_fixed, with_interval=True)
+    equal = ["", ""] if row.name == EQUAL else cells_of_distance(found, row.to_equal, with_interval=False)
+    rate = f"{kept['rate']:.2g}{AT_EDGE * ('learning rate' in edges)}"
+    knob = f"{row.knob} {kept['value']:.3g}{AT_EDGE * (row.knob in edges)}" if row.knob else ""
+    diverged = f" ({kept['diverged']} diverged)" if kept["diverged"] else ""
+    return [f"{i:2} {called(row.name)}{diverged}", *scores, *fixed, *equal, rate, knob, f"{kept['times_plain']:.1f}"]
 
 
 def columns_of(found):
-    scores = ["Δm, %", *found.job.metrics, "to fixed, points"] if found.job.single else ["error", "times fixed"]
-    return ["   method", *scores, "p", "", "rate", "tuned", "time"]
+    scores = ["Δm, %", *found.job.metrics] if found.job.single else ["error"]
+    unit = "to" if found.job.single else "times"
+    return ["   method", *scores, f"{unit} fixed", "p", f"{unit} equal", "p", "rate", "tuned", "time"]
 
 
 def table_of(found):
@@ -175,13 +179,15 @@ def about(found):
         alone = ", ".join(f"{name} {x:.3g}" for name, x in zip(job.metrics, found.single, strict=True))
         scores = (
             "Δm: relative change against tasks that are trained alone, averaged over the tasks; worse is positive. "
-            "left, right: accuracy. sum: mean absolute error. To fixed: the difference of Δm. "
+            "left, right: accuracy. sum: mean absolute error. To fixed, to equal: the difference of Δm to that of "
+            "fixed weights that are tuned, and of equal ones. "
             f"Trained alone: {alone}."
         )
     else:
         scores = (
-            "Error: of the solution, relative. Times fixed: the geometric mean over seeds of a method's error over "
-            "that of fixed weights, as errors range over decades. No Δm: alone, the boundary is met by u = 0."
+            "Error: of the solution, relative. Times fixed, times equal: the geometric mean over seeds of a method's "
+            "error over that of fixed weights that are tuned, or equal ones, as errors range over decades. No Δm: "
+            "alone, the boundary is met by u = 0."
         )
     rest = (
         f"{n_seeds} seeds, mean and standard error; in brackets the interval of 95%. p: paired t-test, by Holm's "
@@ -192,15 +198,39 @@ def about(found):
     return f"{scores} {rest}"
 
 
+def bears(found):
+    """What a table bears at the corrected level, in words."""
+    lines = []
+    for baseline, name in (("tuned fixed weights", "to_fixed"), ("equal weights", "to_equal")):
+        for verdict in ("better", "worse"):
+            rows = [called(row.name) for row in found.rows if getattr(row, name).verdict == verdict]
+            lines.append(f"* {verdict} than {baseline}: {', '.join(rows) or 'none'}")
+    return "\n".join(lines)
+
+
 def write_csv(path, found):
-    fields = ["method", "score", "standard_error", "difference", "low", "high", "p", "p_holm", "learning_rate", "knob"]
-    fields += ["value", "tried", "edges", "diverged", "microseconds", "times_plain", *found.job.metrics, "scores"]
+    of_distance = ["difference", "low", "high", "p", "p_holm"]
+    fields = ["method", "score", "standard_error"]
+    fields += [f"{name}_to_{baseline}" for baseline in ("fixed", "equal") for name in of_distance]
+    fields += [
+        "learning_rate",
+        "knob",
+        "value",
+        "tried",
+        "edges",
+        "diverged",
+        "microseconds",
+        "times_plain",
+        *found.job.metrics,
+        "scores",
+    ]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(fields)
         for row in found.rows:
             kept, metrics = row.kept, np.mean(row.metrics, axis=0)
-            numbers = [np.mean(row.scores), standard_error(row.scores), *row.difference, row.p]
+            numbers = [np.mean(row.scores), standard_error(row.scores)]
+            numbers += [*row.to_fixed.paired, row.to_fixed.p, *row.to_equal.paired, row.to_equal.p]
             tuned = [
                 kept["rate"],
                 row.knob,
@@ -225,7 +255,7 @@ def write_markdown(path, all_found):
         lines = [columns, ["---"] * len(columns), *rows]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
         begin, end = f"<!-- {name}: made by compare.py -->", f"<!-- {name}: end -->"
-        new = f"{begin}\n\n{about(found)}\n\n{table}\n\n{end}"
+        new = f"{begin}\n\n{bears(found)}\n\n{about(found)}\n\n{table}\n\n{end}"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if not pattern.search(page):
             raise SystemExit(f"{path}: expected the marks {begin} and {end}, found none")
@@ -248,8 +278,9 @@ def draw(axes, all_found):
     colors = {"better": "#009E73", "worse": "#D55E00", "": "0.6"}
     for ax, found in zip(axes, all_found.values(), strict=True):
         for row in found.rows:
-            x, low, high = row.difference[:3] if found.job.single else 10.0 ** np.array(row.difference[:3])
-            color = "black" if row.name == FIXED else colors[verdict(row)]
+            distance = np.array(row.to_fixed.paired[:3])
+            x, low, high = distance if found.job.single else 10.0**distance
+            color = "black" if row.name == FIXED else colors[row.to_fixed.verdict]
             ax.plot([low, high], [places[row.name]] * 2, color=color, linewidth=2)
             ax.plot(x, places[row.name], "o", color=color, markersize=5)
         ax.axvline(0 if found.job.single else 1, color="black", linewidth=1)
@@ -268,7 +299,7 @@ def draw(axes, all_found):
 def show_all(all_found, output, markdown):
     for found in all_found.values():
         columns, rows = table_of(found)
-        show.print_table(found.job.title, columns, rows, about(found), width=170)
+        show.print_table(found.job.title, columns, rows, about(found), width=190)
         output.parent.mkdir(parents=True, exist_ok=True)
     for name, found in all_found.items():
         write_csv(output.with_name(f"{output.stem}_{name}.csv"), found)
