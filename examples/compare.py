@@ -118,10 +118,20 @@ def compile_all(trainers, tables, workers):
         tasks += [(trainer.compile, entries) for entries in [[PLAIN], *kinds.values()] if entries]
         tasks += [(trainer.compile_measure,)]
     longest_first = sorted(tasks, key=lambda task: -len(task[-1]) if len(task) > 1 else 0)
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(tasks), desc="compiling", unit="program") as progress:
-        for done in [pool.submit(*task) for task in longest_first]:
-            done.add_done_callback(lambda _: progress.update())
-            done.result()
+    with tqdm(total=len(tasks), desc="compiling", unit="program") as progress:
+        in_threads(workers, longest_first, progress)
+
+
+def in_threads(workers, tasks, progress=None):
+    """What each of ``(function, *arguments)`` returns. A compiled program lets other threads run beside it."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        futures = [pool.submit(*task) for task in tasks]
+        for future in futures if progress else ():
+            future.add_done_callback(lambda _: progress.update())
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(cancel_futures=True)  # where one failed, or a user stops it, the others are not begun
 
 
 # The protocol.
@@ -143,15 +153,25 @@ def wider(values, best, limits):
     return [*before, *values, *after]
 
 
+def first_values(entry, plan):
+    return list(entry.values[plan.every // 2 :: plan.every] or entry.values)
+
+
+def n_trainings(entry, plan):
+    """Of a method, unless its grid grows."""
+    return len(plan.rates) * len(first_values(entry, plan)) * plan.tuning_seeds + plan.test_seeds
+
+
 def tune(trainer, entry, plan, score, progress):
     """The best learning rate and value on the data for validation; how many were tried; which is at an edge still."""
-    rates, values, scores = list(plan.rates), list(entry.values[plan.every // 2 :: plan.every] or entry.values), {}
+    rates, values, scores = list(plan.rates), first_values(entry, plan), {}
     for left in reversed(range(plan.widenings + 1)):
-        for tried in itertools.product(rates, values):
-            if tried not in scores:
-                found = np.array([trainer.measured(entry.name, *tried, i)[0] for i in range(plan.tuning_seeds)])
-                scores[tried] = float(np.mean(score(known(found, trainer.job))))
-                progress.update(plan.tuning_seeds)
+        untried = [tried for tried in itertools.product(rates, values) if tried not in scores]
+        progress.total += len(untried) * plan.tuning_seeds if scores else 0  # the first ones are counted already
+        for tried in untried:
+            found = np.array([trainer.measured(entry.name, *tried, i)[0] for i in range(plan.tuning_seeds)])
+            scores[tried] = float(np.mean(score(known(found, trainer.job))))
+            progress.update(plan.tuning_seeds)
         rate, value = best = min(scores, key=scores.get)
         more = wider(rates, rate, RATE_LIMITS), wider(values, value, entry.limits)
         if more == (rates, values) or not left:
@@ -181,7 +201,7 @@ def compare(trainer, entry, plan, score, progress):
     }
 
 
-def single_tasks(trainer, plan, pool, progress):
+def single_tasks(trainer, plan, workers, progress):
     """The metric of each task trained alone, tuned alike: on the data for validation, and on those for the test."""
 
     def one(i, task):
@@ -191,7 +211,7 @@ def single_tasks(trainer, plan, pool, progress):
         seeds = range(plan.tuning_seeds)
         return np.mean([trainer.measured(f"{task} alone", row["rate"], 0, s)[0, i] for s in seeds]), row["metrics"]
 
-    found = list(pool.map(one, range(len(trainer.job.single)), trainer.job.single))
+    found = in_threads(workers, [(one, i, task) for i, task in enumerate(trainer.job.single)])
     validation = np.array([value for value, _ in found])
     return validation, np.array([np.mean(metrics, axis=0)[i] for i, (_, metrics) in enumerate(found)])
 
@@ -218,13 +238,13 @@ class Kept:
 
 
 def compare_all(trainers, tables, kept, plan, workers):
-    """Trains what no file has, in as many threads as there are cores: a compiled program lets the others run."""
-    n_rows = sum(map(len, tables.values())) + sum(len(t.job.single) for t in trainers.values())
-    each = len(plan.rates) * plan.tuning_seeds * 3 + plan.test_seeds  # about, and more where grids grow
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=n_rows * each, unit="training") as progress:
+    """Trains what no file has."""
+    singles = [PLAIN for trainer in trainers.values() for _ in trainer.job.single]
+    total = sum(n_trainings(entry, plan) for entry in itertools.chain(singles, *tables.values()))
+    with tqdm(total=total, unit="training") as progress:
         for name, trainer in trainers.items():
             if "single" not in kept[name].rows:
-                found = single_tasks(trainer, plan, pool, progress)
+                found = single_tasks(trainer, plan, workers, progress)
                 kept[name].add("single", [x.tolist() for x in found])
 
         def work(name, entry):
@@ -232,10 +252,8 @@ def compare_all(trainers, tables, kept, plan, workers):
             score = lambda metrics: trainer.job.score(metrics, single)
             kept[name].add(entry.name, compare(trainer, entry, plan, score, progress))
 
-        jobs = [pool.submit(work, name, entry) for name in tables for entry in tables[name]]
-        for job in jobs:
-            job.result()
-        progress.total = progress.n
+        todo = [(work, name, entry) for name in tables for entry in tables[name]]
+        in_threads(workers, todo[::-1])  # aggregators take longer, and go first: no core is idle at the end
 
 
 def chosen(name, wanted):

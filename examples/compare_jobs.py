@@ -155,12 +155,14 @@ JOBS = {"digits": read_digits, "pinn": solve_helmholtz}
 
 def training(job, entries, n_steps):
     """``train(index, rate, value, seed) -> params``: by which entry, its learning rate, its own hyperparameter."""
-    plain = np.array([entry.plain for entry in entries])
+    without_adam = np.array([entry.plain for entry in entries])
 
     def train(index, rate, value, seed):
         init_key, first_key, data_key, method_key = jax.random.split(jax.random.key(seed), 4)
         schedule = optax.cosine_decay_schedule(rate, n_steps)
-        adam = optax.conditionally_transform(optax.scale_by_adam(), lambda step, **_: ~jnp.asarray(plain)[index])
+        adam = optax.scale_by_adam()
+        if without_adam.any():
+            adam = optax.conditionally_transform(adam, lambda step, **_: ~jnp.asarray(without_adam)[index])
         optimizer = optax.chain(adam, optax.scale_by_learning_rate(schedule))
         params, first_batch = job.init_params(init_key), job.draw(first_key)
         init, decide = STEPS[entries[0].kind](job, entries, index, value, method_key, optimizer)

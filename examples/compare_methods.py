@@ -7,6 +7,9 @@ Every public method of both families has a row, and so have two chains and Auto-
 * Preferences are equal where a method can do without. What cannot (EPO, PBI, COSMOS, gradient shares) gets 1 for all
   tasks but one, whose number is tuned from the values on that the fixed weights are tuned from.
 * Learned weights are trained by an Adam of their own, whose learning rate is what is tuned.
+* CoBa and Auto-Lambda get a second batch of the data to train on for their validation losses, MoDo and SDMGrad two
+  batches to decide on and a third to train on. M-ConFIG goes without Adam: its gradient is scaled as Adam's step is.
+* CR-MOGM smooths the weights of CAGrad.
 * Methods of the points of one loss (causal, residual attention, vRBA, BRDR) get the tasks' losses, which they are not
   made for.
 """

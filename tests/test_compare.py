@@ -77,7 +77,7 @@ def tune_to(best, widenings):
 
     entry = compare_methods.Entry("any", None, "knob", (0.1, 1.0, 10.0))
     trainer = SimpleNamespace(job=SimpleNamespace(ignorant=(9.0,)), measured=measured)
-    progress = SimpleNamespace(update=lambda n: None)
+    progress = SimpleNamespace(update=lambda n: None, total=0)
     return compare.tune(trainer, entry, compare.Plan(widenings=widenings), lambda x: x[..., 0], progress), seeds
 
 
