@@ -40,7 +40,7 @@ METHODS = {
 def train(method, params, digits, epochs, key, progress):
     """Trains one model; returns its parameters, and each task's weight at every step."""
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, epochs * STEPS_PER_EPOCH))
-    grad_fn = mtl.value_and_grad(task_losses, method, return_weights=True)
+    grad_fn = mtl.value_and_grad(task_losses, method, return_weights=True, hooks=True)
 
     # An epoch is one compiled program. What goes in as carry is donated: the new carry takes its memory.
     @partial(jax.jit, donate_argnames="carry")

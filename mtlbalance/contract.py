@@ -52,8 +52,9 @@ class Scalarizer(NamedTuple):
         ``apply`` does not see, and which tasks ``nonfinite="drop_task"`` has dropped; the state it returns is the next.
         ``None`` for all others. See :func:`mtlbalance.skip_nonfinite`.
       nesting: of a method over groups of losses, see :func:`mtlbalance.nested`; ``None`` for all others.
-      needs: the hooks, of ``"observe"`` and ``"end_epoch"``, that the training loop must call: without them the method,
-        with these hyperparameters, is a plain sum.
+      needs: the hooks, of ``"observe"`` and ``"end_epoch"``, without which the method, with these hyperparameters, does
+        nothing: its weights stay what they were at the start. ``apply`` cannot know whether they are called;
+        :func:`mtlbalance.value_and_grad` and :func:`mtlbalance.aggregate` ask.
     """
 
     init: Callable[..., Any]
@@ -189,6 +190,22 @@ def check_is_method(argument: str, method: Any, expected: str, *families: type) 
     elif isinstance(method, str):
         found = f"{method!r}: the factory of that name must be called"
     reject(argument, expected, found, TypeError)
+
+
+_CALLS = {
+    "observe": "state = method.observe(state, losses) after each optimizer step, or what else its docstring has it "
+    "observe (famo(delayed=True) needs none)",
+    "end_epoch": "state = method.end_epoch(state) after each epoch (with steps_per_epoch= it needs none)",
+}
+
+
+def check_hooks(method: Any, hooks: bool) -> None:
+    """Raises for a method that does nothing without its hooks, unless its user says that they are called."""
+    if not isinstance(hooks, bool):
+        reject("hooks", "True or False", type(hooks).__name__, TypeError)
+    if method.needs and not hooks:
+        calls = " and ".join(_CALLS[hook] for hook in method.needs)
+        reject("hooks", f"True, to say that your loop calls {calls}", f"False, with needs={method.needs}")
 
 
 def weights_of(

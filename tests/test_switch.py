@@ -140,6 +140,16 @@ def test_a_guard_of_the_chosen_method_hears_of_the_gradient_alone():
     assert [inner.skipped for inner in state.states] == [0, 1]
 
 
+def test_a_state_is_carried_over_to_other_tasks():
+    """A direction like the parameters, which one of the states alone remembers, is found in it."""
+    method = mtl.switch((aggregation.mean(), aggregation.bloop("a")))(1)
+    params, losses = jnp.zeros(3), {"a": 1.0, "b": 2.0}
+    _, state = method.apply(mtl.value_and_grad(lambda p: losses, method).init(params), jnp.ones((2, 3)), values=losses)
+    new = mtl.carry_over(method, state, losses, ["a", "b", "c"])
+    assert new.states[1].seen.shape == (3,)
+    chex.assert_trees_all_equal(new.states[1]._replace(seen=state.states[1].seen), state.states[1])
+
+
 def test_a_schedule_of_methods():
     """Each sees the calls in which it was chosen, and no others."""
     choose = mtl.switch((scalarization.mean(), scalarization.first_loss()))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.complex_parts import is_complex
-from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, check_is_method, weights_of
+from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, check_is_method, has_weights, weights_of
 from mtlbalance.hyperparameters import reject
 from mtlbalance.states import increment, select
 
@@ -25,7 +25,7 @@ def check_method(method: Any, usage: str, *, makes_weights: bool = False, argume
     check_is_method(argument, method, "a Scalarizer or an Aggregator", Scalarizer, Aggregator)
     if method.learned:
         reject(argument, f"a method with nothing left to learn, as in {usage}", f"learned={method.learned}")
-    if makes_weights and isinstance(method, Aggregator) and method.weighting is None:
+    if makes_weights and not has_weights(method):
         makes_them = "an aggregator that makes weights (mtl.transform_rows goes around this wrapper)"
         reject(argument, makes_them, "one without a weighting")
 

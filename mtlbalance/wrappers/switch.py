@@ -26,7 +26,7 @@ class SwitchState(NamedTuple):
 
 
 @base.memoized
-def switch(methods: Sequence[Method]) -> Callable[[chex.Numeric], Method]:
+def switch(methods: Sequence[Method]) -> Callable[[int | chex.Array], Method]:
     """Several methods in one program, chosen by an integer that may be traced.
 
     For comparing methods: ``jax.lax.map`` over the index trains the same network with each of them, one after the
@@ -36,17 +36,17 @@ def switch(methods: Sequence[Method]) -> Callable[[chex.Numeric], Method]:
         choose = mtl.switch((scalarization.mean(), scalarization.uw_so(), scalarization.dwa(steps_per_epoch=100)))
         results = jax.lax.map(lambda i: train(choose(i), seed), jnp.arange(3))
 
-    The chosen method runs on its own state, and gives what it gives alone; the states of all are kept in memory. Under
-    :func:`jax.vmap` over the index every method is computed, and all but one dropped: map over it by ``lax.map``, and
-    over seeds or hyperparameters, inside or outside of that, by ``vmap``. A traced index that is out of range is the
-    first or the last one, as in :func:`jax.lax.switch`. An index for each step is possible too, a schedule of methods;
-    a method then sees the calls in which it was chosen.
+    The chosen method runs on its own state, and gives what it gives alone; the states of all are in memory, and XLA
+    copies them at a call (a state shaped like the Jacobian is large: half as long again). Under :func:`jax.vmap` over
+    the index every method is computed, and all but one dropped: map over it by ``lax.map``, and over seeds or
+    hyperparameters, inside or outside of that, by ``vmap``. A traced index that is out of range is the first or the
+    last one, as in :func:`jax.lax.switch`. There may be another index at each step, a schedule of methods: each sees
+    the calls in which it was chosen.
 
-    Methods with hooks, such as ``dwa()`` with its epochs, have them called when they are chosen; give them all to the
-    loop, as :func:`value_and_grad` asks with ``hooks=True``. A path that one of the methods has not, such as
-    ``weighting`` of one that makes no weights, the whole has not; row by row every row is computed. Where they keep
-    their last weights, as :func:`amortize` makes them, all of them must. Groups of :func:`nested` are computed from the
-    rows of all losses.
+    The hooks are those of the chosen method; it needs those that one of the methods needs, such as ``dwa()`` its
+    epochs. It has the paths that all methods have: with one that makes no weights it makes none. Row by row it computes
+    every row, also for a method that visits some. It keeps its last weights, for ``refresh=``, if all are made by
+    :func:`amortize`. Groups of :func:`nested` are computed from the rows of all losses.
 
     Args:
       methods: a tuple or list of methods of one family, with nothing left to learn.
@@ -65,20 +65,19 @@ def switch(methods: Sequence[Method]) -> Callable[[chex.Numeric], Method]:
       >>> import jax, jax.numpy as jnp
       >>> import mtlbalance as mtl
       >>> from mtlbalance import aggregation
-      >>> choose = mtl.switch((aggregation.mean(), aggregation.mgda(), aggregation.graddrop(key=0)))
+      >>> choose = mtl.switch((aggregation.mean(), aggregation.mgda(), aggregation.trimmed_mean(0)))
       >>> rows = jnp.array([[1.0, 0.0], [0.0, 3.0]])
       >>> def gradient(i):
       ...     method = choose(i)
       ...     return method.apply(method.init((2, 2)), rows)[0]
-      >>> print(jax.lax.map(gradient, jnp.arange(2)))
-      [[0.5 1.5]
-       [0.9 0.3]]
+      >>> print([f"{x:.1f} {y:.1f}" for x, y in jax.lax.map(gradient, jnp.arange(3))])
+      ['0.5 1.5', '0.9 0.3', '0.5 1.5']
     """
     methods = tuple(_checked(methods))
     build = _scalarizer if isinstance(methods[0], base.Scalarizer) else _aggregator
 
     @base.memoized
-    def choose(index: chex.Numeric) -> Method:
+    def choose(index: int | chex.Array) -> Method:
         check_count("index", index, 0, len(methods) - 1)
         return build(_Switch(methods, index))
 
