@@ -103,7 +103,7 @@ def read_digits(width=32, batch_size=64, n_pairs=2000):
         ignorant=(0.1, 0.1, float(jnp.mean(jnp.abs(held_out[1]["sum"] - 9)))),  # chance, and always the mean
         single=tuple(metrics),
         swept="sum",
-        sweep=(1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        sweep=(1e-2, 3e-2, 1e-1, 3e-1, 1.0),
         main="sum",
         bounds={"sum": 1.0},
     )
@@ -129,7 +129,7 @@ def solve_helmholtz(widths=(2, 16, 16, 1), n_points=64):
 
     return Job(
         title="Helmholtz by a network",
-        n_steps=1500,
+        n_steps=2000,
         tasks=("boundary", "equation"),
         draw=lambda key: problem.draw(key, n_points, jnp.float32),
         task_losses=losses,
@@ -141,7 +141,7 @@ def solve_helmholtz(widths=(2, 16, 16, 1), n_points=64):
         ignorant=(1.0,),  # u = 0
         single=(),
         swept="equation",
-        sweep=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+        sweep=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
         main="equation",
         bounds={"boundary": 1e-4},
     )
@@ -202,7 +202,7 @@ def by_observation(job, entries, index, value, key, optimizer):
     """FAMO looks at its batch's losses once more after the step, DTP at accuracies, CoBa at other data's losses."""
     del optimizer
     method = choose(entries, index, value, key)
-    grad_fn = mtl.value_and_grad(job.task_losses, method)
+    grad_fn = mtl.value_and_grad(job.task_losses, method, hooks=True)
     observed = np.array([("losses", "indicators", "validation").index(entry.observes) for entry in entries])
 
     def decide(params, state, opt_state, key):
