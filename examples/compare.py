@@ -17,9 +17,11 @@ Helmholtz's equation by a network, from its residual and its boundary. The proto
 A method is an index into ``mtl.switch``, and its learning rate, hyperparameter and seed are arguments of a compiled
 training: six programs for each job train all of them. Trainings run on all cores, one on each.
 
-Run it with ``python examples/compare.py``, which takes half an hour on two CPU cores, or ``--quick``, two minutes of
-the same with next to no training. What is done is kept beside the picture, and a run that was stopped goes on. It needs
-``mtlbalance[examples]``.
+What came out is in ``docs/evidence.md``, where ``--markdown`` writes its tables.
+
+Run it with ``python examples/compare.py``, which takes up to half an hour on two CPU cores, or ``--quick``, two minutes
+of the same with next to no training. What is done is kept beside the picture, and a run that was stopped goes on. It
+needs ``mtlbalance[examples]``.
 """
 
 import hashlib
@@ -147,7 +149,8 @@ def wider(values, best, limits):
     """The values and one more where the best of them is at an end that is not the limit."""
     if len(values) == 1:
         return values
-    low, high = max(values[0] ** 2 / values[1], limits[0]), min(values[-1] ** 2 / values[-2], limits[1])
+    low, high = (float(f"{x:.3g}") for x in (values[0] ** 2 / values[1], values[-1] ** 2 / values[-2]))
+    low, high = max(low, limits[0]), min(high, limits[1])
     before = [low] if best == values[0] and low < values[0] else []
     after = [high] if best == values[-1] and high > values[-1] else []
     return [*before, *values, *after]

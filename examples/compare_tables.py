@@ -291,6 +291,7 @@ def draw(axes, all_found):
         else:
             ax.set_xscale("log")
             ax.set_xlabel("error over that of\ntuned fixed weights")
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.set_ylim(0, len(names) + 1)
     axes[0].set_yticks([places[name] for name in names], map(called, names), fontsize=10)
     return colors
@@ -311,7 +312,7 @@ def show_all(all_found, output, markdown):
         handles = [plt.Line2D([], [], color=colors[key], marker="o", label=text) for key, text in texts.items()]
         fig.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
         fig.supxlabel(
-            f"left is better. {AGGREGATOR}: an aggregator. Bars: intervals of 95%, each for itself", fontsize=10
+            f"left is better. {AGGREGATOR.strip()}: an aggregator. Bars: intervals of 95%, each for itself", fontsize=10
         )
     if markdown:
         write_markdown(markdown, all_found)

@@ -2,6 +2,7 @@
 
 import csv
 import pathlib
+import re
 from types import SimpleNamespace
 
 import compare
@@ -68,12 +69,12 @@ def test_a_best_at_the_edge_widens_the_grid_up_to_the_limit(best, limits, expect
 
 
 def tune_to(best, widenings):
-    """Of a trainer whose scores are least at a learning rate of 0.01 and a value of ``best``; and the seeds it saw."""
+    """Of a trainer whose scores are least at a learning rate of 0.03 and a value of ``best``; and the seeds it saw."""
     seeds = set()
 
     def measured(name, rate, value, seed):
         seeds.add(seed)
-        return np.array([[abs(np.log10(rate) + 2) + abs(np.log10(value / best))], [np.nan]])
+        return np.array([[abs(np.log10(rate / 0.03)) + abs(np.log10(value / best))], [np.nan]])
 
     entry = compare_methods.Entry("any", None, "knob", (0.1, 1.0, 10.0))
     trainer = SimpleNamespace(job=SimpleNamespace(ignorant=(9.0,)), measured=measured)
@@ -87,7 +88,7 @@ def tune_to(best, widenings):
 )
 def test_tuning_follows_the_best_for_two_widenings_and_says_where_it_stopped(best, value, n_values, edges):
     found, seeds = tune_to(best, widenings=2)
-    assert found == (0.01, pytest.approx(value), 3 * n_values, edges)
+    assert found == (0.03, pytest.approx(value), 3 * n_values, edges)
     assert max(seeds) < 1000  # from there on seeds are the test's
 
 
@@ -108,8 +109,9 @@ def test_every_public_method_is_in_the_page(name):
     section = PAGE.read_text().split(f"<!-- {name}: made by compare.py -->")[1].split(f"<!-- {name}: end -->")[0]
     if "| --- |" not in section:
         pytest.skip("the page has no table yet")
-    for info in mtl.methods():
-        assert f" {compare_tables.called(info.full_name)} " in section.replace(":", " "), info.full_name
+    cells = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")]
+    names = {re.sub(r"^\d+ |: needs \d tasks$| \(\d+ diverged\)$", "", cell) for cell in cells}
+    assert {compare_tables.called(info.full_name) for info in mtl.methods()} <= names
 
 
 def found_on(job, names, unable=()):
