@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import show
 from compare_jobs import Job
+from matplotlib.ticker import LogLocator
 from scipy import stats
 
 EQUAL, FIXED = "scalarization.sum", "scalarization.constant"
@@ -290,6 +291,8 @@ def draw(axes, all_found):
             ax.set_xlabel("Δm less that of\ntuned fixed weights, points")
         else:
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            ax.xaxis.set_minor_formatter("")
             ax.set_xlabel("error over that of\ntuned fixed weights")
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set_ylim(0, len(names) + 1)
