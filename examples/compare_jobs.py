@@ -33,6 +33,7 @@ class Job(NamedTuple):
       measure: ``(params) -> [2, n_metrics]``, on the data for validation and for the test.
       metrics: the names of those, and the signs of their improvement.
       score: ``(metrics, of the single tasks) -> score`` over the last axis; the less, the better.
+      smallest: the least difference of scores that a table shows.
       ignorant: the metrics of a model that has learnt nothing: a diverged training counts as that.
       single: the tasks that are trained alone, for ``score`` to compare with.
       swept: the task whose weight is tuned where a method wants weights, preferences or shares; the others have 1.
@@ -51,6 +52,7 @@ class Job(NamedTuple):
     measure: Callable
     metrics: Mapping[str, int]
     score: Callable
+    smallest: float
     ignorant: tuple[float, ...]
     single: tuple[str, ...]
     swept: str
@@ -100,6 +102,7 @@ def read_digits(width=32, batch_size=64, n_pairs=2000):
         measure=measure,
         metrics=metrics,
         score=partial(delta_m, signs=tuple(metrics.values())),
+        smallest=0.05,
         ignorant=(0.1, 0.1, float(jnp.mean(jnp.abs(held_out[1]["sum"] - 9)))),  # chance, and always the mean
         single=tuple(metrics),
         swept="sum",
@@ -138,6 +141,7 @@ def solve_helmholtz(widths=(2, 16, 16, 1), n_points=64):
         measure=measure,
         metrics={"error": -1},
         score=lambda metrics, single: np.log10(metrics[..., 0]),
+        smallest=np.log10(1.005),
         ignorant=(1.0,),  # u = 0
         single=(),
         swept="equation",

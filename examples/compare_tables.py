@@ -63,15 +63,17 @@ def holm(p_values):
 
 
 class Distance(NamedTuple):
-    """The difference of a method's scores to a baseline's, and its p with Holm's correction over all methods."""
+    """The difference of a method's scores to a baseline's.
+
+    Attributes:
+      paired: of the seeds.
+      p: with Holm's correction over all methods.
+      verdict: whether the method is better or worse at the corrected 5% level, or neither.
+    """
 
     paired: Paired
     p: float
-
-    @property
-    def verdict(self):
-        """Whether the method is better or worse at the corrected 5% level, or neither."""
-        return "" if self.p > LEVEL else "better" if self.paired.mean < 0 else "worse"
+    verdict: str
 
 
 class Row(NamedTuple):
@@ -108,7 +110,7 @@ def find(job, entries, kept):
     able = [entry for entry in entries if entry.name in kept]
     metrics = {entry.name: np.array(kept[entry.name]["metrics"]) for entry in able}
     scores = {name: job.score(x, single) for name, x in metrics.items()}
-    to_fixed, to_equal = (distances(scores, baseline) for baseline in (FIXED, EQUAL))
+    to_fixed, to_equal = (distances(scores, baseline, job.smallest) for baseline in (FIXED, EQUAL))
     rows = [
         Row(e.name, kept[e.name], e.knob, metrics[e.name], scores[e.name], to_fixed[e.name], to_equal[e.name])
         for e in able
@@ -117,12 +119,18 @@ def find(job, entries, kept):
     return Found(job, sorted(rows, key=lambda row: np.mean(row.scores)), unable, single)
 
 
-def distances(scores, baseline):
+def distances(scores, baseline, smallest):
     """Of all methods to one of them, which are as many hypotheses as there are others."""
     found = {name: paired(x - scores[baseline]) for name, x in scores.items()}
     others = [name for name in found if name != baseline]
     corrected = dict(zip(others, holm([found[name].p for name in others]), strict=True)) | {baseline: 1.0}
-    return {name: Distance(found[name], float(corrected[name])) for name in scores}
+
+    def verdict(name):
+        # Two methods that are one but for rounding may differ surely, and by nothing that a table shows.
+        is_found = corrected[name] <= LEVEL and abs(found[name].mean) >= smallest
+        return ("better" if found[name].mean < 0 else "worse") if is_found else ""
+
+    return {name: Distance(found[name], float(corrected[name]), verdict(name)) for name in scores}
 
 
 # As text.
@@ -192,8 +200,8 @@ def about(found):
         )
     rest = (
         f"{n_seeds} seeds, mean and standard error; in brackets the interval of 95%. p: paired t-test, by Holm's "
-        f"correction for {n_tested} methods; better and worse are at the corrected 5% level. {AT_EDGE}: the best was "
-        "the last one tried on one side. Time: of a step, over that of the plain sum. "
+        f"correction for {n_tested} methods; better and worse are at the corrected 5% level, by what a table can show. "
+        f"{AT_EDGE}: the best was the last one tried on one side. Time: of a step, over that of the plain sum. "
         f"{AGGREGATOR.strip()}: an aggregator."
     )
     return f"{scores} {rest}"

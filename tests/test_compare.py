@@ -37,15 +37,17 @@ def test_of_equal_differences():
     assert compare_tables.paired(np.full(3, 0.5)) == (0.5, 0.5, 0.5, 0)
 
 
-def test_a_verdict_is_at_the_corrected_level():
-    """With p below 0.05 for itself a method among three is not better."""
+def test_a_verdict_is_at_the_corrected_level_and_of_what_a_table_shows():
+    """With p below 0.05 for itself a method among four is not better; nor is one that surely differs by rounding."""
     seeds = np.random.default_rng(0).normal(size=16)
     noise = np.tile([1.0, -1.0], 8)
-    scores = {"base": seeds, "a": seeds - 0.6 + noise, "b": seeds + noise, "c": seeds + 5 + noise}
-    found = compare_tables.distances(scores, "base")
+    scores = {"base": seeds, "a": seeds - 0.6 + noise, "b": seeds + noise, "c": seeds + 5 + noise, "d": seeds + 1e-3}
+    found = compare_tables.distances(scores, "base", smallest=0.05)
     assert 0.03 < found["a"].paired.p < 0.04
-    assert {name: distance.verdict for name, distance in found.items()} == {"base": "", "a": "", "b": "", "c": "worse"}
     assert found["a"].p == pytest.approx(2 * found["a"].paired.p)
+    assert found["d"].p < 1e-9
+    assert [name for name, distance in found.items() if distance.verdict] == ["c"]
+    assert found["c"].verdict == "worse"
 
 
 def test_delta_m_by_hand():
