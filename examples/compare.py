@@ -83,12 +83,12 @@ class Trainer:
 
     def compile_measure(self):
         params = jax.eval_shape(self.job.init_params, jax.random.key(0))
-        self.measure = jax.jit(self.job.measure).lower(params).compile(ONE_CORE)
+        self.measure = jax.jit(self.job.measure).lower(params).compile(compiler_options=ONE_CORE)
 
     def compile(self, entries):
         """One program for methods of one kind."""
         given = np.int32(0), np.float32(0), np.float32(0), np.int32(0)
-        program = jax.jit(training(self.job, entries, self.n_steps)).lower(*given).compile(ONE_CORE)
+        program = jax.jit(training(self.job, entries, self.n_steps)).lower(*given).compile(compiler_options=ONE_CORE)
         self.programs |= {entry.name: (program, i) for i, entry in enumerate(entries)}
 
     def train(self, name, rate, value, seed):
