@@ -71,7 +71,7 @@ class Setting(NamedTuple):
     lr: float = 3e-3
     optimizer: Callable = optax.adam
     noise: Callable = redraw  # drawn once
-    again: bool = False  # at every look the labels that are noisy are other ones, as in the official code
+    redrawn: bool = False  # what is noisy gets another label in every step, as in the official code
     squared: bool = False  # in place of the cross-entropies squared errors of the ten outputs
 
     @property
@@ -87,28 +87,32 @@ class Drawn(NamedTuple):
     targets: dict[str, chex.Array]
     params: chex.ArrayTree
     rows: chex.Array  # of the training set, ``[step, example]``
-    again: tuple  # with `Setting.again`: which examples have noise, and their labels at every look
+    redrawn: tuple  # with `Setting.redrawn`: which examples have noise, and what labels they have, `[step, example]`
 
 
 def draw(setting, digits, levels, seed):
     """What has noise has an axis for its levels: one task's targets or, with `cover`, the images. No more depends on
     them."""
-    keys = jax.random.split(jax.random.key(seed))
-    noise, other = lambda: np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
-    pairs = jax.device_get(draw_pairs(keys[0], digits, setting.pairs))
-    images, labels, again = pairs["image"], pairs["right"], ()
-    rows = other.integers(setting.pairs, size=(setting.steps, setting.batch))
+    pairs_key, params_key = jax.random.split(jax.random.key(seed))
+    pairs = jax.device_get(draw_pairs(pairs_key, digits, setting.pairs))
+    images, labels, redrawn = pairs["image"], pairs["right"], ()
+    of_batches = np.random.default_rng([seed, 1])
+    rows = of_batches.integers(setting.pairs, size=(setting.steps, setting.batch))
+
+    def at_levels(noise, x):
+        """The same draw for each level: what has noise at one has it at all that are higher."""
+        return np.stack([noise(np.random.default_rng([seed, 0]), x, level) for level in levels])
+
     if setting.noise is cover:
-        images = np.stack([cover(noise(), images, level) for level in levels])
-    if setting.again:
-        hits = np.stack([is_hit(noise(), setting.pairs, level) for level in levels])
-        again = hits, other.integers(N_CLASSES, size=rows.shape)
-    labels_at = lambda level: (
-        labels if setting.noise is cover or setting.again else setting.noise(noise(), labels, level)
-    )
-    targets = np.stack([to_targets(labels_at(level)) for level in levels])
-    targets = {"clean": to_targets(pairs["left"]), "noisy": targets}
-    drawn = Drawn(images, targets, init_params(setting, keys[1]), rows, again)
+        images, noisy = at_levels(cover, images), np.stack([to_targets(labels)] * len(levels))
+    elif setting.redrawn:
+        hits = at_levels(is_hit, setting.pairs)
+        redrawn = hits, of_batches.integers(N_CLASSES, size=rows.shape)
+        noisy = np.stack([to_targets(labels)] * len(levels))
+    else:
+        noisy = np.stack([to_targets(x) for x in at_levels(setting.noise, labels)])
+    targets = {"clean": to_targets(pairs["left"]), "noisy": noisy}
+    drawn = Drawn(images, targets, init_params(setting, params_key), rows, redrawn)
     return jax.tree.map(lambda x: np.asarray(x, np.float32) if np.issubdtype(x.dtype, np.floating) else x, drawn)
 
 
@@ -118,17 +122,17 @@ def draw_all(setting, digits, levels, seeds):
 
 
 def by_level(setting):
-    """The axis of levels of what `draw` returns."""
-    images, hit = 0 if setting.noise is cover else None, 0 if setting.again else None
-    return Drawn(images, {"clean": None, "noisy": 0}, None, None, (hit, None) if setting.again else ())
+    """Where what `draw` returns has the axis of levels, as `jax.vmap` asks for it."""
+    images, redrawn = 0 if setting.noise is cover else None, (0, None) if setting.redrawn else ()
+    return Drawn(images, {"clean": None, "noisy": 0}, None, None, redrawn)
 
 
 def batch_at(drawn, step):
     """The images of a step, and their targets."""
     rows = drawn.rows[step]
     targets = {name: x[rows] for name, x in drawn.targets.items()}
-    if drawn.again:
-        hit, labels = drawn.again
+    if drawn.redrawn:
+        hit, labels = drawn.redrawn
         targets["noisy"] = jnp.where(hit[rows][:, None], to_targets(labels[step]), targets["noisy"])
     return drawn.images[rows], targets
 
@@ -140,9 +144,9 @@ def init_params(setting, key):
     trunk = {"layer_0": (144, setting.width)}
     trunk |= {f"layer_{i}": (setting.width, setting.width) for i in range(1, setting.depth)}
     keys = jax.random.split(key)
-    draw = jax.nn.initializers.he_normal()
-    heads = init_layers(keys[1], dict.fromkeys(TASKS, (setting.width, N_CLASSES)), draw)
-    return init_layers(keys[0], trunk, draw), heads
+    initializer = jax.nn.initializers.he_normal()
+    heads = init_layers(keys[1], dict.fromkeys(TASKS, (setting.width, N_CLASSES)), initializer)
+    return init_layers(keys[0], trunk, initializer), heads
 
 
 def linear(params, x):

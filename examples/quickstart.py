@@ -117,7 +117,8 @@ def print_table(found, best):
         title = f"{name} (best by hand)" if name == best else name
         rows.append((title, f"{final(found, name):.3f}", f"{min(errors):.3f} to {max(errors):.3f}", f"{weight:,.0f}"))
     about = "error: the norm of what the solution is off by, relative to its own; median, and range of the seeds. "
-    about += "weight: the boundary's in the end, where the equation's is 1. Which one is best by hand says this table."
+    about += "weight: the boundary's in the end, where the equation's is 1. The best by hand is "
+    about += "chosen by the errors of this table."
     show.print_table("How far the solution is off", ("method", "error ↓", "seeds", "weight"), rows, about)
 
 

@@ -193,19 +193,21 @@ def check_is_method(argument: str, method: Any, expected: str, *families: type) 
 
 
 _CALLS = {
-    "observe": "state = method.observe(state, losses) after each optimizer step, or what else its docstring has it "
-    "observe (famo(delayed=True) needs none)",
-    "end_epoch": "state = method.end_epoch(state) after each epoch (with steps_per_epoch= it needs none)",
+    "observe": "state = method.observe(state, ...) after each optimizer step, with what its docstring says",
+    "end_epoch": "state = method.end_epoch(state) after each epoch",
 }
 
 
 def check_hooks(method: Any, hooks: bool) -> None:
     """Raises for a method that does nothing without its hooks, unless its user says that they are called."""
     if not isinstance(hooks, bool):
-        reject("hooks", "True or False", type(hooks).__name__, TypeError)
+        reject("hooks", "True or False", f"{hooks!r}", TypeError)
     if method.needs and not hooks:
         calls = " and ".join(_CALLS[hook] for hook in method.needs)
-        reject("hooks", f"True, to say that your loop calls {calls}", f"False, with needs={method.needs}")
+        spared = (
+            "where an argument of the method's spares it, as steps_per_epoch= or delayed=True, its docstring says so"
+        )
+        reject("hooks", f"True, to say that your loop calls {calls}; {spared}", f"False, with needs={method.needs}")
 
 
 def weights_of(

@@ -87,14 +87,14 @@ def check_int(name: str, value: Any, minimum: int) -> None:
         reject(name, f"an int of at least {minimum}", f"{value}")
 
 
-def check_count(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+def check_count(name: str, value: Any, minimum: int, maximum: int = 2**31 - 1) -> None:
     """Raises unless ``value`` is an integer within its bounds: it is only compared with counts, and may be traced.
 
     Args:
       name: the argument's, for the error.
       value: what the user gave.
       minimum: the least that it may be.
-      maximum: the largest that it may be, if there is one.
+      maximum: the largest that it may be, by default of int32, which counts are.
 
     Raises:
       ValueError: if it is out of bounds, where it is not traced, or not a scalar.
@@ -116,9 +116,12 @@ def check_count(name: str, value: Any, minimum: int, maximum: int | None = None)
             reject(name, "one int", f"shape {jnp.shape(value)}")
         if isinstance(value, jax.core.Tracer):
             return
-    if value < minimum or (maximum is not None and value > maximum):
-        bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        reject(name, f"an int {bounds}", f"{value}")
+        if isinstance(value, jax.ShapeDtypeStruct):
+            reject(name, "an int", kind_of(value), TypeError)
+        value = int(value)  # while another function is traced, JAX would trace its comparison
+    if not minimum <= value <= maximum:
+        at_least = f"of at least {minimum}"
+        reject(name, f"an int {at_least if value < minimum else f'from {minimum} to {maximum}'}", f"{value}")
 
 
 @contextlib.contextmanager

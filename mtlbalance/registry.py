@@ -21,6 +21,7 @@ class MethodInfo(NamedTuple):
       required: the names of the factory's arguments that have no default.
       needs: what the method, with its defaults, needs of its user: ``"learn"``, if its weights are trained by
         :func:`mtlbalance.learn`; ``"observe"`` and ``"end_epoch"``, if without these calls in the loop it does nothing.
+        What is observed is the losses after the step, but by ``dtp`` accuracies, by ``coba`` other data's losses.
     """
 
     name: str

@@ -78,8 +78,9 @@ def test_the_table_is_written_between_the_markers_and_nowhere_else(script, monke
         assert text.partition(tables.BEGIN)[0] == found.partition(tables.BEGIN)[0]
         assert text.partition(tables.END)[2] == found.partition(tables.END)[2]
         assert found.count("not run: No module named 'cooper'") == 1
-    with pytest.raises(ValueError, match="expected each of"):
-        tables.between_markers("no markers", "a table")
+    for page in "no markers", f"{tables.END} {tables.BEGIN}":
+        with pytest.raises(ValueError, match="once, and then"):
+            tables.between_markers(page, "a table")
 
 
 def test_what_stands_between_the_markers_is_a_table(script):

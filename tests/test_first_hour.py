@@ -104,13 +104,14 @@ METHODS = {
     "not wrapped": (lambda: grad_fn(UW), r"nothing left to learn, as in mtl.value_and_grad\(losses_fn, mtl.learn\("),
     "hooks": (
         lambda: grad_fn(scalarization.dwa()),
-        r"hooks: expected True, to say that your loop calls state = method.end_epoch\(state\) after each epoch \(with "
-        r"steps_per_epoch= it needs none\), found False, with needs=\('end_epoch',\)",
+        r"hooks: expected True, to say that your loop calls state = method.end_epoch\(state\) after each epoch; where "
+        r"an argument of the method's spares it, as steps_per_epoch= or delayed=True, its docstring says so, found "
+        r"False, with needs=\('end_epoch',\)",
     ),
-    "... and none": (lambda: grad_fn(hooks=None), "hooks: expected True or False, found NoneType"),
+    "... and none": (lambda: grad_fn(hooks=None), "hooks: expected True or False, found None"),
     "... of a link in optax": (
         lambda: mtl.aggregate(mtl.chain(scalarization.famo(), UPGRAD), 2),
-        r"hooks: .*method.observe\(state, losses\) after each optimizer step.*delayed=True",
+        r"hooks: .*method.observe\(state, ...\) after each optimizer step, with what its docstring says",
     ),
     "swapped": (lambda: mtl.value_and_grad(DWA, task_losses), "losses_fn: expected a function, .* found Scalarizer"),
     "losses in place of the function": (lambda: grad_fn(DWA, LOSSES), "losses_fn: expected a function, .* found Array"),

@@ -53,11 +53,11 @@ def test_nothing_but_one_task_s_targets_has_noise(noise, digits):
 
 
 def test_labels_that_are_drawn_at_every_look_are_those_of_the_examples_that_have_noise(digits):
-    drawn = noisy.draw(SETTING._replace(again=True), digits, LEVELS, seed=3)
+    drawn = noisy.draw(SETTING._replace(redrawn=True), digits, LEVELS, seed=3)
     assert part_changed(drawn.targets["noisy"]) == [0, 0, 0]
-    for level, hits in zip(LEVELS, drawn.again[0], strict=True):
+    for level, hits in zip(LEVELS, drawn.redrawn[0], strict=True):
         targets = drawn.targets | {"noisy": drawn.targets["noisy"][0]}
-        one = jax.tree.map(jnp.asarray, drawn._replace(targets=targets, again=(hits, drawn.again[1])))
+        one = jax.tree.map(jnp.asarray, drawn._replace(targets=targets, redrawn=(hits, drawn.redrawn[1])))
         targets = jax.vmap(lambda step, one=one: noisy.batch_at(one, step)[1])(jnp.arange(50))
         true = {name: np.asarray(x)[drawn.rows] for name, x in one.targets.items()}
         wrong, hit = np.any(targets["noisy"] != true["noisy"], axis=-1), hits[drawn.rows]

@@ -167,6 +167,17 @@ def test_a_traced_index_out_of_range_is_the_nearest():
     np.testing.assert_allclose(jax.vmap(call)(jnp.arange(2)), [2, 4])
 
 
+def test_an_index_and_a_count_may_be_arrays_from_outside_of_a_traced_function():
+    choose, one = mtl.switch((scalarization.mean(), scalarization.sum())), jnp.int32(1)
+
+    @jax.jit
+    def calls(values):
+        dwa = scalarization.dwa(steps_per_epoch=one)
+        return [method.apply(method.init(2), values)[0] for method in (choose(one), dwa)]
+
+    np.testing.assert_allclose(calls(jnp.array([1.0, 3.0])), [4, 4])
+
+
 REFUSED = {
     "a method": (scalarization.mean(), TypeError, r"^methods: expected a tuple or list of methods.* found Scalarizer"),
     "none": ((), ValueError, r"^methods: expected at least one method, found none"),

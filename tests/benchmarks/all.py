@@ -97,7 +97,7 @@ def main(arguments):
     if arguments.quick:
         print(tables.whole(rows), tables.short(rows), sep="\n\n")
     else:
-        tables.write(rows, arguments.threads, arguments.rounds)
+        tables.write(rows, arguments.threads, arguments.rounds, arguments.clones)
 
 
 if __name__ == "__main__":

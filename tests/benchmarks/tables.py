@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -16,14 +17,23 @@ PACKAGES = ("jax", "jaxlib", "optax", "numpy", "torch", "torchjd", "cooper-optim
 
 def between_markers(text, new):
     """The text with what stands between the markers replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"expected each of {BEGIN!r} and {END!r} once")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        raise ValueError(f"expected {BEGIN!r} once, and then {END!r} once")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{new.strip()}\n\n{END}{after}"
 
 
-def conditions(threads, rounds):
+def commits(clones):
+    """Of the libraries that are cloned and not installed."""
+    found = []
+    for folder in sorted(path.parent for path in clones.glob("*/.git")) if clones else ():
+        command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+        found.append(f"{folder.name} {subprocess.run(command, capture_output=True, text=True).stdout.strip()}")
+    return found
+
+
+def conditions(threads, rounds, clones=None):
     """When, with what and on what the numbers were taken."""
     versions = []
     for package in PACKAGES:
@@ -31,7 +41,7 @@ def conditions(threads, rounds):
             versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             versions.append(f"{package} not installed")
-    versions = ", ".join([f"Python {platform.python_version()}", *versions])
+    versions = ", ".join([f"Python {platform.python_version()}", *versions, *commits(clones)])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = f"{cpu()}, {cores} cores, {threads} threads of PyTorch, {platform.system()}"
     return f"{datetime.date.today()}; {versions}; {machine}; {rounds} rounds."
@@ -45,7 +55,8 @@ def cpu():
 
 def table(header, rows):
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    in_a_cell = lambda text: " ".join(text.split()).replace("|", "/")
+    return "\n".join(f"| {' | '.join(map(in_a_cell, line))} |" for line in lines)
 
 
 def whole(rows):
@@ -82,7 +93,7 @@ def digits(x):
     return f"{x:.0f}" if x >= 100 else f"{x:.{max(0, 1 - math.floor(math.log10(x)))}f}"
 
 
-def write(rows, threads, rounds):
-    about = conditions(threads, rounds)
+def write(rows, threads, rounds, clones=None):
+    about = conditions(threads, rounds, clones)
     PAGE.write_text(between_markers(PAGE.read_text(), f"{about}\n\n{whole(rows)}"))
     README.write_text(between_markers(README.read_text(), short(rows)))

@@ -107,5 +107,8 @@ def test_bounds():
         scalarization.dwa(jnp.ones(3))
     with pytest.raises(ValueError, match="steps_per_epoch: expected an int of at least 1, found 0"):
         scalarization.dwa(steps_per_epoch=0)
+    for never in 2**31, np.uint32(2**32 - 1):
+        with pytest.raises(ValueError, match=f"steps_per_epoch: expected an int from 1 to 2147483647, found {never}"):
+            scalarization.dwa(steps_per_epoch=never)
     with pytest.raises(TypeError, match=r"steps_per_epoch: expected an int, found 2\.0"):
         scalarization.dwa(steps_per_epoch=2.0)
