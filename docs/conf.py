@@ -10,6 +10,7 @@ sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
 project = "mtlbalance"
 author = "the mtlbalance authors"
+copyright = "the mtlbalance authors"
 version = release = mtlbalance.__version__
 
 extensions = [
@@ -61,7 +62,9 @@ intersphinx_timeout = 5
 
 # Every reference to a name of this library must lead somewhere; those to others may be types without a page.
 nitpicky = True
+OWN = r"mtlbalance\.|\w+State$|(Counted|Scalarizer|Aggregator|Weighting|Rowwise|Task|Audit|Estimate|ComplexParts)$"
 nitpick_ignore_regex = [
-    ("py:.*", r"(?!mtlbalance\.).*"),
+    ("py:class", rf"(?!{OWN}).*"),
     ("py:class", r"mtlbalance\.(memo\.R|wrappers\.plumbing\.Method)"),  # type variables
+    ("py:(func|meth|mod|data|obj|exc)", r"(jax|optax|flax|numpy|chex|orbax|typing)\..*"),
 ]

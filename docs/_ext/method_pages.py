@@ -6,9 +6,9 @@ import re
 
 import toy
 from script_pages import write_if_new
-from tests.catalogue import AGGREGATORS, SCALARIZERS
 
 import mtlbalance as mtl
+from tests.catalogue import AGGREGATORS, SCALARIZERS
 
 DOCS = pathlib.Path(__file__).parents[1]
 FAMILIES = {"scalarization": "losses → one scalar", "aggregation": "one gradient per task → one gradient"}
@@ -21,7 +21,7 @@ CALL = r"`(scalarization|aggregation|mtl)\.(\w+)\([^`]*\)`"
 
 
 def cells(line):
-    return [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+    return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
 
 
 def rows():
@@ -42,7 +42,7 @@ def bad_values(name):
     table = (DOCS / "numerics.md").read_text().partition(f"| `{family}` |")[2].partition("\n\n")[0].splitlines()
     for line in table[2:]:
         if line.startswith(f"| `{method}` |"):
-            return [pair for pair in zip(cells(f"|{table[0]}"), cells(line)[1:], strict=False) if pair[1]]
+            return [pair for pair in zip(cells(table[0]), cells(line)[1:], strict=False) if pair[1]]
     return []
 
 
@@ -86,7 +86,7 @@ def behaviour(name):
     if not found:
         return ""
     lines = [("one bad value of three", "what happens"), ("---", "---"), *found]
-    table = "\n".join(f"| {value} | {what} |" for value, what in lines)
+    table = "\n".join(f"| {'any loss' if what == 'not read' else value} | {what} |" for value, what in lines)
     absent = "An absent task has weight 0, its entries of the state stay, and the others get what they would alone."
     words = "[What the words mean](../../numerics.md#zero-negative-nan-absent)."
     return f"## Zero, negative, NaN, absent\n\n{table}\n\n{absent} {words}"
@@ -97,8 +97,9 @@ def path_on_the_toy_problem(name):
     if picture is None:
         return ""
     text = (
-        "Five starts on [the toy problem](/examples/toy_pareto.md) of the CAGrad, Nash-MTL and FAMO papers, two of them "
-        "above ravines, 50,000 steps of Adam. Dots are starts; stars ended on the front (yellow), crosses did not."
+        "Five starts on [the toy problem](/examples/toy_pareto.md) of the CAGrad, Nash-MTL and FAMO papers, two of "
+        "them above ravines (dotted), 50,000 steps of Adam; the darker, the smaller the losses. Dots are starts; stars "
+        "ended on the front (yellow), crosses did not."
     )
     return f"## On a toy problem\n\n{text}\n\n![Paths of {name} from five starts](../toy/{picture.name})"
 
@@ -146,8 +147,8 @@ def mentions(name):
 def page(name):
     line, citation = about(name)
     cited = f"```{{eval-rst}}\n{citation}\n```" if citation else ""
-    parts = [f"# {name}", line, cited, facts(name), path_on_the_toy_problem(name), reference(name)]
-    parts += [behaviour(name), measured(name), mentions(name)]
+    parts = [f"# {name}", line, cited, facts(name), reference(name), behaviour(name)]
+    parts += [path_on_the_toy_problem(name), measured(name), mentions(name)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -184,10 +185,11 @@ def _link_rows(part):
 
 
 def _link_names(text, family):
+    """Of code spans; names that are in both families are in this one."""
     known = rows()
 
     def link(span):
-        name = f"{family}.{span[2]}"
-        return f"[{span[1]}](/methods/{family}/{span[2]}.md)" if name in known else span[0]
+        found = [name for name in (f"{family}.{span[2]}", f"aggregation.{span[2]}", span[2]) if name in known]
+        return f"[{span[1]}](/methods/{found[0].replace('.', '/')}.md)" if found else span[0]
 
-    return re.sub(r"(?<!\[)(`(\w+)(?:\([^`]*\))?`)(?!\])", link, text)
+    return re.sub(r"(?<!\[)(`([\w.]+)(?:\([^`]*\))?`)(?!\])", link, text)

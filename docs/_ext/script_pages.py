@@ -33,6 +33,16 @@ def write():
         write_if_new(PAGES / f"{name}.md", page(name))
 
 
-def with_links(text):
+def gallery():
+    """A card for each picture that a script draws."""
+    lines = ["::::{grid} 1 2 2 3", ":gutter: 3", ""]
+    for path in sorted(EXAMPLES.glob("*.png")):
+        lines += [f":::{{grid-item-card}} {path.stem}.py", f":link: /examples/{path.stem}", ":link-type: doc"]
+        lines += [f":img-top: ../../examples/{path.name}", ":::"]
+    return "\n".join([*lines, "::::"])
+
+
+def with_links(docname, text):
     """Links to scripts lead to their pages; in the repository they lead to the files."""
+    text = text.replace("<!-- pictures -->", gallery()) if docname == "examples/index" else text
     return re.sub(r"\]\((?:\.\./)+examples/(\w+)\.py\)", r"](/examples/\1.md)", text)

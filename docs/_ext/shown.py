@@ -15,7 +15,7 @@ DIRECTIVE = re.compile(r"^\.\. auto(function|class|module):: (\S+)$", re.MULTILI
 
 
 def public_names(module=mtl):
-    """What a user may import, by its full name: what a module lists, or else the functions and classes defined in it."""
+    """What a user may import, by its full name: what a module lists, or else the functions and classes it defines."""
     for name in getattr(module, "__all__", None) or defined_in(module):
         found = getattr(module, name)
         if isinstance(found, types.ModuleType):
@@ -48,6 +48,6 @@ def named(name):
 def without_page():
     """A name is shown if what it stands for is shown under any of its names."""
     texts = [path.read_text() for path in (DOCS / "api").glob("*.md")]
-    texts += [method_pages.page(name) for name in method_pages.rows()]
+    texts += [method_pages.reference(name) for name in method_pages.rows()]
     shown = {id(named(name)) for text in texts for name in shown_in(text)}
     return sorted(name for name in public_names() if id(named(name)) not in shown)

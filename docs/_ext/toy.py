@@ -42,7 +42,9 @@ def runs():
 
 def _outermost(run):
     """The method of a table's entry: what is named first, but for ``learned``."""
-    attributes = (node for node in ast.walk(run) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name))
+    attributes = (
+        node for node in ast.walk(run) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    )
     return next(f"{node.value.id}.{node.attr}" for node in attributes if node.value.id in FAMILIES)
 
 

@@ -1,0 +1,160 @@
+"""The site's pages: their code runs, their links lead somewhere, and every method and public name is in them."""
+
+import ast
+import pathlib
+import re
+import sys
+
+import numpy as np
+import pytest
+
+import mtlbalance as mtl
+from mtlbalance import aggregation, scalarization
+from tests.bad_values import TABLES, cases_of
+from tests.test_docs import blocks_of, imported
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+sys.path.append(str(DOCS / "_ext"))
+
+import method_pages  # noqa: E402
+import shown  # noqa: E402
+import toy  # noqa: E402
+
+README = (ROOT / "README.md").read_text()
+MADE = [*map(method_pages.file_of, method_pages.rows())]  # when the site is built
+FOLDERS = ["", "start", "guides", "coming_from", "api"]
+PAGES = {path.relative_to(DOCS).as_posix(): path for folder in FOLDERS for path in sorted((DOCS / folder).glob("*.md"))}
+PAGES |= {f"{folder}/index.md": DOCS / folder / "index.md" for folder in ("methods", "examples")}
+TEXTS = {page: path.read_text() for page, path in PAGES.items()}
+BLOCKS = {name: block for page, text in TEXTS.items() for name, block in blocks_of(page, text)}
+# A block that imports what it uses runs as it stands, others are parts of programs. What the README has runs there.
+WHOLE = [name for name, block in BLOCKS.items() if [*imported(block)] and f"```python\n{block}```" not in README]
+
+
+@pytest.mark.by_default("own_method.md-*")
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.usefixtures("users_broadcast")
+def test_code_block_runs_on_its_own(name):
+    exec(compile(BLOCKS[name], name, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_code_block_is_python(name):
+    ast.parse(BLOCKS[name])
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_names_of_ours_are_there(page):
+    ours = {"mtl": mtl, "aggregation": aggregation, "scalarization": scalarization}
+    named = re.findall(rf"(?<![\w.])({'|'.join(ours)})\.(\w+)", TEXTS[page].replace("mtl.md", ""))
+    assert [f"{module}.{name}" for module, name in named if not hasattr(ours[module], name)] == []
+
+
+def slug(heading):
+    """As GitHub and MyST make it of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def leads_somewhere(page, link):
+    file, _, anchor = link.partition("#")
+    target = (DOCS / file[1:] if file.startswith("/") else PAGES[page].parent / file).resolve() if file else PAGES[page]
+    if target in MADE:
+        return True
+    if not target.exists():
+        return False
+    return not anchor or anchor in map(slug, re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", TEXTS[page])
+    assert [link for link in links if not link.startswith("http") and not leads_somewhere(page, link)] == []
+
+
+def test_every_page_is_in_the_tree():
+    trees = {page: re.findall(r"```{toctree}\n(.*?)```", text, re.DOTALL) for page, text in TEXTS.items()}
+    lines = [(PAGES[page].parent, line) for page in trees for line in "\n".join(trees[page]).splitlines()]
+    entries = {(folder / line).resolve() for folder, line in lines if line and not line.startswith(":")}
+    pages = {path.with_suffix("") for path in [*PAGES.values(), *(DOCS / "recipes").glob("*.md")]}
+    assert pages - entries == {DOCS / "index"}
+
+
+def test_every_public_name_has_a_page():
+    assert shown.without_page() == []
+
+
+def test_a_public_name_without_a_page_is_found(monkeypatch):
+    monkeypatch.setattr(mtl, "nowhere", lambda: None, raising=False)
+    monkeypatch.setattr(mtl, "__all__", [*mtl.__all__, "nowhere"])
+    assert shown.without_page() == ["mtlbalance.nowhere"]
+
+
+@pytest.mark.parametrize("family", [scalarization, aggregation], ids=["scalarization", "aggregation"])
+def test_every_method_has_its_rows(family):
+    name = family.__name__.rpartition(".")[-1]
+    methods = {f"{name}.{public}" for public in family.__all__ if public.islower()}
+    assert methods == {row for row in method_pages.rows() if row.startswith(f"{name}.")}
+    assert all(len(form) == 7 for method in methods for form in method_pages.rows()[method])
+    columns = TABLES[name]
+    for case in cases_of(name):
+        found = method_pages.bad_values(f"{name}.{case}")
+        assert found and {value for value, _ in found} <= set(columns), case
+
+
+def test_a_page_has_what_is_known_of_a_method(monkeypatch):
+    monkeypatch.setattr(toy, "draw", lambda paths, output: None)
+    text = method_pages.page("aggregation.excess_mtl")
+    for part in (
+        ".. autofunction:: mtlbalance.aggregation.excess_mtl\n",
+        ".. autoclass:: mtlbalance.aggregation.ExcessMTLState\n",
+        "| makes | one gradient per task → one gradient |",
+        "| keeps | log-weights",
+        "| source | [He et al. 2024]",
+        "| gradient 0 | shorter |",
+        "../toy/aggregation.excess_mtl-",
+        "(../../guides/devices.md)",
+    ):
+        assert part in text, part
+
+
+def test_measurements_of_a_method_are_on_its_page(monkeypatch, tmp_path):
+    table = "| method | a |\n|---|---|\n| `uw_o` | 1 |\n| `scalarization.uw()` | 2 |\n| sum | 3 |\n"
+    (tmp_path / "evidence.md").write_text(f"# Evidence\n\n{table}\nAnd so on.\n")
+    monkeypatch.setattr(method_pages, "DOCS", tmp_path)
+    found = method_pages.measured("scalarization.uw")
+    assert "| method | a |\n|---|---|\n| `scalarization.uw()` | 2 |\n\nFrom [evidence]" in found
+    assert method_pages.measured("aggregation.upgrad") == ""
+
+
+def test_the_paths_are_those_of_the_example():
+    recorded = {*np.load(toy.RECORDED)}
+    runs = {run for found in toy.runs().values() for run in found}
+    assert runs == {*toy.example().METHODS}
+    assert recorded == runs | {run + toy.ARRIVED for run in runs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["constant (10, 1)", "FAMO", "Nash-MTL"])
+def test_the_paths_are_what_the_methods_do(run):
+    """To half precision, for the starts below the ravines, in which rounding decides where a path goes."""
+    example, recorded = toy.example(), np.load(toy.RECORDED)
+    paths = example.trace_paths(example.METHODS[run], toy.N_STEPS)[:, :: toy.EVERY]
+    below = [list(example.STARTS).index(start) for start in "DE"]
+    np.testing.assert_allclose(recorded[run][below], paths[below], atol=0.02)
+
+
+# While the README has the same tables and blocks as the pages: what changes in one must change in the other.
+
+
+def test_tables_of_the_readme_stand_in_the_pages():
+    rows = re.findall(r"^\| `(?:scalarization|aggregation|mtl)\..*$", README, re.MULTILINE)
+    for family in TABLES:
+        rows += f"| `{family}` |{README.partition(f'| `{family}` |')[2]}".partition("\n\n")[0].splitlines()
+    lines = {*TEXTS["methods/index.md"].splitlines(), *TEXTS["numerics.md"].splitlines()}
+    assert [row for row in rows if row and row not in lines] == []
+
+
+def test_code_blocks_of_the_readme_stand_in_the_pages():
+    pages = "\n".join(TEXTS.values())
+    assert [block for block in re.findall(r"```python\n.*?```", README, re.DOTALL) if block not in pages] == []
