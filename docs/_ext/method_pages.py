@@ -99,7 +99,8 @@ def path_on_the_toy_problem(name):
     text = (
         "Five starts on [the toy problem](/examples/toy_pareto.md) of the CAGrad, Nash-MTL and FAMO papers, two of "
         "them above ravines (dotted), 50,000 steps of Adam; the darker, the smaller the losses. Dots are starts; stars "
-        "ended on the front (yellow), crosses did not."
+        "ended on the front (yellow), crosses did not. The script has each setting; methods for positive losses see "
+        "them plus a constant."
     )
     return f"## On a toy problem\n\n{text}\n\n![Paths of {name} from five starts](../toy/{picture.name})"
 
