@@ -75,7 +75,8 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_in_the_tree():
     trees = {page: re.findall(r"```{toctree}\n(.*?)```", text, re.DOTALL) for page, text in TEXTS.items()}
     lines = [(PAGES[page].parent, line) for page in trees for line in "\n".join(trees[page]).splitlines()]
-    entries = {(folder / line).resolve() for folder, line in lines if line and not line.startswith(":")}
+    named = lambda line: re.sub(r".*<(.*)>", r"\1", line)
+    entries = {(folder / named(line)).resolve() for folder, line in lines if line and not line.startswith(":")}
     pages = {path.with_suffix("") for path in [*PAGES.values(), *(DOCS / "recipes").glob("*.md")]}
     assert pages - entries == {DOCS / "index"}
 
