@@ -183,7 +183,7 @@ def training(method, scales=SCALES, lowest=0.0, max_norm=1.0, optimizer=None):
     """How a path begins at a start, and how it goes on for a hundred steps; by any method."""
     losses_fn = lambda x: task_losses(x, scales) - lowest
     if isinstance(method, mtl.Scalarizer | mtl.Aggregator):
-        grad_fn, given, observe = mtl.value_and_grad(losses_fn, method), {}, method.observe
+        grad_fn, given, observe = mtl.value_and_grad(losses_fn, method, hooks=True), {}, method.observe
     else:  # a step of its own, here without other data
         grad_fn, given, observe = method(losses_fn), {"validation": ()}, lambda state, losses: state
     optimizer = optax.chain(optax.clip_by_global_norm(max_norm), optimizer or optax.adam(1e-3))

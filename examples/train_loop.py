@@ -23,7 +23,6 @@ epoch of 100 steps is one compiled program.
 Twenty epochs take about ten seconds on two CPU cores. It needs ``mtlbalance[examples]``.
 """
 
-import inspect
 import json
 from contextlib import nullcontext
 from functools import partial
@@ -38,10 +37,9 @@ from digits import TASKS, draw_pairs, init_params, load_data, losses_of, predict
 from tqdm import tqdm
 
 import mtlbalance as mtl
-from mtlbalance import aggregation, scalarization
+from mtlbalance import scalarization
 
 BATCH_SIZE = 128
-FAMILIES = {"scalarization": scalarization, "aggregation": aggregation}
 DOUBLE_SAMPLED = ("aggregation.modo", "aggregation.sdmgrad")
 OBSERVES_ACCURACIES = ("scalarization.dtp",)
 
@@ -59,40 +57,37 @@ CAPTION = (
 
 
 def method_names():
-    """All of them, with their family. A family's other public names are classes."""
-    return [f"{family}.{name}" for family, module in FAMILIES.items() for name in module.__all__ if name.islower()]
+    """All of them, with their family."""
+    return [info.full_name for info in mtl.methods()]
 
 
 def find_method(name, hyperparameters):
     """The name with the family, and the method."""
-    found = [full_name for full_name in method_names() if name in (full_name, full_name.partition(".")[-1])]
+    found = [info for info in mtl.methods() if name in (info.full_name, info.name)]
     if not found:
         raise SystemExit(f"no method {name}; there are {', '.join(method_names())}")
-    family, name = found[0].split(".")
-    method = build(name, getattr(FAMILIES[family], name), dict(hyperparameters))
-    return found[0], mtl.learn(method, optax.adam(1e-2)) if getattr(method, "learned", ()) else method
+    method = build(found[0], dict(hyperparameters))
+    return found[0].full_name, mtl.learn(method, optax.adam(1e-2)) if method.learned else method
 
 
-def build(name, factory, hyperparameters):
+def build(info, hyperparameters):
     """The method, or a message that says what is wrong with its hyperparameters."""
-    parameters = inspect.signature(factory).parameters.values()
-    needed = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
-    missing = [parameter for parameter in sorted(needed) if parameter not in hyperparameters]
+    missing = [parameter for parameter in sorted(info.required) if parameter not in hyperparameters]
     if missing:
-        raise SystemExit(f"{name} needs {' and '.join(f'--set {parameter}=VALUE' for parameter in missing)}")
-    if "method" in needed:  # of CR-MOGM: another one by its name, with its defaults
+        raise SystemExit(f"{info.name} needs {' and '.join(f'--set {parameter}=VALUE' for parameter in missing)}")
+    if "method" in info.required:  # of CR-MOGM: another one by its name, with its defaults
         hyperparameters["method"] = find_method(hyperparameters["method"], [])[1]
     try:
-        return factory(**hyperparameters)
+        return info.factory(**hyperparameters)
     except (TypeError, ValueError) as error:
-        raise SystemExit(f"{name}: {error}") from error
+        raise SystemExit(f"{info.name}: {error}") from error
 
 
 def check_fits_tasks(name, method):
     """Stops with the method's own message where its arguments do not fit the tasks' names; nothing is computed."""
     losses_fn = lambda params: dict.fromkeys(TASKS, jnp.sum(params))
     try:
-        mtl.value_and_grad(losses_fn, method).init(jnp.zeros(2))
+        mtl.value_and_grad(losses_fn, method, hooks=True).init(jnp.zeros(2))
     except (TypeError, ValueError) as error:
         raise SystemExit(f"{name.partition('.')[-1]}: {error}. {BY_NAME}") from error
 
@@ -104,15 +99,15 @@ def losses_with(predict):
 
 def init_state(method, predict, params, digits):
     """A new state, for whatever method: it depends on the number of the losses, their names, and the parameters."""
-    return mtl.value_and_grad(losses_with(predict), method).init(params, draw_pairs(jax.random.key(0), digits, 1))
+    grad_fn = mtl.value_and_grad(losses_with(predict), method, hooks=True)
+    return grad_fn.init(params, draw_pairs(jax.random.key(0), digits, 1))
 
 
 def balanced_gradient(losses_fn, name, method):
     """``grad_fn(params, state, *batches) -> (losses, state[, weights]), gradient``, with weights if there are any."""
     if name in DOUBLE_SAMPLED:
         return partial(double_sampled_gradient, losses_fn, method)
-    has_weights = isinstance(method, mtl.Scalarizer) or method.weighting is not None
-    return mtl.value_and_grad(losses_fn, method, return_weights=has_weights)
+    return mtl.value_and_grad(losses_fn, method, return_weights=mtl.has_weights(method), hooks=True)
 
 
 def double_sampled_gradient(losses_fn, method, params, state, batch_1, batch_2, batch_3):

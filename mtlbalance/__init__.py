@@ -25,10 +25,11 @@ from mtlbalance.autodiff import (
     value_and_jac,
 )
 from mtlbalance.changed_tasks import carry_over
-from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Weighting
+from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Weighting, has_weights
 from mtlbalance.diagnostics import audit, report
 from mtlbalance.losses import Counted
 from mtlbalance.project_update import project_update
+from mtlbalance.registry import MethodInfo, methods
 from mtlbalance.restored import restore
 from mtlbalance.transforms import aggregate, per_task
 from mtlbalance.wrappers import (
@@ -40,6 +41,7 @@ from mtlbalance.wrappers import (
     RegularizeState,
     SkipNonfiniteState,
     SkipZeroState,
+    SwitchState,
     TransformRowsState,
     TransformWeightsState,
     amortize,
@@ -52,6 +54,7 @@ from mtlbalance.wrappers import (
     regularize,
     skip_nonfinite,
     skip_zero,
+    switch,
     transform_rows,
     transform_weights,
 )
@@ -65,6 +68,7 @@ __all__ = [
     "ChainState",
     "Counted",
     "LearnState",
+    "MethodInfo",
     "NestedState",
     "PrioritizeState",
     "RegularizeState",
@@ -72,6 +76,7 @@ __all__ = [
     "Scalarizer",
     "SkipNonfiniteState",
     "SkipZeroState",
+    "SwitchState",
     "TransformRowsState",
     "TransformWeightsState",
     "Weighting",
@@ -89,8 +94,10 @@ __all__ = [
     "diagnostics",
     "freeze",
     "gramian",
+    "has_weights",
     "hyperparameters",
     "learn",
+    "methods",
     "names",
     "nested",
     "ntk_weights",
@@ -107,6 +114,7 @@ __all__ = [
     "solvers",
     "states",
     "subset",
+    "switch",
     "transform_rows",
     "transform_weights",
     "value_and_grad",

@@ -42,6 +42,7 @@ def scalarizer(
     learned: tuple[str, ...] = (),
     last_weights: Callable[..., Any] | None = None,
     per_task: Mapping[str, Any] | None = None,
+    needs: tuple[str, ...] = (),
 ) -> Scalarizer:
     """Builds a :class:`Scalarizer` from plain functions.
 
@@ -54,6 +55,7 @@ def scalarizer(
       learned: state fields that are trained by gradient.
       last_weights: ``(state) -> weights`` of the last call, for a method that keeps them.
       per_task: hyperparameters with one number per task, by argument: their names must be the losses'.
+      needs: the hooks without which the method does nothing, as ``("observe",)``.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` of compiled functions.
@@ -93,7 +95,8 @@ def scalarizer(
 
     hooks = boundary.public_hooks(check, end_epoch, observe, per_task=per_task)
     public = compile_with_names(public_apply, per_task, losses_at=1, check=check)
-    return Scalarizer(public_init, public, *hooks, learned, last_weights=boundary.checked(check, last_weights))
+    last_weights = boundary.checked(check, last_weights)
+    return Scalarizer(public_init, public, *hooks, learned, last_weights=last_weights, needs=needs)
 
 
 def aggregator(
@@ -111,6 +114,7 @@ def aggregator(
     nan_if_nonfinite: bool = True,
     axis_name: Hashable | None = None,
     per_task: Mapping[str, Any] | None = None,
+    needs: tuple[str, ...] = (),
     stop_gradient: bool = True,
     zero_absent: bool = True,
 ) -> Aggregator:
@@ -127,16 +131,13 @@ def aggregator(
       gramian_weighting: ``(state, gramian, values, mask) -> (weights, new_state)``.
       rowwise: the same row by row, ``visit: (state, i, row, values, mask)``, ``weigh`` or ``finish: (state,
         statistics, values, mask)``, and ``visits: (state, mask)`` or none; :func:`rowwise_aggregator` makes it.
-      end_epoch: ``(state) -> new_state``.
-      observe: ``(state, values, mask) -> new_state``.
+      end_epoch, observe, last_weights, per_task, needs: as in :func:`scalarizer`.
       jacobian_shaped: state fields with leaves ``[m, *param.shape]``, whose absent rows the functions keep, and, as
         ``"field.*"``, those of which each leaf has another entry per task that is kept so.
-      last_weights: ``(state) -> weights`` of the last call, for a method that keeps them.
       reads_losses: whether a call without ``values`` is an error.
       nan_if_nonfinite: whether the builder makes the weights NaN for a Gramian that is not finite, of which solvers
         and comparisons may make finite ones. ``False`` for weights that do not depend on it, as the mean's.
       axis_name: mapped axis over which parameters are split, for the Gramian.
-      per_task: as in :func:`scalarizer`.
       stop_gradient: whether the weights are constants of differentiation. ``False`` for those of a hyperparameter, or
         of a method inside, which sees to it.
       zero_absent: whether rows of absent tasks are zero; ``False`` for a wrapper that leaves it to the method inside.
@@ -197,6 +198,7 @@ def aggregator(
         rowwise and boundary.public_rowwise(rowwise, read, settled, jacobian_shaped, per_task),
         jacobian_shaped=jacobian_shaped,
         last_weights=boundary.checked(check, last_weights),
+        needs=needs,
     )
 
 

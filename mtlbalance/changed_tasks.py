@@ -115,8 +115,12 @@ def _params_of(method, state):
     def found(like, state):
         if jax.tree.structure(like) == jax.tree.structure(probe):
             return [state] if like["some"].shape == probe["some"].shape else []
-        fields = [name for name in getattr(like, "_fields", ()) if hasattr(state, name)]
-        return [x for name in fields for x in found(getattr(like, name), getattr(state, name))]
+        if type(like) is type(state) is tuple:  # the states of several methods
+            parts = zip(like, state, strict=False)
+        else:
+            fields = [name for name in getattr(like, "_fields", ()) if hasattr(state, name)]
+            parts = [(getattr(like, name), getattr(state, name)) for name in fields]
+        return [x for part in parts for x in found(*part)]
 
     return next(iter(found(expected, state)), ())
 

@@ -52,6 +52,9 @@ class Scalarizer(NamedTuple):
         ``apply`` does not see, and which tasks ``nonfinite="drop_task"`` has dropped; the state it returns is the next.
         ``None`` for all others. See :func:`mtlbalance.skip_nonfinite`.
       nesting: of a method over groups of losses, see :func:`mtlbalance.nested`; ``None`` for all others.
+      needs: the hooks, of ``"observe"`` and ``"end_epoch"``, without which the method, with these hyperparameters, does
+        nothing: its weights stay what they were at the start. ``apply`` cannot know whether they are called;
+        :func:`mtlbalance.value_and_grad` and :func:`mtlbalance.aggregate` ask.
     """
 
     init: Callable[..., Any]
@@ -63,6 +66,7 @@ class Scalarizer(NamedTuple):
     last_weights: Callable[..., Any] | None = None
     after_gradient: Callable[..., Any] | None = None
     nesting: Nesting | None = None
+    needs: tuple[str, ...] = ()
 
 
 class Weighting(NamedTuple):
@@ -133,7 +137,7 @@ class Aggregator(NamedTuple):
         ``"transformation.*"``: each leaf in it has one entry per task, of any shape. Rows and entries of tasks whose
         gradient does not count stay as they were.
       last_weights: as in :class:`Scalarizer`, of shape ``[m]``.
-      after_gradient, nesting: as in :class:`Scalarizer`.
+      after_gradient, nesting, needs: as in :class:`Scalarizer`.
     """
 
     init: Callable[..., Any]
@@ -148,6 +152,29 @@ class Aggregator(NamedTuple):
     last_weights: Callable[..., Any] | None = None
     after_gradient: Callable[..., Any] | None = None
     nesting: Nesting | None = None
+    needs: tuple[str, ...] = ()
+
+
+def has_weights(method: Scalarizer | Aggregator) -> bool:
+    """Whether a method makes one weight per task, as ``mtl.value_and_grad(..., return_weights=True)`` asks.
+
+    Args:
+      method: of either family. A scalarizer's weights are the derivative of its scalar; some aggregators have none.
+
+    Returns:
+      Whether it has.
+
+    Raises:
+      TypeError: if it is of neither family.
+
+    Example:
+      >>> import mtlbalance as mtl
+      >>> from mtlbalance import aggregation
+      >>> mtl.has_weights(aggregation.upgrad()), mtl.has_weights(aggregation.graddrop())
+      (True, False)
+    """
+    check_is_method("method", method, "a Scalarizer or an Aggregator", Scalarizer, Aggregator)
+    return isinstance(method, Scalarizer) or method.weighting is not None
 
 
 def check_is_method(argument: str, method: Any, expected: str, *families: type) -> None:
@@ -163,6 +190,22 @@ def check_is_method(argument: str, method: Any, expected: str, *families: type) 
     elif isinstance(method, str):
         found = f"{method!r}: the factory of that name must be called"
     reject(argument, expected, found, TypeError)
+
+
+_CALLS = {
+    "observe": "state = method.observe(state, losses) after each optimizer step, or what else its docstring has it "
+    "observe (famo(delayed=True) needs none)",
+    "end_epoch": "state = method.end_epoch(state) after each epoch (with steps_per_epoch= it needs none)",
+}
+
+
+def check_hooks(method: Any, hooks: bool) -> None:
+    """Raises for a method that does nothing without its hooks, unless its user says that they are called."""
+    if not isinstance(hooks, bool):
+        reject("hooks", "True or False", type(hooks).__name__, TypeError)
+    if method.needs and not hooks:
+        calls = " and ".join(_CALLS[hook] for hook in method.needs)
+        reject("hooks", f"True, to say that your loop calls {calls}", f"False, with needs={method.needs}")
 
 
 def weights_of(

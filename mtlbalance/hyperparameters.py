@@ -87,6 +87,40 @@ def check_int(name: str, value: Any, minimum: int) -> None:
         reject(name, f"an int of at least {minimum}", f"{value}")
 
 
+def check_count(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    """Raises unless ``value`` is an integer within its bounds: it is only compared with counts, and may be traced.
+
+    Args:
+      name: the argument's, for the error.
+      value: what the user gave.
+      minimum: the least that it may be.
+      maximum: the largest that it may be, if there is one.
+
+    Raises:
+      ValueError: if it is out of bounds, where it is not traced, or not a scalar.
+      TypeError: if it is not an integer.
+
+    Example:
+      >>> from mtlbalance import hyperparameters
+      >>> hyperparameters.check_count("n_warmup_steps", 3, 1)
+      >>> hyperparameters.check_count("n_warmup_steps", 0.5, 1)
+      Traceback (most recent call last):
+      TypeError: n_warmup_steps: expected an int, found 0.5
+    """
+    if not is_int(value):
+        if not hasattr(value, "dtype"):
+            reject(name, "an int", f"{value!r}" if isinstance(value, numbers.Number) else kind_of(value), TypeError)
+        if not jnp.issubdtype(value.dtype, jnp.integer):
+            reject(name, "an int", f"dtype {value.dtype}", TypeError)
+        if jnp.ndim(value):
+            reject(name, "one int", f"shape {jnp.shape(value)}")
+        if isinstance(value, jax.core.Tracer):
+            return
+    if value < minimum or (maximum is not None and value > maximum):
+        bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        reject(name, f"an int {bounds}", f"{value}")
+
+
 @contextlib.contextmanager
 def asking_for_shapes() -> Iterator[None]:
     """While it is entered ``init`` is only asked what a state is like, and no number of tasks is a wrong one."""

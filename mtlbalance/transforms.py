@@ -6,7 +6,7 @@ import optax
 
 from mtlbalance import base
 from mtlbalance.boundary import check_rows_of, losses_of, reader
-from mtlbalance.contract import check_is_method
+from mtlbalance.contract import check_hooks, check_is_method
 from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.losses import check_task_axis, present_rows
 from mtlbalance.parameters import check_params_like, check_trainable
@@ -16,7 +16,9 @@ from mtlbalance.wrappers.transform_rows import init_rows, update_row
 
 
 @base.memoized
-def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransformationExtraArgs:
+def aggregate(
+    aggregator: base.Aggregator, n_tasks: int, *, hooks: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """Turns an aggregator into the first link of an optax chain.
 
     Its ``update`` takes the Jacobian tree, leaves ``[n_tasks, *param.shape]``, where others take gradients, and
@@ -43,14 +45,16 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
     Args:
       aggregator: the method.
       n_tasks: the number of tasks, at least 1.
+      hooks: whether your loop calls the hooks that the method needs (``aggregator.needs``), on the state that is in the
+        chain's; a method that does nothing without them, as ``chain(dwa(), sum())``, is refused otherwise.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
       TypeError: if ``n_tasks`` is not an int, or ``aggregator`` not an :class:`~mtlbalance.Aggregator`.
-      ValueError: from ``update``, if the Jacobian does not fit the number of tasks or the params, as a plain gradient
-        does not; if it, or the losses, are given in both ways.
+      ValueError: if the method needs hooks; from ``update``, if the Jacobian does not fit the number of tasks or the
+        params, as a plain gradient does not; if it, or the losses, are given in both ways.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -72,6 +76,7 @@ def aggregate(aggregator: base.Aggregator, n_tasks: int) -> optax.GradientTransf
       [-0.15 -0.25]
     """
     check_is_method("aggregator", aggregator, "an mtlbalance.Aggregator", base.Aggregator)
+    check_hooks(aggregator, hooks)
     check_int("n_tasks", n_tasks, 1)
 
     def init(params):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtlbalance.hyperparameters import FINITE, check, check_int, reject
+from mtlbalance.hyperparameters import FINITE, check, check_count, reject
 
 
 def normalize(total: chex.Numeric = 1.0) -> optax.GradientTransformationExtraArgs:
@@ -84,19 +84,19 @@ class WarmUpState(NamedTuple):
     count: chex.Array
 
 
-def warm_up(n_steps: int) -> optax.GradientTransformationExtraArgs:
+def warm_up(n_steps: int | chex.Array) -> optax.GradientTransformationExtraArgs:
     """Equal weights in the first calls, of the total that the method's have; then the method's.
 
     The method is called from the first one on: what it remembers is as old as the training.
 
     Args:
-      n_steps: the number of calls with equal weights, at least 0.
+      n_steps: the number of calls with equal weights, at least 0. May be traced.
 
     Returns:
       A transformation with state :class:`WarmUpState`.
 
     Raises:
-      TypeError: if ``n_steps`` is not an int.
+      TypeError: if ``n_steps`` is no integer.
       ValueError: if it is negative.
 
     Example:
@@ -110,7 +110,7 @@ def warm_up(n_steps: int) -> optax.GradientTransformationExtraArgs:
       [0.5 0.5]
       [0.25 0.75]
     """
-    check_int("n_steps", n_steps, 0)
+    check_count("n_steps", n_steps, 0)
 
     def init(params):
         del params

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 
 import mtlbalance as mtl
-from mtlbalance import aggregation, scalarization
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 from tests.conformance.helpers import Built, scalar_and_gradient
 
@@ -145,8 +144,9 @@ def row(trial):
 
 def cases_of(family):
     """The rows of the catalogue that are public methods themselves, by name."""
-    public, cases = {"scalarization": (scalarization, SCALARIZERS), "aggregation": (aggregation, AGGREGATORS)}[family]
-    return {case.name: case for case in cases if case.name in public.__all__}
+    cases = {"scalarization": SCALARIZERS, "aggregation": AGGREGATORS}[family]
+    public = {info.name for info in mtl.methods() if info.family == family}
+    return {case.name: case for case in cases if case.name in public}
 
 
 def trials(family):

@@ -25,8 +25,8 @@ class Case(NamedTuple):
     Attributes:
       name: for the test's id.
       make: builds the method; takes the keywords of ``hyperparameters`` and, where ``sharded``, ``axis_name``.
-      hyperparameters: float hyperparameters and two or more values of each, to be mapped over; the second is the one
-        that serves while another one is varied.
+      hyperparameters: those that may be traced, floats and ints that are compared with counts, and two or more values
+        of each, to be mapped over; the second is the one that serves while another one is varied.
       draws: the weights are drawn at random, so that subsets of tasks agree in distribution only.
       sharded: takes ``axis_name``.
       per_task: ``make`` takes the indices of the ``tasks`` that it is for, an array or named as the losses are.
@@ -85,7 +85,7 @@ def following(rate=0.5):
     def end_epoch(state):
         return FollowState(state.level / 2)
 
-    return base.scalarizer(init, apply, observe=observe, end_epoch=end_epoch)
+    return base.scalarizer(init, apply, observe=observe, end_epoch=end_epoch, needs=("observe",))
 
 
 class FollowState(NamedTuple):
@@ -177,8 +177,8 @@ SCALARIZERS = [
     Case("stch-uniform", lambda: scalarization.stch(0.5), nonlinear=True),
     Case(
         "stch-warmup",
-        lambda mu=1.0: scalarization.stch(mu, n_warmup_epochs=1),
-        {"mu": (0.1, 1.0, 10.0)},
+        lambda mu=1.0, n_warmup_epochs=1, **kw: scalarization.stch(mu, n_warmup_epochs=n_warmup_epochs, **kw),
+        {"mu": (0.1, 1.0, 10.0), "n_warmup_epochs": (0, 1), "steps_per_epoch": (1, 2)},
         nonlinear=True,
         needs_positive=True,
     ),
@@ -214,16 +214,21 @@ SCALARIZERS = [
     Case("imtl_l", scalarization.imtl_l, {"initial_log_scale": (-0.5, 0.0, 1.5), "max_weight": (0.1, 1e12)}),
     Case(
         "dwa-steps",
-        lambda **kw: scalarization.dwa(steps_per_epoch=2, **kw),
-        {"temperature": (0.3, 2.0, 10.0)},
+        partial(scalarization.dwa, steps_per_epoch=2),
+        {"temperature": (0.3, 2.0, 10.0), "steps_per_epoch": (1, 2)},
         total="m",
     ),
     Case("dwa", scalarization.dwa, {"temperature": (0.3, 2.0, 10.0)}, total="m"),
-    Case("lbtw", scalarization.lbtw, {"alpha": (0.0, 0.5, 1.0)}, total="m"),
+    Case("lbtw", scalarization.lbtw, {"alpha": (0.0, 0.5, 1.0), "steps_per_epoch": (1, 2)}, total="m"),
     Case("cov_weighting", scalarization.cov_weighting, {"decay": (0.5, 0.9, 1.0)}, total="1"),
     Case("slaw", scalarization.slaw, {"decay": (0.5, 0.99, 1.0), "eps": (1.0, 1e-5)}, total="m"),
     # A window that is full after a few calls.
-    Case("coba", partial(scalarization.coba, window=4, n_warmup_steps=1), {"tau": (0.0, 5.0)}, total="1"),
+    Case(
+        "coba",
+        partial(scalarization.coba, window=4, n_warmup_steps=1),
+        {"tau": (0.0, 5.0), "n_warmup_steps": (2, 1)},
+        total="1",
+    ),
     # A window that fills often.
     Case("softadapt", partial(scalarization.softadapt, window=2), {"beta": (-0.1, 0.1, 1.0)}, total="1"),
     Case("softadapt-normalized", partial(scalarization.softadapt, window=2, variant="normalized"), total="1"),
@@ -344,6 +349,12 @@ SCALARIZERS = [
         own_names=True,
     ),
     Case("transform-dwa", lambda: mtl.transform_weights(scalarization.dwa(steps_per_epoch=2), AVERAGE)),
+    Case(
+        "switch-dwa",
+        lambda **kw: mtl.switch((scalarization.uw_so(), scalarization.dwa(steps_per_epoch=2, **kw)))(1),
+        {"temperature": (0.3, 2.0, 10.0)},
+        total="m",
+    ),
     Case("skip_zero-famo", lambda: mtl.skip_zero(scalarization.famo()), nonlinear=True, needs_positive=True, total="1"),
     Case(
         "amortize-dwa",
@@ -375,7 +386,13 @@ AGGREGATORS = [
         required={"preference": PREFERENCE},
     ),
     Case("excess_mtl", aggregation.excess_mtl, {"robust_step_size": (0.01, 0.3, 1.0)}, sharded=True, total="1"),
-    Case("excess_mtl-warmup", partial(aggregation.excess_mtl, n_warmup_steps=2), sharded=True, total="1"),
+    Case(
+        "excess_mtl-warmup",
+        partial(aggregation.excess_mtl, n_warmup_steps=2),
+        {"n_warmup_steps": (0, 2)},
+        sharded=True,
+        total="1",
+    ),
     Case("excess_mtl-raw", partial(aggregation.excess_mtl, 0.1, normalize_first_step=False), sharded=True, total="1"),
     Case("excess_mtl-every64", partial(aggregation.excess_mtl, accumulate=64), sharded=True, total="1"),
     Case("imtl_g", aggregation.imtl_g, sharded=True, total="1", variants={"imtl_g": {}}),
@@ -507,8 +524,8 @@ AGGREGATORS = [
         {
             "beta": (0.5, 1.0),
             "beta_sigma": (0.0, 0.5),
-            "gamma": (1e-3, 0.1),
-            "gamma_sigma": (0.0, 0.5),
+            "lr": (1e-3, 0.1),
+            "lr_sigma": (0.0, 0.5),
             "rho": (0.0, 0.3),
         },
         sharded=True,
@@ -589,7 +606,7 @@ AGGREGATORS = [
     Case(
         "modo",
         aggregation.modo,
-        {"gamma": (0.001, 0.1), "rho": (0.0, 0.1)},
+        {"lr": (0.001, 0.1), "rho": (0.0, 0.1)},
         sharded=True,
         total="1",
         amplifies_rounding=True,
@@ -708,6 +725,15 @@ AGGREGATORS = [
         "transform-amortize-mgda",
         lambda axis_name=None: mtl.transform_weights(mtl.amortize(aggregation.mgda(axis_name=axis_name)), AVERAGE),
         sharded=True,
+    ),
+    Case(
+        "switch-excess_mtl",
+        lambda axis_name=None, **kw: mtl.switch(
+            (aggregation.grad_norm_weights(axis_name=axis_name), aggregation.excess_mtl(axis_name=axis_name, **kw))
+        )(1),
+        {"robust_step_size": (0.01, 0.3, 1.0)},
+        sharded=True,
+        total="1",
     ),
     Case(
         "skip_zero-mgda",

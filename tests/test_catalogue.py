@@ -1,24 +1,27 @@
-"""No public method escapes the conformance checks, nor does a float hyperparameter."""
+"""No public method escapes the conformance checks, nor does a hyperparameter that may be traced."""
 
 import inspect
 import typing
 
+import jax
 import pytest
 
-from mtlbalance import aggregation, scalarization
+import mtlbalance as mtl
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 from tests.conformance import conftest
 
-FAMILIES = [(scalarization, SCALARIZERS), (aggregation, AGGREGATORS)]
+CASES = {"scalarization": SCALARIZERS, "aggregation": AGGREGATORS}
+# Each method with one of these compares it with a count of its calls.
+COUNTED = "steps_per_epoch", "n_warmup_steps", "n_warmup_epochs"
+METHODS = [pytest.param(info, id=info.full_name) for info in mtl.methods()]
 
 
-def methods(family):
-    return [name for name in family.__all__ if name.islower()]
-
-
-@pytest.mark.parametrize(("family", "cases"), FAMILIES)
-def test_every_public_method_is_in_the_catalogue(family, cases):
-    assert set(methods(family)) <= {case.name for case in cases}
+@pytest.mark.parametrize("info", METHODS)
+def test_every_public_method_is_in_the_catalogue_with_what_it_requires(info):
+    (case,) = [case for case in CASES[info.family] if case.name == info.name]
+    assert case.required.keys() == set(info.required)
+    parameters = inspect.signature(info.factory, eval_str=True).parameters.values()
+    assert case.names_task == next((each.name for each in parameters if each.annotation == int | str), None)
 
 
 def takes_float(parameter):
@@ -26,14 +29,20 @@ def takes_float(parameter):
     return isinstance(parameter.default, float) or float in typing.get_args(parameter.annotation)
 
 
-@pytest.mark.parametrize(("family", "cases"), FAMILIES)
-def test_every_float_hyperparameter_is_swept(family, cases):
+def takes_count(parameter):
+    """Whether it is an integer that may be traced; a key is swept as a seed."""
+    kinds = set(typing.get_args(parameter.annotation))
+    return {int, jax.Array} <= kinds and float not in kinds and parameter.name != "key"
+
+
+@pytest.mark.parametrize("info", METHODS)
+def test_every_hyperparameter_that_may_be_traced_is_swept(info):
     """In the row of the method, or in one whose name goes on after a hyphen."""
-    for name in methods(family):
-        parameters = inspect.signature(getattr(family, name), eval_str=True).parameters.values()
-        rows = [case for case in cases if case.name.split("-")[0] == name]
-        swept = {hyperparameter for case in rows for hyperparameter in case.hyperparameters}
-        assert {x.name for x in parameters if takes_float(x)} <= swept, f"catalogue: {name} sweeps only {swept}"
+    parameters = inspect.signature(info.factory, eval_str=True).parameters.values()
+    assert not any(x.name in COUNTED and not takes_count(x) for x in parameters)
+    rows = [case for case in CASES[info.family] if case.name.split("-")[0] == info.name]
+    swept = {hyperparameter for case in rows for hyperparameter in case.hyperparameters}
+    assert {x.name for x in parameters if takes_float(x) or takes_count(x)} <= swept
 
 
 @pytest.mark.parametrize("case", [*SCALARIZERS, *AGGREGATORS], ids=lambda case: case.name)

@@ -167,7 +167,7 @@ def with_weights(method, params=None, losses_fn=losses_fn, args=(BATCH,), state_
     ],
 )
 def test_a_step_is_the_gradient_of_the_weighted_sum(name, rows):
-    method = scalarization.dwa() if name == "dwa" else CASES[name].make()
+    method = scalarization.dwa(steps_per_epoch=100) if name == "dwa" else CASES[name].make()
     weights, gradient = with_weights(method, rows=rows)
     assert_is_weighted(gradient, weights, losses_fn, tree(0), BATCH)
     if name == "db_mtl":  # by its formula, of the Jacobian in two coordinates
@@ -371,7 +371,7 @@ def test_an_outer_derivative_goes_through_the_rows():
 
 
 def test_complex_losses_are_refused():
-    for method in scalarization.dwa(), aggregation.mgda():
+    for method in scalarization.dwa(steps_per_epoch=100), aggregation.mgda():
         state = method.init(3 if isinstance(method, mtl.Scalarizer) else (3, 2))
         with pytest.raises(TypeError, match="losses_fn: expected floating point numbers, found dtype complex64"):
             mtl.value_and_grad(lambda params: params * jnp.ones(3), method)(jnp.ones((), jnp.complex64), state)

@@ -349,7 +349,7 @@ def test_effective_weights_are_those_of_the_training_step(case):
     if method.learned:  # value_and_grad takes them wrapped: one derivative, whatever the step on the fields
         trained = mtl.learn(method, optax.sgd(0.1))
         start = trained.init(3)._replace(inner=state)
-    grad_fn = mtl.value_and_grad(losses_fn, trained, return_weights=True)
+    grad_fn = mtl.value_and_grad(losses_fn, trained, return_weights=True, hooks=True)
     before = jax.tree.map(jnp.copy, state)
     for mask in None, jnp.array([True, False, True]):
         weights = diagnostics.effective_weights(method, state, losses, mask=mask)

@@ -17,7 +17,7 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 TINY = {
     "minimal": ([], "On other images"),
     "own_method": (["--epochs", "1"], "On the test images"),
-    "quickstart": (["--epochs", "1"], "On the test images"),
+    "quickstart": (["--rounds", "1", "--seeds", "1"], "How far the solution is off"),
     "sweep": (["--steps", "10"], "On the test images"),
     "pareto_front": (["--steps", "10"], "lie between them"),
     "toy_pareto": (["--steps", "100", "--methods", "sum", "UW", "ConFIG"], "Arrived from all starts"),

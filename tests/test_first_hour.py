@@ -15,7 +15,12 @@ from mtlbalance import aggregation, diagnostics, scalarization, states
 
 pytestmark = pytest.mark.unoptimized
 
-DWA, UW, UPGRAD, EXCESS = scalarization.dwa(), scalarization.uw(), aggregation.upgrad(), aggregation.excess_mtl()
+DWA, UW, UPGRAD, EXCESS = (
+    scalarization.dwa(steps_per_epoch=100),
+    scalarization.uw(),
+    aggregation.upgrad(),
+    aggregation.excess_mtl(),
+)
 PARAMS = {"trunk": jnp.ones((5, 16)), "heads": jnp.ones((16, 2))}
 BATCH = jnp.ones((4, 5)), jnp.ones((4, 2))
 ADAM = optax.adam(1e-2)
@@ -97,6 +102,16 @@ METHODS = {
     "learn: an aggregator": (lambda: mtl.learn(UPGRAD, ADAM), "found Aggregator with nothing to learn, which needs no"),
     "learn: outside": (lambda: mtl.learn(mtl.skip_nonfinite(UW), ADAM), r"as in skip_nonfinite\(learn\(method, optimi"),
     "not wrapped": (lambda: grad_fn(UW), r"nothing left to learn, as in mtl.value_and_grad\(losses_fn, mtl.learn\("),
+    "hooks": (
+        lambda: grad_fn(scalarization.dwa()),
+        r"hooks: expected True, to say that your loop calls state = method.end_epoch\(state\) after each epoch \(with "
+        r"steps_per_epoch= it needs none\), found False, with needs=\('end_epoch',\)",
+    ),
+    "... and none": (lambda: grad_fn(hooks=None), "hooks: expected True or False, found NoneType"),
+    "... of a link in optax": (
+        lambda: mtl.aggregate(mtl.chain(scalarization.famo(), UPGRAD), 2),
+        r"hooks: .*method.observe\(state, losses\) after each optimizer step.*delayed=True",
+    ),
     "swapped": (lambda: mtl.value_and_grad(DWA, task_losses), "losses_fn: expected a function, .* found Scalarizer"),
     "losses in place of the function": (lambda: grad_fn(DWA, LOSSES), "losses_fn: expected a function, .* found Array"),
     "a tuple of three functions": (
@@ -220,7 +235,7 @@ CALLS = {
         rf"values\['reg'\]: expected {ABSENT}, found None",
     ),
     "the losses for the state": (
-        lambda: scalarization.dwa().apply(jnp.ones(2), STATE),
+        lambda: scalarization.dwa(steps_per_epoch=100).apply(jnp.ones(2), STATE),
         r"state: expected what the method's init returned, dwa's DWAState.* found an array of shape \(2,\)",
     ),
     "a named mask of a vector": (

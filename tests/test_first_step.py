@@ -1,6 +1,5 @@
 """The README's first training step with every method that needs no argument: each does something in it."""
 
-import inspect
 import re
 
 import jax
@@ -10,40 +9,23 @@ import optax
 import pytest
 
 import mtlbalance as mtl
-from mtlbalance import aggregation, scalarization
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 from tests.test_readme import README, block_below
 
 pytestmark = pytest.mark.unoptimized
 
 BLOCK = block_below("One training step for every method")
-FAMILIES = {"scalarization": (scalarization, SCALARIZERS), "aggregation": (aggregation, AGGREGATORS)}
-
-
-def public_factories(family):
-    return {name: getattr(family, name) for name in family.__all__ if name.islower()}
-
-
-def needs_no_argument(factory):
-    return all(each.default is not each.empty for each in inspect.signature(factory).parameters.values())
-
-
-METHODS = [
-    (family, name)
-    for family, (module, _) in FAMILIES.items()
-    for name, factory in public_factories(module).items()
-    if needs_no_argument(factory)
-]
+CASES = {"scalarization": SCALARIZERS, "aggregation": AGGREGATORS}
+METHODS = {f"{info.family}-{info.name}": info for info in mtl.methods() if not info.required}
 # Their weights never are anything else.
 EQUAL_WEIGHTS = {"mean": 0.5, "sum": 1.0, "coba": 0.5}  # CoBa's warm-up is longer than the run
 
 
-def build(family, name):
+def build(info):
     """As the text below the block says: a task by its name, and a method that learns in ``mtl.learn``."""
-    module, cases = FAMILIES[family]
-    argument = next(case.names_task for case in cases if case.name == name)
-    method = getattr(module, name)(**{argument: "pressure"} if argument else {})
-    return mtl.learn(method, optax.adam(1e-2)) if method.learned else method
+    argument = next(case.names_task for case in CASES[info.family] if case.name == info.name)
+    method = info.factory(**{argument: "pressure"} if argument else {})
+    return mtl.learn(method, optax.adam(1e-2)) if "learn" in info.needs else method
 
 
 def train(method, observed, monkeypatch):
@@ -83,11 +65,11 @@ def weights_of(gradient, jacobian):
     "aggregation-lr_annealing",  # takes a name
     "aggregation-m_config",  # makes no weights
 )
-@pytest.mark.parametrize(("family", "name"), METHODS, ids=[f"{family}-{name}" for family, name in METHODS])
-def test_every_method_without_arguments_does_something(family, name, monkeypatch):
+@pytest.mark.parametrize("info", METHODS.values(), ids=METHODS)
+def test_every_method_without_arguments_does_something(info, monkeypatch):
     accuracies = lambda task_losses: lambda *args: jax.tree.map(lambda loss: jnp.exp(-loss), task_losses(*args))
     as_it_stands = lambda task_losses: task_losses
-    method = build(family, name)
+    name, method = info.name, build(info)
     steps, variables = train(method, accuracies if name == "dtp" else as_it_stands, monkeypatch)
     assert len(steps) == 30
 
@@ -108,13 +90,13 @@ def test_every_method_without_arguments_does_something(family, name, monkeypatch
 
 def test_there_are_all_of_them():
     """Those with arguments too, whose catalogue's rows have what is required."""
-    given = {(family, case.name) for family, (_, cases) in FAMILIES.items() for case in cases if case.required}
-    public = {(family, name) for family, (module, _) in FAMILIES.items() for name in public_factories(module)}
-    assert public - set(METHODS) == given
+    given = {f"{family}-{case.name}" for family, cases in CASES.items() for case in cases if case.required}
+    public = {f"{info.family}-{info.name}" for info in mtl.methods()}
+    assert public - METHODS.keys() == given
     assert len(METHODS) > 40
 
 
 def test_the_text_says_which_methods_are_learned():
     said = re.search(r"learns its weights\s+\((.*?)\)", README.partition(BLOCK)[2])[1]
-    learned = {name for family, name in METHODS if getattr(FAMILIES[family][0], name)().learned}
+    learned = {info.name for info in mtl.methods() if "learn" in info.needs}
     assert set(re.findall(r"`(\w+)`", said)) == learned

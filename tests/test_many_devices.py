@@ -71,7 +71,7 @@ def train(step, method):
 
 
 def by_value_and_grad(losses_fn, method, params, state, *batch):
-    (_, state), gradient = mtl.value_and_grad(losses_fn, method)(params, state, *batch)
+    (_, state), gradient = mtl.value_and_grad(losses_fn, method, hooks=True)(params, state, *batch)
     return gradient, state
 
 

@@ -18,24 +18,13 @@ from tests import catalogue, events
 pytestmark = pytest.mark.unoptimized
 
 WRAPPERS = [mtl.learn, mtl.skip_nonfinite, mtl.amortize, mtl.chain, aggregation.cr_mogm, mtl.aggregate]
-FACTORIES = [
-    factory
-    for family in (scalarization, aggregation)
-    for factory in map(vars(family).get, family.__all__)
-    if inspect.isfunction(factory)
-]
 # For arguments without a default; what is not here is given an int.
 ARGUMENTS = {"weights": (1.0, 2.0), "mu": 0.5, "lambda_": 1.0, "theta": 1.0, "method": aggregation.mgda()}
 
 
-def without_default(factory):
-    empty = inspect.Parameter.empty
-    return [name for name, p in inspect.signature(factory).parameters.items() if p.default is empty]
-
-
-@pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__module__.removeprefix("mtlbalance."))
-def test_every_factory_returns_one_method_for_equal_arguments(factory):
-    given = {name: ARGUMENTS.get(name, 1) for name in without_default(factory)}
+@pytest.mark.parametrize("info", mtl.methods(), ids=lambda info: info.full_name)
+def test_every_factory_returns_one_method_for_equal_arguments(info):
+    factory, given = info.factory, {name: ARGUMENTS.get(name, 1) for name in info.required}
     method = factory(**given)
     assert factory(**given) is method and factory(*given.values()) is method
     defaults = {p.name: p.default for p in inspect.signature(factory).parameters.values() if p.name not in given}
@@ -206,7 +195,10 @@ def test_a_loop_that_builds_its_method_compiles_once(name):
     assert not heard
 
 
-@pytest.mark.parametrize("factory", FACTORIES + WRAPPERS, ids=lambda f: f.__module__.removeprefix("mtlbalance."))
+FACTORIES = [*(info.factory for info in mtl.methods()), *WRAPPERS]
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__module__.removeprefix("mtlbalance."))
 def test_a_factory_reads_as_it_is_written(factory):
     written = inspect.unwrap(factory)
     assert written is not factory

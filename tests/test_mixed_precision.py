@@ -44,7 +44,7 @@ def test_a_method_sees_the_true_losses_and_gradients(problem, rows):
 
 def test_a_scalarizer_too(problem):
     params, batch = problem
-    method = scalarization.dwa()
+    method = scalarization.dwa(steps_per_epoch=100)
     grad_fn = jax.jit(mtl.value_and_grad(partial(task_losses, dtype=jnp.float32), method))
     scaled, plain = (grad_fn(params, method.init(3), batch, scale=scale) for scale in (SCALE, jnp.array(1.0)))
     chex.assert_trees_all_close(scaled, plain, rtol=1e-5, atol=1e-7)

@@ -100,7 +100,7 @@ def calls(method):
         state = method.init((2, 2))
         statistics = {"weighting": JACOBIAN, "gramian_weighting": JACOBIAN @ JACOBIAN.T}
         yield "apply", lambda losses: method.apply(state, JACOBIAN, values=losses)
-        transform = mtl.aggregate(method, 2)
+        transform = mtl.aggregate(method, 2, hooks=True)
         yield "aggregate", lambda losses: transform.update(JACOBIAN, state, None, values=losses)
         for name, statistic in statistics.items():
             if getattr(method, name) is not None:
@@ -111,7 +111,10 @@ def calls(method):
             yield "rowwise", lambda losses: visit(state, jnp.int32(0), JACOBIAN[0], values=losses)
     if not method.learned:
         losses_fn = lambda params, losses: jax.tree.map(lambda x: x * jnp.sum(params**2), losses)
-        yield "value_and_grad", lambda losses: mtl.value_and_grad(losses_fn, method)(jnp.ones(2), state, losses)
+        yield (
+            "value_and_grad",
+            lambda losses: mtl.value_and_grad(losses_fn, method, hooks=True)(jnp.ones(2), state, losses),
+        )
 
 
 @each_keyword

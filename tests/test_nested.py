@@ -123,7 +123,9 @@ def test_guards_inside_hear_of_a_steps_gradient():
     """The losses are finite, and the gradient of a root at zero is not."""
     guarded = {"bc": mtl.skip_nonfinite(scalarization.uw_so()), "pde": scalarization.sum()}
     method = mtl.nested(mtl.skip_nonfinite(scalarization.famo()), guarded)
-    grad_fn = mtl.value_and_grad(lambda x: {"bc": jnp.stack([jnp.sqrt(x), x + 1]), "pde": x[None] + 2}, method)
+    grad_fn = mtl.value_and_grad(
+        lambda x: {"bc": jnp.stack([jnp.sqrt(x), x + 1]), "pde": x[None] + 2}, method, hooks=True
+    )
     start = grad_fn.init(jnp.array(1.0))
     _, state = grad_fn(jnp.array(0.0), start)[0]
     assert state.inner["bc"].skipped == state.outer.skipped == 1
@@ -230,7 +232,7 @@ def test_a_step_keeps_a_row_for_each_group_and_none_for_each_point():
 def test_the_outer_weights_alone_are_taken_again(outer):
     """As those of tasks are, every thousand steps, while the weights of points follow every step."""
     method, losses_fn = mtl.nested(mtl.amortize(outer), POINTWISE), pointwise_fn(8)
-    grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)
+    grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True, hooks=True)
     (_, state, _), _ = grad_fn(PARAMS, grad_fn.init(PARAMS), refresh=True)
     step = jax.jit(grad_fn)
     (losses, again, weights), grads = step(PARAMS, state, 0.5, refresh=jnp.array(False))

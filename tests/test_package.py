@@ -22,7 +22,7 @@ FLOORS = [
     ["boundary"],
     ["base", "changed_tasks"],
     ["scalarization", "aggregation"],
-    ["wrappers", "weights"],
+    ["registry", "wrappers", "weights"],
     ["autodiff", "transforms"],
     ["diagnostics", "project_update"],
     ["__init__"],

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mtlbalance import aggregation, scalarization
+import mtlbalance as mtl
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -82,11 +82,15 @@ def test_every_example_page_of_torchjd_has_its_counterpart(page):
     assert re.search(r"\]\((#|examples/)", row.split("|")[2])
 
 
-@pytest.mark.parametrize("family", [scalarization, aggregation], ids=["scalarization", "aggregation"])
-def test_method_table_names_every_method(family):
-    name = family.__name__.rpartition(".")[-1]
-    methods = {public for public in family.__all__ if public.islower()}
-    assert set(re.findall(rf"^\| `{name}\.(\w+)\(", README, re.MULTILINE)) == methods
+def test_method_table_names_every_method():
+    named = re.findall(r"^\| `((?:scalarization|aggregation)\.\w+)\(", README, re.MULTILINE)
+    assert set(named) == {info.full_name for info in mtl.methods()}
+
+
+def test_where_to_begin_names_every_method():
+    begin = README.partition("### Where to begin\n")[2].partition("\n### ")[0]
+    methods = {info.name for info in mtl.methods()}
+    assert methods - set(re.findall(r"`(\w+)[`(]", begin)) == set()
 
 
 @pytest.mark.parametrize(("family", "cases"), [("scalarization", SCALARIZERS), ("aggregation", AGGREGATORS)])

@@ -35,7 +35,7 @@ METHODS = {
     "lengths": aggregation.db_mtl(),
     "remembers": aggregation.excess_mtl(),
     "without weights": aggregation.m_config(),
-    "losses": scalarization.dwa(),
+    "losses": scalarization.dwa(steps_per_epoch=100),
 }
 
 

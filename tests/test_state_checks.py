@@ -46,14 +46,14 @@ def paths(method, values=LOSSES):
     losses_fn = lambda params: jax.tree.map(lambda x: x * total(params), values)
     params = jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS)
     if not method.learned:
-        yield "value_and_grad", lambda state: mtl.value_and_grad(losses_fn, method)(params, state)
+        yield "value_and_grad", lambda state: mtl.value_and_grad(losses_fn, method, hooks=True)(params, state)
     for name, args in ("end_epoch", ()), ("observe", (values,)):
         hook = getattr(method, name)
         if hook.__name__ != "<lambda>":  # it does nothing with whatever it is given
             yield name, lambda state, hook=hook, args=args: hook(state, *args)
     if method.last_weights is not None:
         yield "last_weights", method.last_weights
-        yield "refresh", lambda state: mtl.value_and_grad(losses_fn, method)(params, state, refresh=False)
+        yield "refresh", lambda state: mtl.value_and_grad(losses_fn, method, hooks=True)(params, state, refresh=False)
     if is_scalarizer:
         yield "apply", lambda state: method.apply(state, values)
         yield "effective_weights", lambda state: diagnostics.effective_weights(method, state, values)

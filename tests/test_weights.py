@@ -138,6 +138,17 @@ def test_warm_up_then_bounds_then_a_total():
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_a_warm_up_of_a_traced_length():
+    given = jnp.tile(jnp.array([0.25, 0.75]), (3, 1))
+
+    def found(n_steps):
+        chain = weights.warm_up(n_steps)
+        return jax.lax.scan(lambda state, w: chain.update(w, state)[::-1], chain.init(given[0]), given)[1]
+
+    expected = [[0.5, 0.5] if i < n else [0.25, 0.75] for n in range(3) for i in range(3)]
+    np.testing.assert_array_equal(jax.vmap(found)(jnp.arange(3)).reshape(9, 2), expected)
+
+
 def test_a_schedule_counts_the_calls():
     method = mtl.prioritize(scalarization.sum(), lambda count: {"a": 1.0, "b": count / 2})
     losses = {"a": 1.0, "b": 10.0}
@@ -222,7 +233,7 @@ def test_steps_without_a_refresh_take_terms_and_priors_by_name_too(bare):
 
 def test_a_transformation_that_remembers_nothing_costs_no_state():
     for transformation in optax.identity(), optax.clip_by_global_norm(1.0), weights.normalize():
-        for bare in scalarization.dwa(), aggregation.mgda():
+        for bare in scalarization.dwa(steps_per_epoch=100), aggregation.mgda():
             state = mtl.transform_weights(bare, transformation).init(2 if isinstance(bare, mtl.Scalarizer) else (2, 3))
             assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(state.inner))
 

@@ -20,6 +20,37 @@ def smooth_losses(params):
     return jnp.array([0.5, 2.0, 20.0]) * (0.1 + jnp.sum((params[None] - targets) ** 2, axis=1))
 
 
+FAMO, DWA = scalarization.famo(), scalarization.dwa()
+NEEDS = {
+    "skip_nonfinite": mtl.skip_nonfinite(FAMO),
+    "skip_zero": mtl.skip_zero(FAMO),
+    "amortize": mtl.amortize(FAMO),
+    "checked": mtl.checked(FAMO),
+    "prioritize": mtl.prioritize(FAMO, 2.0),
+    "regularize": mtl.regularize(FAMO, {0: 1.0}),
+    "transform_weights": mtl.transform_weights(FAMO, optax.scale(2.0)),
+    "nested": mtl.nested(scalarization.sum(), {"a": FAMO, "b": scalarization.sum()}),
+    "nested outside": mtl.nested(FAMO, {"a": scalarization.sum()}),
+    "chain": mtl.chain(FAMO, aggregation.mgda()),
+    "transform_rows": mtl.transform_rows(mtl.chain(FAMO, aggregation.mgda()), optax.scale(2.0)),
+    "cr_mogm": aggregation.cr_mogm(mtl.chain(FAMO, aggregation.mgda())),
+    "switch": mtl.switch((scalarization.sum(), FAMO))(0),
+}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_the_hooks_that_a_method_needs_are_needed_around_it(name):
+    assert NEEDS[name].needs == ("observe",)
+    with pytest.raises(ValueError, match=r"^hooks: expected True"):
+        mtl.value_and_grad(smooth_losses, NEEDS[name])
+
+
+def test_several_methods_need_what_each_does():
+    assert mtl.chain(FAMO, mtl.chain(DWA, aggregation.mgda())).needs == mtl.switch((DWA, FAMO))(0).needs
+    assert mtl.switch((DWA, FAMO))(0).needs == ("observe", "end_epoch")
+    assert mtl.freeze(FAMO, FAMO.init(2), jnp.ones(2)).needs == mtl.skip_nonfinite(scalarization.sum()).needs == ()
+
+
 @pytest.mark.parametrize("factory", [scalarization.uw, scalarization.imtl_l])
 @pytest.mark.parametrize(("optimizer", "tolerance"), [(optax.sgd(1e-2), 1e-6), (optax.adam(1e-2), 1e-5)])
 def test_learn_and_joint_training_agree_over_200_steps(factory, optimizer, tolerance):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mtlbalance import base, numerics
 from mtlbalance.complex_parts import entries, squared_modulus
 from mtlbalance.gramian import total
-from mtlbalance.hyperparameters import POSITIVE, check, check_int, reject
+from mtlbalance.hyperparameters import POSITIVE, check, check_count, check_int, reject
 from mtlbalance.parameters import check_params_like
 from mtlbalance.states import count_seen, zero_counts, zeros_jacobian
 from mtlbalance.strides import keep, kept_params, kept_shape
@@ -40,7 +40,7 @@ class ExcessMTLState(NamedTuple):
 @base.memoized
 def excess_mtl(
     robust_step_size: chex.Numeric = 1.0,
-    n_warmup_steps: int = 0,
+    n_warmup_steps: int | chex.Array = 0,
     normalize_first_step: bool = True,
     *,
     accumulate: Literal["full"] | int = "full",
@@ -109,7 +109,8 @@ def excess_mtl(
 
     Args:
       robust_step_size: :math:`\eta > 0`. May be traced.
-      n_warmup_steps: calls that only gather the baseline, at least 0. They are counted for each task.
+      n_warmup_steps: calls that only gather the baseline, at least 0. They are counted for each task. May be
+        traced.
       normalize_first_step: ``False`` uses the raw excess as the exponent on a call that sets a baseline itself, which
         without a warm-up is the first.
       accumulate: ``"full"``, or a power of two: one in how many squared gradients is kept.
@@ -122,7 +123,7 @@ def excess_mtl(
 
     Raises:
       ValueError: if ``robust_step_size``, ``n_warmup_steps`` or ``accumulate`` is out of bounds.
-      TypeError: if ``n_warmup_steps`` or ``accumulate`` is not an int.
+      TypeError: if ``n_warmup_steps`` or ``accumulate`` is no integer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -140,7 +141,7 @@ def excess_mtl(
       https://github.com/yifei-he/ExcessMTL.
     """
     check("robust_step_size", robust_step_size, POSITIVE)
-    check_int("n_warmup_steps", n_warmup_steps, 0)
+    check_count("n_warmup_steps", n_warmup_steps, 0)
     stride = _read_stride(accumulate)
 
     def init(m, params, dtype):
@@ -188,7 +189,7 @@ def excess_mtl(
         del values
         warming_up = state.seen < n_warmup_steps
         unset = ~warming_up & (state.baseline == 0)
-        gathered = state.baseline + excess / max(n_warmup_steps, 1)
+        gathered = state.baseline + excess / jnp.maximum(n_warmup_steps, 1)
         baseline = jnp.where(warming_up, gathered, jnp.where(unset, excess, state.baseline))
         ratio = excess / (baseline + 1e-7)
         moving = mask & ~warming_up & ~unset

@@ -35,8 +35,8 @@ class MoCoState(NamedTuple):
 def moco(
     beta: chex.Numeric = 0.5,
     beta_sigma: chex.Numeric = 0.5,
-    gamma: chex.Numeric = 0.1,
-    gamma_sigma: chex.Numeric = 0.5,
+    lr: chex.Numeric = 0.1,
+    lr_sigma: chex.Numeric = 0.5,
     rho: chex.Numeric = 0.0,
     *,
     normalize: bool = False,
@@ -64,8 +64,8 @@ def moco(
     Args:
       beta: :math:`\beta`, from 0 to 1. May be traced.
       beta_sigma: :math:`\sigma_\beta \ge 0`. May be traced.
-      gamma: :math:`\gamma > 0`. May be traced.
-      gamma_sigma: :math:`\sigma_\gamma \ge 0`. May be traced.
+      lr: step size of the weights :math:`\gamma > 0`. May be traced.
+      lr_sigma: :math:`\sigma_\gamma \ge 0`, how fast it falls. May be traced.
       rho: :math:`\rho \ge 0`, draws the weights together. May be traced.
       normalize: whether to make each gradient as long as its loss is large. The losses must be positive then, and
         given as ``values=``: where one is negative the gradient is NaN, and what follows that task's stays. What
@@ -84,7 +84,7 @@ def moco(
     Example:
       >>> import jax.numpy as jnp
       >>> from mtlbalance import aggregation
-      >>> method = aggregation.moco(beta=1.0, gamma=0.125)
+      >>> method = aggregation.moco(beta=1.0, lr=0.125)
       >>> rows = jnp.array([[2.0, 0.0], [0.0, 1.0]])
       >>> gradient, state = method.apply(method.init(rows.shape), rows)
       >>> print(gradient, state.weights)  # the longer gradient loses weight
@@ -95,8 +95,8 @@ def moco(
       <https://openreview.net/forum?id=dLAYGdKTi2>`_, ICLR 2023, algorithm 1.
     """
     check("beta", beta, FRACTION)
-    check("gamma", gamma, POSITIVE)
-    for name, value in {"beta_sigma": beta_sigma, "gamma_sigma": gamma_sigma, "rho": rho}.items():
+    check("lr", lr, POSITIVE)
+    for name, value in {"beta_sigma": beta_sigma, "lr_sigma": lr_sigma, "rho": rho}.items():
         check(name, value, NONNEGATIVE)
 
     def init(m, params, dtype):
@@ -117,7 +117,7 @@ def moco(
         weights = numerics.normalize(state.weights, mask)
         gramian = gramian_of_tasks(state.tracked, len(mask), axis_name)
         step = jnp.dot(gramian, weights, precision="highest") + rho * weights
-        step = gamma / (state.seen + 1.0) ** gamma_sigma * step
+        step = lr / (state.seen + 1.0) ** lr_sigma * step
         weights = numerics.softmax(weights - step, mask) if softmax else numerics.simplex_step(weights, step, mask)
         weights = numerics.nan_unless(jnp.all(jnp.isfinite(gramian)), jnp.where(mask, weights, 0))
         shown = numerics.nan_where(jnp.any(mask & (values < 0))) if normalize else 1

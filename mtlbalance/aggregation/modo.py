@@ -24,7 +24,7 @@ class MoDoState(NamedTuple):
 
 
 @base.memoized
-def modo(gamma: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hashable | None = None) -> base.Aggregator:
+def modo(lr: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hashable | None = None) -> base.Aggregator:
     r"""Weights that take one projected gradient step at every call.
 
     .. math:: \lambda \leftarrow \Pi_\Delta \big( \lambda - \gamma (A \lambda + \rho \lambda) \big)
@@ -40,7 +40,7 @@ def modo(gamma: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hasha
       LibMTL has :math:`\gamma` = 1e-3.
 
     Args:
-      gamma: step size :math:`\gamma > 0`. May be traced.
+      lr: step size :math:`\gamma > 0`. May be traced.
       rho: :math:`\rho \ge 0`, draws the weights together. May be traced.
       axis_name: under :func:`jax.shard_map`, the axis over which parameters are split; what is whole counts once.
 
@@ -48,14 +48,14 @@ def modo(gamma: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hasha
       An :class:`~mtlbalance.Aggregator` with state :class:`MoDoState`, ``weighting`` and ``gramian_weighting``.
 
     Raises:
-      ValueError: if ``gamma`` or ``rho`` is out of bounds.
+      ValueError: if ``lr`` or ``rho`` is out of bounds.
 
     Example:
       >>> import jax
       >>> import jax.numpy as jnp
       >>> from mtlbalance import aggregation
       >>> from mtlbalance.gramian import gramian
-      >>> method = aggregation.modo(gamma=0.1, rho=0.0)
+      >>> method = aggregation.modo(lr=0.1, rho=0.0)
       >>> def losses(params, batch):
       ...     return jnp.stack([jnp.mean((params - batch) ** 2), jnp.mean((params + batch) ** 2)])
       >>> params, batch_1, batch_2, batch_3 = jnp.array([[0.5, 1.0], [2.0, 1.0], [3.0, 1.0], [1.0, 2.0]])
@@ -70,7 +70,7 @@ def modo(gamma: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hasha
       Chen et al., `Three-Way Trade-Off in Multi-Objective Learning <https://arxiv.org/abs/2305.20057>`_, NeurIPS
       2023, algorithm 1; https://github.com/heshandevaka/Trade-Off-MOL.
     """
-    check("gamma", gamma, POSITIVE)
+    check("lr", lr, POSITIVE)
     check("rho", rho, NONNEGATIVE)
 
     def init(m, params, dtype):
@@ -81,7 +81,7 @@ def modo(gamma: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hasha
         del values
         weights = numerics.normalize(state.weights, mask)
         step = jnp.dot(gramian, weights, precision="highest") + rho * weights
-        weights = numerics.simplex_step(weights, gamma * step, mask)
+        weights = numerics.simplex_step(weights, lr * step, mask)
         return weights, MoDoState(jnp.where(mask, weights, state.weights))
 
     return base.aggregator(init, gramian_weighting=weigh, axis_name=axis_name)

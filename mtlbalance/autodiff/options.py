@@ -14,7 +14,7 @@ from mtlbalance.autodiff.apart import is_one_for_each, of_functions, of_named_lo
 from mtlbalance.autodiff.microbatches import of_microbatches
 from mtlbalance.autodiff.point import Evaluated, Point, move_axis, n_bytes, of_features, of_losses, of_own_data
 from mtlbalance.autodiff.subsets import Subset
-from mtlbalance.contract import Aggregator, Scalarizer
+from mtlbalance.contract import Aggregator, Scalarizer, check_hooks, has_weights
 from mtlbalance.hyperparameters import check_int, reject
 from mtlbalance.losses import shape_of, sums
 from mtlbalance.parameters import OF_MODULE, check_trainable
@@ -86,12 +86,12 @@ def check_function(losses_fn: Any, argnums: Any, task_axis: int | None) -> None:
             reject("argnums", expected, f"{type(i).__name__}", TypeError)
 
 
-def check_is_possible(method: Any, return_weights: bool, decide_on: Subset | None) -> None:
+def check_is_possible(method: Any, return_weights: bool, decide_on: Subset | None, hooks: bool) -> None:
     """Raises unless a step can be taken by the method, and gives what is asked for."""
     check_method(method, "mtl.value_and_grad(losses_fn, mtl.learn(method, optimizer))")
-    makes_weights = isinstance(method, Scalarizer) or method.weighting is not None
+    check_hooks(method, hooks)
     for name, given in {"return_weights": return_weights, "decide_on": decide_on is not None}.items():
-        if given and not makes_weights:
+        if given and not has_weights(method):
             expected = f"a method that makes weights (method.weighting), or a call without {name}="
             reject(name, expected, "a method that makes none")
 

@@ -41,6 +41,7 @@ def value_and_grad(
     microbatches: int | None = None,
     allow_int: bool = False,
     nonfinite: Literal["drop_task"] | None = None,
+    hooks: bool = False,
 ) -> GradFn:
     r"""One training step's losses and balanced gradient, whatever the method.
 
@@ -74,6 +75,8 @@ def value_and_grad(
       microbatches: how many to cut the batch in, at least 1; none by default.
       allow_int: integer parameters get "gradients" of dtype ``float0``, as in :func:`jax.grad`; without it they raise.
       nonfinite: ``"drop_task"`` goes on without a task whose loss or gradient is not finite; none does by default.
+      hooks: whether your loop calls the hooks of the method that it needs (``method.needs``), such as ``state =
+        method.end_epoch(state)`` for ``dwa()``; a method that does nothing without them is refused otherwise.
 
     Returns:
       ``grad_fn(params, state, *args, mask=None, refresh=None, **kwargs)``. It returns ``(losses, new_state), grads``,
@@ -88,8 +91,9 @@ def value_and_grad(
     Raises:
       TypeError: if a parameter or a loss is not floating point, an option of the wrong type, or the state none of the
         method's.
-      ValueError: if the method has learned fields or cannot do what is asked, a mask is of another structure, the
-        losses are a scalar where one per task is expected, or ``losses_fn`` has a parameter ``mask`` or ``refresh``.
+      ValueError: if the method has learned fields, needs ``hooks``, or cannot do what is asked, a mask is of another
+        structure, the losses are a scalar where one per task is expected, or ``losses_fn`` has a parameter ``mask`` or
+        ``refresh``.
 
     Example:
       >>> import jax
@@ -172,15 +176,14 @@ def value_and_grad(
       <https://arxiv.org/abs/2406.16232>`_, 2024, section 6, for descent by the Gramian.
     """
     check_losses_fn(losses_fn, shared, task_axis)
-    check_is_possible(method, return_weights, decide_on)
+    check_is_possible(method, return_weights, decide_on, hooks)
     check_at(at, isinstance(losses_fn, tuple), decide_on, rows, microbatches)
     check_nonfinite(nonfinite, rows, method)
     drops = nonfinite is not None
     problem = Problem(losses_fn, shared, decide_on, at, has_aux, task_axis, microbatches, allow_int, apart=drops)
     decider = method if method.nesting is None else method.nesting.outer
     possible = possible_rows(decider, rows, problem.own_data, microbatches)
-    if drops and "vmap" in possible:
-        possible = ("vmap",)  # they have been kept to look at them
+    possible = ("vmap",) if drops and "vmap" in possible else possible  # they have been kept to look at them
 
     def grad_fn(params, state, /, *args, mask=None, refresh=None, **kwargs):
         check_state(state)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
-from mtlbalance.hyperparameters import NONNEGATIVE, check, check_int
+from mtlbalance.hyperparameters import NONNEGATIVE, check, check_count, check_int
 from mtlbalance.states import count_seen, increment, zero_counts
 
 
@@ -38,7 +38,7 @@ class CoBaState(NamedTuple):
 
 
 @base.memoized
-def coba(tau: chex.Numeric = 5.0, window: int = 200, n_warmup_steps: int = 100) -> base.Scalarizer:
+def coba(tau: chex.Numeric = 5.0, window: int = 200, n_warmup_steps: int | chex.Array = 100) -> base.Scalarizer:
     r"""Weights that let the validation losses of all tasks converge together, and hold back those that diverge.
 
     .. math:: w = \mathrm{softmax} \big( m (D\,r + (1 - D)\,a) \big), \qquad
@@ -53,10 +53,11 @@ def coba(tau: chex.Numeric = 5.0, window: int = 200, n_warmup_steps: int = 100) 
     slowly, the absolute one a those that still converge as fast as they did; as soon as the worst task's loss turns up,
     the divergence factor D passes from the first to the second. If a weight is below 0.1/m, all become 0.9 w + 0.1/m.
 
-    ``apply`` weighs the training losses and changes nothing. After a step, or every few, give the losses on a batch of
-    validation data to ``observe``: the first call, best before the training, sets the first losses, the others enter
-    the window. The weights are constants of differentiation and sum to 1; a task has an equal share during its warm-up.
-    Validation losses should be positive. The ratio of a task that joins late is 1 at first, and may be the largest.
+    ``apply`` weighs the training losses and changes nothing: without ``observe`` all shares stay equal. After a step,
+    or every few, give the losses on a batch of validation data to ``observe``: the first call, best before the
+    training, sets the first losses, the others enter the window. The weights are constants of differentiation and sum
+    to 1; a task has an equal share during its warm-up. Validation losses should be positive. The ratio of a task that
+    joins late is 1 at first, and may be the largest.
 
     The gradient to its hyperparameters is zero: they act through constants of differentiation.
 
@@ -70,14 +71,14 @@ def coba(tau: chex.Numeric = 5.0, window: int = 200, n_warmup_steps: int = 100) 
       window: how many validation losses a slope is of, and how many slopes are remembered: at least 2, advised are two
         to five times the warm-up.
       n_warmup_steps: calls of ``observe`` after the first one before a task's weight moves, at least 1; advised is the
-        number of validation batches.
+        number of validation batches. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`CoBaState` and ``observe``.
 
     Raises:
       ValueError: if an argument is out of bounds.
-      TypeError: if ``window`` or ``n_warmup_steps`` is not an int.
+      TypeError: if ``window`` or ``n_warmup_steps`` is no integer.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -95,7 +96,7 @@ def coba(tau: chex.Numeric = 5.0, window: int = 200, n_warmup_steps: int = 100) 
     """
     check("tau", tau, NONNEGATIVE)
     check_int("window", window, minimum=2)
-    check_int("n_warmup_steps", n_warmup_steps, minimum=1)
+    check_count("n_warmup_steps", n_warmup_steps, 1)
 
     def init(shape, dtype):
         each, worst = jnp.zeros((*shape, window), dtype), jnp.zeros(window, dtype)
@@ -141,7 +142,7 @@ def coba(tau: chex.Numeric = 5.0, window: int = 200, n_warmup_steps: int = 100) 
         is_new = is_new[..., None]
         return jnp.where(is_new, new_ratios, ratios), jnp.where(is_new, push(slopes, slope), slopes)
 
-    return base.scalarizer(init, apply, observe=observe)
+    return base.scalarizer(init, apply, observe=observe, needs=("observe",))
 
 
 def _slope(history, n):

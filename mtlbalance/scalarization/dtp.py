@@ -37,7 +37,7 @@ def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer
     The indicator :math:`\kappa`, such as an accuracy, is 1 for a task done perfectly. Give it to ``observe``, in
     place of the losses, as often as you have it: ``state = method.observe(state, accuracies)``. One outside [0, 1]
     makes the task's weight NaN; a loss between 0 and 1 given by mistake is not noticed. The first observed sets the
-    average.
+    average; without any the weights stay 1.
 
     Any real losses will do. The weights are constants of differentiation with no fixed total: 1 for a task without an
     indicator so far, 0 for one at 1, and up to 87 (in float32) for one at 0.
@@ -88,4 +88,4 @@ def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer
         kpi = running_average(state.kpi, values, 1 - alpha, state.observed)
         return select(mask, state._replace(kpi=kpi, observed=optax.safe_increment(state.observed)), state)
 
-    return base.scalarizer(init, apply, observe=observe)
+    return base.scalarizer(init, apply, observe=observe, needs=("observe",))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
-from mtlbalance.hyperparameters import POSITIVE_OR_INFINITE, check, check_int
+from mtlbalance.hyperparameters import POSITIVE_OR_INFINITE, check, check_count
 from mtlbalance.states import increment, mean_rate, zero_counts
 
 
@@ -32,7 +32,7 @@ class DWAState(NamedTuple):
 
 
 @base.memoized
-def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> base.Scalarizer:
+def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | chex.Array | None = None) -> base.Scalarizer:
     r"""Weights each loss by its rate of change over the last two epochs.
 
     .. math:: \sum_i w_i L_i, \quad w = m\,\mathrm{softmax}(r / T), \quad
@@ -52,16 +52,17 @@ def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> 
 
     Args:
       temperature: :math:`T > 0`; large values make the weights equal. May be traced.
-      steps_per_epoch: with ``None``, call ``state = method.end_epoch(state)`` after each epoch. With an int of at
-        least 1, ``apply`` closes a task's epoch itself after that many calls in which it was present, so that
-        a whole training fits in one :func:`jax.lax.scan`; a small number gives DWA over a window of iterations.
+      steps_per_epoch: with ``None``, call ``state = method.end_epoch(state)`` after each epoch: without that call the
+        weights stay 1. With an int of at least 1, ``apply`` closes a task's epoch itself after that many calls in which
+        it was present, so that a whole training fits in one :func:`jax.lax.scan`; a small number gives DWA over a
+        window of iterations. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`DWAState`.
 
     Raises:
       ValueError: if ``temperature`` or ``steps_per_epoch`` is out of bounds.
-      TypeError: if ``steps_per_epoch`` is not an int.
+      TypeError: if ``steps_per_epoch`` is no integer.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -81,7 +82,7 @@ def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> 
     """
     check("temperature", temperature, POSITIVE_OR_INFINITE)
     if steps_per_epoch is not None:
-        check_int("steps_per_epoch", steps_per_epoch, 1)
+        check_count("steps_per_epoch", steps_per_epoch, 1)
 
     def init(shape, dtype):
         zeros = jnp.zeros(shape, dtype)
@@ -102,7 +103,8 @@ def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | None = None) -> 
     def end_epoch(state):
         return _close(state, state.count > 0)
 
-    return base.scalarizer(init, apply, end_epoch=end_epoch)
+    needs = ("end_epoch",) if steps_per_epoch is None else ()
+    return base.scalarizer(init, apply, end_epoch=end_epoch, needs=needs)
 
 
 def _close(state, closing):

@@ -57,7 +57,7 @@ def famo(
     ``observe`` compares with the last ``apply`` whose state was kept: to evaluate, call ``apply`` and drop its state.
     With ``delayed=True`` no second evaluation is needed: ``apply`` takes the losses at hand for those after the last
     step, updates :math:`w` by them first, and ``observe`` does nothing. That costs nothing, but the losses are those
-    of another batch.
+    of another batch. With neither of the two :math:`w` stays where it starts.
 
     With a loss at its bound all weight goes there, and training stops; :func:`mtlbalance.skip_zero` goes on without a
     task whose loss is zero.
@@ -137,4 +137,7 @@ def famo(
         logits = state.logits - lr * mean / (jnp.sqrt(square) + 1e-8)
         return state._replace(logits=logits, mu=mu, nu=nu, count=count)
 
-    return base.scalarizer(init, apply, observe=None if delayed else step, per_task={"min_losses": min_losses})
+    named = {"min_losses": min_losses}
+    if delayed:
+        return base.scalarizer(init, apply, per_task=named)
+    return base.scalarizer(init, apply, observe=step, per_task=named, needs=("observe",))

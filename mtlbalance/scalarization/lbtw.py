@@ -10,7 +10,7 @@ import chex
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
-from mtlbalance.hyperparameters import NONNEGATIVE, check, check_int
+from mtlbalance.hyperparameters import NONNEGATIVE, check, check_count
 from mtlbalance.states import increment, zero_counts
 
 
@@ -27,7 +27,7 @@ class LBTWState(NamedTuple):
 
 
 @base.memoized
-def lbtw(alpha: chex.Numeric = 0.5, steps_per_epoch: int | None = None) -> base.Scalarizer:
+def lbtw(alpha: chex.Numeric = 0.5, steps_per_epoch: int | chex.Array | None = None) -> base.Scalarizer:
     r"""Weights each loss by its ratio to the first one of the epoch: what has been learned loses weight.
 
     .. math:: \sum_i w_i L_i, \quad w_i \propto \Big( \frac{L_i}{L_i^{(0)}} \Big)^\alpha
@@ -45,14 +45,14 @@ def lbtw(alpha: chex.Numeric = 0.5, steps_per_epoch: int | None = None) -> base.
     Args:
       alpha: :math:`\alpha \ge 0`; 0 gives equal weights. May be traced.
       steps_per_epoch: with ``None``, call ``state = method.end_epoch(state)`` after each epoch. With an int of at
-        least 1, ``apply`` closes a task's epoch itself after that many calls in which it was present.
+        least 1, ``apply`` closes a task's epoch itself after that many calls in which it was present. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`LBTWState`.
 
     Raises:
       ValueError: if ``alpha`` or ``steps_per_epoch`` is out of bounds.
-      TypeError: if ``steps_per_epoch`` is not an int.
+      TypeError: if ``steps_per_epoch`` is no integer.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -69,7 +69,7 @@ def lbtw(alpha: chex.Numeric = 0.5, steps_per_epoch: int | None = None) -> base.
     """
     check("alpha", alpha, NONNEGATIVE)
     if steps_per_epoch is not None:
-        check_int("steps_per_epoch", steps_per_epoch, 1)
+        check_count("steps_per_epoch", steps_per_epoch, 1)
 
     def init(shape, dtype):
         return LBTWState(jnp.zeros(shape, dtype), zero_counts(shape))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
-from mtlbalance.hyperparameters import POSITIVE, check, check_int, per_task, reject
+from mtlbalance.hyperparameters import POSITIVE, check, check_count, per_task, reject
 from mtlbalance.states import count_seen, increment, init_seen_after, mean_rate, zero_counts
 
 
@@ -34,8 +34,8 @@ def stch(
     mu: chex.Numeric,
     weights: chex.ArrayTree | None = None,
     reference: chex.ArrayTree | None = None,
-    n_warmup_epochs: int | None = None,
-    steps_per_epoch: int | None = None,
+    n_warmup_epochs: int | chex.Array | None = None,
+    steps_per_epoch: int | chex.Array | None = None,
 ) -> base.Scalarizer:
     r"""A smooth maximum of the losses: with a small mu, its minima for all preferences are the Pareto front.
 
@@ -64,10 +64,10 @@ def stch(
       weights: preference :math:`\lambda`, one real number per task: an array of the losses' shape, or a tree of the
         same names. May be traced: ``vmap`` over it traces a Pareto front. 1/m each by default.
       reference: ideal point :math:`z`, one real number for all tasks or one for each; zero by default. May be traced.
-      n_warmup_epochs: ``None``, or an int of at least 0, then without ``weights`` and ``reference``.
-      steps_per_epoch: with ``None``, call ``state = method.end_epoch(state)`` after each epoch. With an int of at
-        least 1, ``apply`` closes a task's epoch itself after that many calls in which it was present. Only with a
-        warm-up.
+      n_warmup_epochs: ``None``, or an int of at least 0, then without ``weights`` and ``reference``. May be traced.
+      steps_per_epoch: with ``None``, call ``state = method.end_epoch(state)`` after each epoch: without that call the
+        warm-up never ends. With an int of at least 1, ``apply`` closes a task's epoch itself after that many calls in
+        which it was present. Only with a warm-up. May be traced.
 
     Returns:
       A :class:`~mtlbalance.Scalarizer` with state :class:`SeenState`; :class:`STCHState` with a warm-up.
@@ -75,7 +75,7 @@ def stch(
     Raises:
       ValueError: if ``mu``, ``n_warmup_epochs`` or ``steps_per_epoch`` is out of bounds, if a preference or reference
         comes with a warm-up, or ``steps_per_epoch`` without; at ``init``, if one has another shape than the losses.
-      TypeError: if ``n_warmup_epochs`` or ``steps_per_epoch`` is not an int.
+      TypeError: if ``n_warmup_epochs`` or ``steps_per_epoch`` is no integer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,11 +91,11 @@ def stch(
     """
     check("mu", mu, POSITIVE)
     if n_warmup_epochs is not None:
-        check_int("n_warmup_epochs", n_warmup_epochs, 0)
+        check_count("n_warmup_epochs", n_warmup_epochs, 0)
         if weights is not None or reference is not None:
             reject("n_warmup_epochs", "None together with weights or reference", f"{n_warmup_epochs}")
     if steps_per_epoch is not None:
-        check_int("steps_per_epoch", steps_per_epoch, 1)
+        check_count("steps_per_epoch", steps_per_epoch, 1)
         if n_warmup_epochs is None:
             reject("steps_per_epoch", "None without n_warmup_epochs", f"{steps_per_epoch}")
 
@@ -139,7 +139,8 @@ def stch(
     def end_epoch(state):
         return _close(state, state.count > 0)
 
-    return base.scalarizer(init_warm_up, apply_warm_up, end_epoch=end_epoch)
+    needs = ("end_epoch",) if steps_per_epoch is None else ()
+    return base.scalarizer(init_warm_up, apply_warm_up, end_epoch=end_epoch, needs=needs)
 
 
 def _smooth_max(x, mu, mask):

@@ -11,6 +11,7 @@ from mtlbalance.wrappers.prioritize import PrioritizeState, prioritize
 from mtlbalance.wrappers.regularize import RegularizeState, regularize
 from mtlbalance.wrappers.skip_nonfinite import SkipNonfiniteState, skip_nonfinite
 from mtlbalance.wrappers.skip_zero import SkipZeroState, skip_zero
+from mtlbalance.wrappers.switch import SwitchState, switch
 from mtlbalance.wrappers.transform_rows import TransformRowsState, transform_rows
 from mtlbalance.wrappers.transform_weights import TransformWeightsState, transform_weights
 
@@ -24,6 +25,7 @@ __all__ = [
     "RegularizeState",
     "SkipNonfiniteState",
     "SkipZeroState",
+    "SwitchState",
     "TransformRowsState",
     "TransformWeightsState",
     "amortize",
@@ -37,6 +39,7 @@ __all__ = [
     "regularize",
     "skip_nonfinite",
     "skip_zero",
+    "switch",
     "transform_rows",
     "transform_weights",
 ]

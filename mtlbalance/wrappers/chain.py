@@ -10,7 +10,7 @@ from mtlbalance import base, numerics
 from mtlbalance.contract import Rowwise, check_is_method, weights_of
 from mtlbalance.losses import broadcast_to_rows
 from mtlbalance.states import select
-from mtlbalance.wrappers.plumbing import check_method, nan_tree_unless, state_after, within
+from mtlbalance.wrappers.plumbing import check_method, nan_tree_unless, needs_of, state_after, within
 
 
 class ChainState(NamedTuple):
@@ -141,6 +141,7 @@ def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggr
         reads_losses=True,
         nan_if_nonfinite=False,
         stop_gradient=False,
+        needs=needs_of(scalarizer, aggregator),
     )._replace(after_gradient=_after_gradient(scalarizer, aggregator))
 
 

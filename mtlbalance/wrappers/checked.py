@@ -81,7 +81,7 @@ def checked(method: Method) -> Method:
         checkify.check(jnp.all(finite), "gradient of the step: expected finite numbers, found others")
         return _check_state(state_after(method, old, new, finite, dropped), old)
 
-    hooks = {"end_epoch": end_epoch, "observe": observe, "last_weights": method.last_weights}
+    hooks = {"end_epoch": end_epoch, "observe": observe, "last_weights": method.last_weights, "needs": method.needs}
     build = _checked_scalarizer if isinstance(method, Scalarizer) else _checked_aggregator
     return build(method, hooks)._replace(after_gradient=after_gradient)
 

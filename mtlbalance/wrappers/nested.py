@@ -16,7 +16,7 @@ from mtlbalance.mapped_axes import varying_as
 from mtlbalance.names import Names, compile_with_names, groups_of, with_names
 from mtlbalance.state_checks import state_check
 from mtlbalance.states import count_seen, zero_counts
-from mtlbalance.wrappers.plumbing import check_method, state_after
+from mtlbalance.wrappers.plumbing import check_method, needs_of, state_after
 
 
 class NestedState(NamedTuple):
@@ -100,7 +100,8 @@ def nested(
         return state._replace(inner=ended, outer=outer.end_epoch(state.outer))
 
     build = _scalarizer if isinstance(outer, base.Scalarizer) else _aggregator
-    method, init = build(outer, groups, observe=observe, end_epoch=end_epoch)
+    hooks = {"observe": observe, "end_epoch": end_epoch, "needs": needs_of(outer, *groups.inner.values())}
+    method, init = build(outer, groups, **hooks)
     return method._replace(after_gradient=_after_gradient(outer, groups), nesting=_nesting(outer, groups, init))
 
 

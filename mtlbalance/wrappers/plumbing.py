@@ -12,10 +12,11 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.complex_parts import is_complex
-from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, check_is_method, weights_of
+from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, check_is_method, has_weights, weights_of
 from mtlbalance.hyperparameters import reject
 from mtlbalance.states import increment, select
 
+HOOKS = "observe", "end_epoch"
 Method = TypeVar("Method", Scalarizer, Aggregator)
 
 
@@ -24,7 +25,7 @@ def check_method(method: Any, usage: str, *, makes_weights: bool = False, argume
     check_is_method(argument, method, "a Scalarizer or an Aggregator", Scalarizer, Aggregator)
     if method.learned:
         reject(argument, f"a method with nothing left to learn, as in {usage}", f"learned={method.learned}")
-    if makes_weights and isinstance(method, Aggregator) and method.weighting is None:
+    if makes_weights and not has_weights(method):
         makes_them = "an aggregator that makes weights (mtl.transform_rows goes around this wrapper)"
         reject(argument, makes_them, "one without a weighting")
 
@@ -45,7 +46,12 @@ def hooks_of(method: Method, visible: Callable[..., Any] = all_of) -> dict[str, 
         return state._replace(inner=method.observe(state.inner, values, mask=visible(state, mask)))
 
     last_weights = method.last_weights and (lambda state: method.last_weights(state.inner))
-    return {"end_epoch": end_epoch, "observe": observe, "last_weights": last_weights}
+    return {"end_epoch": end_epoch, "observe": observe, "last_weights": last_weights, "needs": method.needs}
+
+
+def needs_of(*methods: Any) -> tuple[str, ...]:
+    """The hooks that one of several methods needs."""
+    return tuple(hook for hook in HOOKS if any(hook in method.needs for method in methods))
 
 
 def state_after(method: Any, old: Any, new: Any, finite: chex.Array, dropped: chex.Array | None = None) -> Any:

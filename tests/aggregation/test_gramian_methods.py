@@ -202,7 +202,7 @@ def test_norm_of_nash_mtl():
 
 
 def test_modo_and_sdmgrad_stay_on_the_simplex():
-    for method in aggregation.modo(gamma=5.0), aggregation.sdmgrad():
+    for method in aggregation.modo(lr=5.0), aggregation.sdmgrad():
         weighting = method.gramian_weighting
         state = weighting.init(4)
         for seed in range(5):
@@ -234,7 +234,7 @@ def test_cr_mogm_is_a_running_average():
         (lambda: aggregation.fairgrad(0.0), "alpha: expected a finite number above 0"),
         (lambda: aggregation.aligned_mtl(scale_mode="mean"), "scale_mode: expected one of"),
         (lambda: aggregation.gradvac(beta=1.5), "beta: expected a number from 0 to 1"),
-        (lambda: aggregation.modo(gamma=0.0), "gamma: expected a finite number above 0"),
+        (lambda: aggregation.modo(lr=0.0), "lr: expected a finite number above 0"),
         (lambda: aggregation.sdmgrad(momentum=1.0), "momentum: expected a number of at least 0 and below 1"),
         (lambda: aggregation.sdmgrad(n_iter=0), "n_iter: expected an int of at least 1"),
         (lambda: aggregation.cr_mogm(aggregation.mean(), alpha=2.0), "alpha: expected a number from 0 to 1"),

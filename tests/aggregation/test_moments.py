@@ -20,7 +20,7 @@ LOSSES = jnp.array([2.0, 0.5, 1.0, 4.0])
 JACOBIANS = jax.random.normal(jax.random.key(0), (8, M, N)) * jnp.array([[[1.0], [10.0], [0.3], [3.0]]])
 METHODS = {
     "db_mtl": aggregation.db_mtl(beta=0.9),
-    "moco": aggregation.moco(gamma=0.01),
+    "moco": aggregation.moco(lr=0.01),
     "moco-libmtl": aggregation.moco(normalize=True, softmax=True),
     "m_config": aggregation.m_config(),
     "gradnorm": aggregation.gradnorm(),
@@ -206,8 +206,8 @@ def test_the_others_do_not(name):
 FLOATS = {
     "gradnorm lr": (lambda lr: aggregation.gradnorm(optimizer=optax.adam(lr)), (0.01, 0.5)),
     "gradnorm alpha": (lambda alpha: aggregation.gradnorm(alpha, softmax=True), (0.0, 1.5)),
-    "moco beta": (lambda beta: aggregation.moco(beta, gamma=0.01), (0.0, 1.0)),
-    "moco gamma": (lambda gamma: aggregation.moco(gamma=gamma, normalize=True), (0.1, 3.0)),
+    "moco beta": (lambda beta: aggregation.moco(beta, lr=0.01), (0.0, 1.0)),
+    "moco lr": (lambda lr: aggregation.moco(lr=lr, normalize=True), (0.1, 3.0)),
     "db_mtl beta": (aggregation.db_mtl, (0.0, 0.9)),
     "m_config beta_1": (aggregation.m_config, (0.0, 0.9)),
     "lr_annealing alpha": (lambda alpha: aggregation.lr_annealing(alpha=alpha), (0.0, 0.1)),

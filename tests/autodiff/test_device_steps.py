@@ -89,9 +89,9 @@ class OnDevices:
         return step.lower(self.params, state, *self.batch).compile()
 
     def compiled_step(self, method, rows):
-        grad_fn = mtl.value_and_grad(self.losses, method, rows=rows)
+        grad_fn = mtl.value_and_grad(self.losses, method, rows=rows, hooks=True)
         outside = losses if self.kind == "shard_map" else self.losses  # the state is made where no axis is mapped
-        state = mtl.value_and_grad(outside, method).init(self.params, *self.batch)
+        state = mtl.value_and_grad(outside, method, hooks=True).init(self.params, *self.batch)
         return self.compile(grad_fn, state, lambda state, grads: ((EVERYWHERE, state), grads)), state
 
     @functools.cached_property
@@ -125,7 +125,7 @@ def make(name, **options):
 
 @functools.cache
 def on_one_device(name, rows):
-    grad_fn = mtl.value_and_grad(losses, make(name), rows=rows)
+    grad_fn = mtl.value_and_grad(losses, make(name), rows=rows, hooks=True)
     return jax.device_get(jax.jit(grad_fn)(START, grad_fn.init(START, *BATCH), *BATCH))
 
 

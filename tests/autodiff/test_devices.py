@@ -100,7 +100,7 @@ MANY_BATCHES = tuple(np.stack([part * factor for factor in np.linspace(0.5, 1, 8
 
 def on_their_own(method, **options):
     """Two steps of many trainings, as a function of one."""
-    grad_fn = mtl.value_and_grad(losses, method, **options)
+    grad_fn = mtl.value_and_grad(losses, method, hooks=True, **options)
 
     def train(params, *batch):
         (_, state), gradient = grad_fn(params, grad_fn.init(params, *batch), *batch)
@@ -192,7 +192,8 @@ STEPS = {
 def test_tasks_on_several_devices(name, kind):
     make, options = STEPS[name]
     put = lambda x, *spec: jax.device_put(x, NamedSharding(MESHES[kind], PartitionSpec(*spec)))
-    grad_fn = mtl.value_and_grad(loss_of_one if "task_axis" in options else losses_of_tasks, make(), **options)
+    losses_fn = loss_of_one if "task_axis" in options else losses_of_tasks
+    grad_fn = mtl.value_and_grad(losses_fn, make(), hooks=True, **options)
     expected = jax.jit(grad_fn)(PARAMS, grad_fn.init(PARAMS, DATA), DATA)
     params, data = jax.tree.map(put, PARAMS), put(DATA, "tasks")
     found = jax.jit(grad_fn)(params, grad_fn.init(params, data), data)

@@ -279,13 +279,13 @@ def test_every_device_drops_what_is_bad_on_one(make):
     assert gradient[0] > 0
 
 
-@pytest.mark.parametrize("outer", [scalarization.dwa, aggregation.mgda])
+@pytest.mark.parametrize("outer", [partial(scalarization.dwa, steps_per_epoch=100), aggregation.mgda])
 def test_guards_of_groups_are_told_whom_they_have_not_seen(outer):
     def losses_fn(params, x):
         pde = {"a": jnp.mean((params - x) ** 2), "b": jnp.sqrt(jnp.sum(params**2))}  # whose slope at zero is NaN
         return {"pde": pde, "bc": {"c": jnp.mean(jnp.abs(params + x))}}
 
-    guarded = mtl.skip_nonfinite(scalarization.dwa())
+    guarded = mtl.skip_nonfinite(scalarization.dwa(steps_per_epoch=100))
     method = mtl.nested(mtl.skip_nonfinite(outer()), {"pde": guarded, "bc": scalarization.sum()})
     grad_fn = mtl.value_and_grad(losses_fn, mtl.checked(method), nonfinite="drop_task")
     params, x = jnp.zeros(3), jnp.ones(3)

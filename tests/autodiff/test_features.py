@@ -52,7 +52,7 @@ METHODS = {
     "imtl_g": aggregation.imtl_g(),
     "excess_mtl": aggregation.excess_mtl(),
     "without weights": graddrop_like(),
-    "dwa": scalarization.dwa(),
+    "dwa": scalarization.dwa(steps_per_epoch=100),
     "geometric_mean": scalarization.geometric_mean(),
 }
 

@@ -39,7 +39,7 @@ def init(method):
 
 
 METHODS = {
-    "dwa": scalarization.dwa(),
+    "dwa": scalarization.dwa(steps_per_epoch=100),
     "learn-uw": mtl.learn(scalarization.uw(), optax.sgd(0.1)),
     "geometric_mean": scalarization.geometric_mean(),
     "imtl_g": aggregation.imtl_g(),
@@ -136,7 +136,7 @@ def test_passes_are_as_in_the_readme(name):
     method = case.make(tasks={name: i for i, name in enumerate(NAMES)}) if case.per_task else case.make()
     if method.learned:
         method = mtl.learn(method, optax.sgd(0.1))
-    step = mtl.value_and_grad(counted_losses, method, microbatches=4)
+    step = mtl.value_and_grad(counted_losses, method, microbatches=4, hooks=True)
     compiled = jax.jit(step).lower(PARAMS, init(method), (X, Y, LABELS)).compile()
     assert len(re.findall(r"= \S+ tanh\(", compiled.as_text())) == int(passes)
 

@@ -41,7 +41,7 @@ def all_losses(params, batch):
 
 
 METHODS = {
-    "dwa": scalarization.dwa(),
+    "dwa": scalarization.dwa(steps_per_epoch=100),
     "upgrad": aggregation.upgrad(),
     "excess_mtl": aggregation.excess_mtl(),
     "graddrop": aggregation.graddrop(key=0),
@@ -150,7 +150,11 @@ def test_a_task_is_computed_forth_and_back_once():
     counted.defvjp(lambda x: (x, None), lambda _, g: (jax.debug.callback(lambda: passes.append(1)), (g,))[1])
     functions = dict.fromkeys("abc", lambda params, x: jnp.sum((jnp.sum(counted(params["w"])) * x) ** 2))
     params, batch = {"w": jnp.ones(3)}, {"a": jnp.ones(3), "b": jnp.ones((2, 3)), "c": jnp.ones(3)}
-    for method, n in (scalarization.dwa(), 3), (aggregation.upgrad(), 3), (aggregation.m_config(), 1):
+    for method, n in (
+        (scalarization.dwa(steps_per_epoch=100), 3),
+        (aggregation.upgrad(), 3),
+        (aggregation.m_config(), 1),
+    ):
         step = mtl.value_and_grad(functions, method)
         del passes[:]
         jax.block_until_ready(jax.jit(step)(params, step.init(params, batch), batch))

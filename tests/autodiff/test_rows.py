@@ -77,7 +77,11 @@ def test_a_method_that_needs_one_row_takes_one_backward_pass(keywords):
 
 
 MESHES = {kind: jax.make_mesh((4, 2), ("x", "y"), 2 * (getattr(AxisType, kind),)) for kind in ("Auto", "Explicit")}
-METHODS = {"upgrad": aggregation.upgrad(), "excess_mtl": aggregation.excess_mtl(), "dwa": scalarization.dwa()}
+METHODS = {
+    "upgrad": aggregation.upgrad(),
+    "excess_mtl": aggregation.excess_mtl(),
+    "dwa": scalarization.dwa(steps_per_epoch=100),
+}
 
 
 @pytest.mark.parametrize("kind", MESHES)

@@ -72,7 +72,7 @@ def head(k):
 
 
 KINDS = {
-    "losses": (scalarization.dwa(), [None]),
+    "losses": (scalarization.dwa(steps_per_epoch=100), [None]),
     "gramian": (aggregation.upgrad(), ["vmap", 2, "two_pass"]),
     "rowwise": (aggregation.db_mtl(beta=0.5), ["vmap", "stream"]),
     "by coordinate": (aggregation.graddrop(key=0), ["vmap", 1]),

@@ -55,7 +55,7 @@ def of(method, losses, params):
 def test_the_state_of_every_method(case):
     method = case.make()
     method = mtl.learn(method, optax.adam(1e-2)) if method.learned else method
-    grad_fn = mtl.value_and_grad(squared_errors, method)
+    grad_fn = mtl.value_and_grad(squared_errors, method, hooks=True)
     expected = of(method, squared_errors(PARAMS, BATCH), PARAMS)
     assert_same_state(grad_fn.init(PARAMS, BATCH), expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(grad_fn.init, PARAMS, BATCH), structs(expected))
@@ -88,9 +88,11 @@ FORMS = {
     "has_aux": (lambda *args: (named(*args), jnp.ones(2)), {"has_aux": True}, PARAMS, BATCH, PARAMS),
 }
 METHODS = {
-    "dwa": scalarization.dwa(),
+    "dwa": scalarization.dwa(steps_per_epoch=100),
     "excess_mtl": aggregation.excess_mtl(),
-    "wrapped": mtl.skip_nonfinite(mtl.amortize(mtl.chain(scalarization.dwa(), aggregation.excess_mtl()))),
+    "wrapped": mtl.skip_nonfinite(
+        mtl.amortize(mtl.chain(scalarization.dwa(steps_per_epoch=100), aggregation.excess_mtl()))
+    ),
 }
 
 
@@ -109,7 +111,7 @@ def test_the_state_in_every_form(form):
 
 def test_losses_of_two_axes():
     losses_fn = lambda params: jnp.ones((2, 3)) * params
-    assert mtl.value_and_grad(losses_fn, scalarization.dwa()).init(1.0).count.shape == (2, 3)
+    assert mtl.value_and_grad(losses_fn, scalarization.dwa(steps_per_epoch=100)).init(1.0).count.shape == (2, 3)
     assert mtl.value_and_grad(losses_fn, aggregation.upgrad()).init(1.0).seen.shape == (6,)
 
 
@@ -145,7 +147,7 @@ def test_arguments_and_outputs_that_are_no_arrays():
         assert kind == "squared"
         return squared_errors(params, batch) ** power * (-1 if flip else 1), "text"
 
-    grad_fn = mtl.value_and_grad(losses_fn, scalarization.dwa(), has_aux=True)
+    grad_fn = mtl.value_and_grad(losses_fn, scalarization.dwa(steps_per_epoch=100), has_aux=True)
     assert grad_fn.init(PARAMS, BATCH, "squared", power=2, flip=jnp.array(True)).count.shape == (3,)
 
 
@@ -278,7 +280,7 @@ AUX = {
 def test_an_auxiliary_output_is_not_taken_for_losses(aux):
     losses_fn = lambda params, batch: (named(params, batch), aux)
     message = r"losses_fn: expected .*has_aux=True for a pair \(losses, aux\), found a pair"
-    method = scalarization.dwa()
+    method = scalarization.dwa(steps_per_epoch=100)
     grad_fn = mtl.value_and_grad(losses_fn, method)
     for call in (
         lambda: grad_fn(PARAMS, method.init(3), BATCH),
@@ -315,7 +317,7 @@ def test_the_one_loss_of_a_task_is_no_pair():
         ((trunk, heads), {}, PAIR, BATCH),
     ):
         with pytest.raises(ValueError, match=r"one loss for each task.*has_aux=True for a pair \(loss, aux\)"):
-            mtl.value_and_grad(losses_fn, scalarization.dwa(), **keywords).init(params, batch)
+            mtl.value_and_grad(losses_fn, scalarization.dwa(steps_per_epoch=100), **keywords).init(params, batch)
 
 
 # A clash of names.
@@ -359,7 +361,7 @@ def by_position(params, batch, mask, refresh=None, /):
 
 
 def test_by_position_there_is_no_clash():
-    grad_fn = mtl.value_and_grad(by_position, scalarization.dwa())
+    grad_fn = mtl.value_and_grad(by_position, scalarization.dwa(steps_per_epoch=100))
     state, of_losses = grad_fn.init(PARAMS, BATCH, False), jnp.array([True, False, True])
     (losses, state), _ = jax.jit(grad_fn)(PARAMS, state, BATCH, False, mask=of_losses)
     chex.assert_trees_all_equal((losses, state.count), (jnp.zeros(3), of_losses.astype(jnp.int32)))
@@ -367,13 +369,13 @@ def test_by_position_there_is_no_clash():
 
 @pytest.mark.parametrize("losses_fn", [partial(of_mask, mask=None), lambda mask, batch: named(mask, batch)])
 def test_what_is_given_already_is_no_clash(losses_fn):
-    grad_fn = mtl.value_and_grad(losses_fn, scalarization.dwa())
+    grad_fn = mtl.value_and_grad(losses_fn, scalarization.dwa(steps_per_epoch=100))
     jax.eval_shape(grad_fn, PARAMS, grad_fn.init(PARAMS, BATCH), BATCH)
 
 
 @pytest.mark.parametrize("losses_fn", [max, lambda *mask: mask, lambda params, **refresh: params, jnp.add])
 def test_what_has_no_such_keyword_passes(losses_fn):
-    mtl.value_and_grad(losses_fn, scalarization.dwa())
+    mtl.value_and_grad(losses_fn, scalarization.dwa(steps_per_epoch=100))
 
 
 # What a method cannot do.

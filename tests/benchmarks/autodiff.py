@@ -176,7 +176,7 @@ def unequal_data(rounds):
 
     steps = {"plain": plain(every, params, batches)}
     functions, excess = dict.fromkeys(batches, one), aggregation.excess_mtl()
-    methods = {"UPGrad": aggregation.upgrad(), "ExcessMTL": excess, "DWA": scalarization.dwa()}
+    methods = {"UPGrad": aggregation.upgrad(), "ExcessMTL": excess, "DWA": scalarization.dwa(steps_per_epoch=100)}
     for name, method in methods.items():
         of_tasks = partial(balanced, functions, method, params, batches)
         state = method.init(m) if name == "DWA" else None
@@ -194,7 +194,7 @@ def bad_task(rounds):
         params, batch = init_layers(0, [64, width, width, width, m]), normal_batch(batch_size, n_in=64, n_out=m)
         named = lambda params, batch: dict(enumerate(task_losses(params, batch)))
         steps = {"plain": plain(task_losses, params, batch)}
-        for name, method in {"DWA": scalarization.dwa(), "UPGrad": aggregation.upgrad()}.items():
+        for name, method in {"DWA": scalarization.dwa(steps_per_epoch=100), "UPGrad": aggregation.upgrad()}.items():
             state = method.init(m) if name == "DWA" else None
             for nonfinite in None, "drop_task":
                 step = balanced(named, method, params, batch, m=m, state=state, nonfinite=nonfinite)

@@ -124,7 +124,7 @@ def data(size):
 
 def training(method, params, batch):
     """What a training carries, and its step."""
-    optimizer, grad_fn = optax.adam(1e-3), mtl.value_and_grad(losses_fn, method)
+    optimizer, grad_fn = optax.adam(1e-3), mtl.value_and_grad(losses_fn, method, hooks=True)
 
     def step(carry, batch):
         params, state, opt_state = carry

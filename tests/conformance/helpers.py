@@ -50,7 +50,7 @@ class Built:
         weights are one.
         """
         state = jax.eval_shape(self.init)
-        if any(hasattr(field, "_fields") for field in state):  # another method's state
+        if any(isinstance(field, tuple) for field in state):  # another method's state, or those of several
             wrapper = CHANGES_WEIGHTS if isinstance(state, CHANGES_WEIGHTS) else type(state)
             return self.family, wrapper, bool(self.method.jacobian_shaped)
         more = {

@@ -63,20 +63,24 @@ def test_vmap_over_states_and_inputs_gives_what_a_loop_gives(built):
         chex.assert_trees_all_close(built.restrict(mapped, i), single, **SAME)
 
 
+def kind_of(values):
+    return np.int32 if all(isinstance(value, int) for value in values) else np.float32
+
+
 @pytest.mark.every_method
 @pytest.mark.cases(lambda built: built.case.hyperparameters)
-def test_float_hyperparameters_may_be_traced(built):
+def test_hyperparameters_may_be_traced(built):
     def states(given):
         method = built.case.make(**given)
         return built.init(method), built.step(built.init(method), built.sample(0), method=method)[1]
 
-    given = {name: jnp.float32(values[1]) for name, values in built.case.hyperparameters.items()}
+    given = {name: kind_of(values)(values[1]) for name, values in built.case.hyperparameters.items()}
     before, after = jax.eval_shape(states, given)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
 
 
 @pytest.mark.cases(lambda built: built.case.hyperparameters)
-def test_vmap_over_float_hyperparameters_gives_what_a_loop_gives(built):
+def test_vmap_over_hyperparameters_gives_what_a_loop_gives(built):
     """With states and inputs. Each hyperparameter has its values in turn, the others the second of theirs."""
     swept, xs = built.case.hyperparameters, built.stack(5)
     usual = {name: values[1] for name, values in swept.items()}
@@ -95,7 +99,7 @@ def test_vmap_over_float_hyperparameters_gives_what_a_loop_gives(built):
 
         return jax.lax.scan(step, built.init(method), (jnp.arange(5), xs))
 
-    given = {name: np.array([setting[name] for setting in settings], np.float32) for name in swept}
+    given = {name: np.array([setting[name] for setting in settings], kind_of(swept[name])) for name in swept}
     copies = jax.tree.map(lambda x: np.broadcast_to(x, (len(settings), *x.shape)), xs)
     mapped = jax.device_get(jax.jit(jax.vmap(run))(given, copies))
     one_by_one = jax.jit(run)  # traced, so that one program serves for all

@@ -133,10 +133,6 @@ def every_rows(method):
     return ("vmap", 1, *more)
 
 
-def makes_weights(method):
-    return isinstance(method, base.Scalarizer) or method.weighting is not None
-
-
 def in_order(named):
     """Named numbers as the array that serves where losses have no names."""
     return None if named is None else jnp.stack([named[name] for name in NAMES])
@@ -182,9 +178,26 @@ def test_learned_fields_must_be_trained_by_someone(scalarizer):
         mtl.value_and_grad(losses_fn, scalarizer.method)
 
 
+@pytest.mark.every_method
+@pytest.mark.cases(lambda built: built.method.needs or {"end_epoch", "observe"} & set(built.kind))
+def test_without_the_hooks_that_it_needs_a_method_does_nothing(scalarizer):
+    """It then gives what it gives at first, and a training step refuses it unless told that the loop calls them."""
+    alone = called = start = scalarizer.init()
+    for i in range(5):
+        _, alone = scalarizer.apply(alone, scalarizer.sample(i))
+        _, called = scalarizer.step(called, scalarizer.sample(i))
+    first, without, with_hooks = (scalarizer.apply(state, scalarizer.sample(5))[0] for state in (start, alone, called))
+    assert np.allclose(without, first, rtol=1e-6) == bool(scalarizer.method.needs)
+    assert not np.allclose(with_hooks, without, rtol=1e-3)
+    mtl.value_and_grad(losses_fn, scalarizer.method, hooks=True)
+    if scalarizer.method.needs:
+        with pytest.raises(ValueError, match=rf"^hooks: expected True.* state = method.{scalarizer.method.needs[0]}\("):
+            mtl.value_and_grad(losses_fn, scalarizer.method)
+
+
 def grad_fns(method, every, **kwargs):
     """The library's steps, by the way in which they compute rows."""
-    kwargs |= {"return_weights": makes_weights(method)}
+    kwargs |= {"return_weights": mtl.has_weights(method), "hooks": True}
     return {str(rows): mtl.value_and_grad(losses_fn, method, rows=rows, **kwargs) for rows in every}
 
 
@@ -229,7 +242,7 @@ def test_weights_are_decided_on_a_part_and_applied_to_all(aggregator):
     method, params, batch = aggregator.method, new_params(), new_batch(0)
     if method.weighting is None:
         with pytest.raises(ValueError, match="decide_on: expected a method that makes weights"):
-            mtl.value_and_grad(losses_fn, method, decide_on=SHARED)
+            mtl.value_and_grad(losses_fn, method, decide_on=SHARED, hooks=True)
         return
     steps = grad_fns(method, {None, every_rows(method)[-1]}, decide_on=SHARED)
     state = init(method, mtl.subset(params, SHARED))
@@ -247,8 +260,8 @@ def test_absent_tasks_are_left_out_whether_masked_or_without_labels(built):
     method, params = trained(built), new_params()
     steps = grad_fns(method, {None, every_rows(method)[-1]})
     by_name = trained(built, {name: i for i, name in enumerate(NAMES)})
-    named = mtl.value_and_grad(named_losses_fn, by_name, return_weights=makes_weights(method))
-    counted = mtl.value_and_grad(counted_losses_fn, method, return_weights=makes_weights(method))
+    named = mtl.value_and_grad(named_losses_fn, by_name, return_weights=mtl.has_weights(method), hooks=True)
+    counted = mtl.value_and_grad(counted_losses_fn, method, return_weights=mtl.has_weights(method), hooks=True)
 
     def of_named(params, state, batch, *, mask):
         (losses, new_state, *weights), gradient = named(params, state, batch, mask=dict(zip(NAMES, mask, strict=True)))
@@ -301,13 +314,13 @@ def test_a_hundred_steps_of_sgd_in_a_scan_are_those_by_hand(built):
 def test_amortized_weights_serve_until_they_are_refreshed(built):
     """Whether ``refresh`` is traced or not; without it the next gradient has the last weights."""
     plain, params = trained(built), new_params()
-    if not makes_weights(plain):
+    if not mtl.has_weights(plain):
         with pytest.raises(ValueError, match="method: expected an aggregator that makes weights"):
             mtl.amortize(plain)
         return
     method = plain if plain.last_weights else mtl.amortize(plain)
     inner_of = lambda state: state if method is plain else state.inner
-    grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)
+    grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True, hooks=True)
 
     @jax.jit
     def take(params, state, batch, refresh, mask):
@@ -355,11 +368,11 @@ def test_a_method_without_weights_gets_rows_and_has_none_to_return():
     params, batch = new_params(), new_batch(0)
     _, jacobian = losses_and_jacobian(params, batch)
     for rows in every_rows(method):
-        step = jax.jit(mtl.value_and_grad(losses_fn, method, rows=rows))
+        step = jax.jit(mtl.value_and_grad(losses_fn, method, rows=rows, hooks=True))
         _, gradient = step(params, init(method, params), batch)
         assert_close(gradient, jax.tree.map(median, jacobian), terms_of(jnp.ones(3), jacobian))
     for name, given in {"return_weights": True, "decide_on": SHARED}.items():
         with pytest.raises(ValueError, match=f"{name}: .*makes none"):
-            mtl.value_and_grad(losses_fn, method, **{name: given})
+            mtl.value_and_grad(losses_fn, method, hooks=True, **{name: given})
     with pytest.raises(ValueError, match="without a weighting"):
         mtl.amortize(method)

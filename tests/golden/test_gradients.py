@@ -109,7 +109,8 @@ def optimizer_rounding(case):
 def test_moco(case, dtype):
     """As LibMTL has it, normalised and with a softmax."""
     sequence, recorded = read(case)
-    gradients, states = run(aggregation.moco(**case["settings"], normalize=True, softmax=True), sequence, dtype)
+    settings = {name.replace("gamma", "lr"): value for name, value in case["settings"].items()}
+    gradients, states = run(aggregation.moco(**settings, normalize=True, softmax=True), sequence, dtype)
     # Few roundings, as nothing cancels: what is followed adds up, and the products enter a softmax.
     tolerance = 2 * ROUNDING if dtype == jnp.float32 else DIGITS + added(lengths(sequence["jacobians"]))
     check(states.weights, recorded["weights"], tolerance)

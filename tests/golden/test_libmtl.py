@@ -88,7 +88,7 @@ def test_libmtl_gradients():
 
 
 def test_two_calls_of_modo():
-    method = aggregation.modo(gamma=1e-3, rho=0.1)
+    method = aggregation.modo(lr=1e-3, rho=0.1)
     weights, state = method.weighting.apply(method.init(ROWS.shape), ROWS)
     assert_near(weights, [0.345692, 0.303845, 0.350464])
     gradient = np.array(weights, float) @ np.array(ROWS)

@@ -105,7 +105,7 @@ def optimizer_of(name):
 def train_network(method, optimizer):
     params = STARTS["network"]
     state = method.init(3) if isinstance(method, mtl.Scalarizer) else method.init((3, params))
-    return train(mtl.value_and_grad(losses_of_network, method), params, state, optimizer, method.end_epoch)
+    return train(mtl.value_and_grad(losses_of_network, method, hooks=True), params, state, optimizer, method.end_epoch)
 
 
 def check(run, params, losses):

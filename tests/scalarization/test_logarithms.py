@@ -57,7 +57,7 @@ def test_a_step_shows_a_negative_loss_and_the_guards_drop_it(method):
     """A Gaussian's negative log-likelihood would be climbed: the gradient is NaN, and is not taken."""
     guarded = mtl.skip_nonfinite(method)
     losses_fn = lambda params: jnp.stack([jnp.sum(params**2), params[0] ** 2 - 0.36])
-    grad_fn = mtl.value_and_grad(losses_fn, guarded, return_weights=True)
+    grad_fn = mtl.value_and_grad(losses_fn, guarded, return_weights=True, hooks=True)
     optimizer = optax.apply_if_finite(optax.adam(0.1), max_consecutive_errors=3)
     for start, taken in [(0.0, False), (1.0, True)]:
         params = jnp.array([start, 1.0])
