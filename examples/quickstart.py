@@ -8,9 +8,9 @@ equation and not the rim. Each method decides in its own way how much either sho
 What came out, in median of five seeds: with equal weights the solution is off by 0.195, with the best of six weights by
 hand by 0.018. UW and IMTL-L (0.019), the gradients' norms (0.015) and Nash-MTL (0.012) get there in one training. The
 search took six, its best is chosen by the very errors that are shown, and three times that weight is too much (0.12).
-DWA, which sees how fast losses fall, stays at equal weights; ExcessMTL, made for noisy labels, gives the equation
-everything. Two other sets of five seeds said the same. The learning rate is one for all: with three times as much equal
-weights come to 0.16, and Nash-MTL (0.018) is no better than the best by hand (0.019).
+DWA, which sees how fast losses fall, stays at equal weights; ExcessMTL gives the equation everything. Two other sets of
+five seeds said the same. The learning rate is one for all: with three times as much equal weights come to 0.16, and
+Nash-MTL (0.018) is no better than the best by hand (0.019).
 
 Run it with ``python examples/quickstart.py``: little more than a minute on two CPU cores, half of it compiling. It
 needs ``mtlbalance[examples]``.

@@ -22,8 +22,11 @@ from mtlbalance.meshes import explicit_mesh, with_whole_tasks
 from mtlbalance.numerics import wide
 from mtlbalance.parameters import check_params_like
 
-# Columns of a Jacobian that a CPU multiplies at a time: few enough for its cache, many enough to be worth a dot.
-_CHUNK = 4096
+# Columns in one dot on a CPU: of many more, and few rows, jax 0.8 would make one long sum in float32.
+_COLUMNS = 4096
+# Numbers in the dots that are made together: few enough for one core's cache, and for XLA to bring them into order in
+# one thread, as handing half to another takes longer; many enough to be worth a call.
+_CHUNK = 2**16
 # Rows that are added up in one pass over the sum, at most.
 _ROWS_AT_A_TIME = 8
 
@@ -176,7 +179,7 @@ def _rows_of_leaf(leaf):
 
 def _is_wide(leaf):
     """Whether it takes long to write a leaf out once more."""
-    return leaf.size >= 2 * len(leaf) * _CHUNK
+    return leaf.size >= 2 * len(leaf) * _COLUMNS
 
 
 def _sum_of_present(weights, rows, mask):
@@ -212,17 +215,22 @@ def _of_rows(x, y, mask):
 
 
 def _of_leaf_by_chunks(x, y, mask):
-    # For wide matrices XLA's CPU backend first copies both factors into another order: up to four times slower.
+    # For wide matrices XLA's CPU backend first copies both factors into another order: up to four times slower. Several
+    # chunks side by side push each other out of the cache, and only from nine on get a second thread. Half the products
+    # (the Gramian is symmetric), and sums of products in fused loops, were no faster either.
     x, y = (jnp.reshape(leaf, (len(leaf), -1)) for leaf in (x, y))
-    n_chunks = x.shape[1] // _CHUNK
+    n_dots = max(1, _CHUNK // (len(x) * _COLUMNS))
+    n_chunks = -(-x.shape[1] // (n_dots * _COLUMNS))
+    columns = x.shape[1] // (n_chunks * n_dots) // 16 * 16  # whole cache lines
+    size = n_dots * columns
+    in_dots = lambda chunk: jnp.moveaxis(jnp.reshape(chunk, (len(chunk), n_dots, columns)), 1, 0)
 
     def add(i, added):
-        chunks = (jax.lax.dynamic_slice_in_dim(leaf, i * _CHUNK, _CHUNK, axis=1) for leaf in (x, y))
-        return added + _of_rows(*chunks, mask)
+        chunks = (in_dots(jax.lax.dynamic_slice_in_dim(leaf, i * size, size, axis=1)) for leaf in (x, y))
+        return added + jnp.sum(jax.vmap(partial(_of_rows, mask=mask))(*chunks), axis=0)
 
-    rest = (leaf[:, n_chunks * _CHUNK :] for leaf in (x, y))
-    # Unrolled, because the dots of one iteration overlap in time: a quarter faster with 40 tasks.
-    return jax.lax.fori_loop(0, n_chunks, add, _of_rows(*rest, mask), unroll=4)
+    rest = (leaf[:, n_chunks * size :] for leaf in (x, y))
+    return jax.lax.fori_loop(0, n_chunks, add, _of_rows(*rest, mask))
 
 
 def _contract(x, y, free):

@@ -29,16 +29,26 @@ TINY = {
     "recurrent": (["--epochs", "1"], "On the test images, by rows read"),
     "two_stages": (["--steps", "5"], "How far the network is off"),
     "pinn": (["--steps", "5"], "Allen-Cahn until t = 0.5"),
+    "compare": (["--quick", "--shorter", "250", "--methods", "uw", "krum"], "needs 3 tasks"),
     "constrained": (["--epochs", "1"], "What the sum's error costs the digits"),
     "energy_forces": (["--steps", "2", "--seeds", "1"], "On the test clusters"),
     "codec": (["--steps", "2", "--seeds", "1"], "On the test digits"),
     "language_model": (["--steps", "2", "--parts", "1", "--seeds", "2"], "What the auxiliary losses cost and bring"),
     "reinforcement_learning": (["--updates", "2", "--seeds", "2"], "The entropy bonus outside and inside"),
+    "label_noise": (["--steps", "2", "--seeds", "2", "--widths", "4"], "where equal weights read"),
     "mixed_precision": (["--epochs", "1"], "On the test images, and in the gradients"),
     "distributed": (["--steps", "10"], "Relative distance at most"),  # and fails if it is more than rounding
 }
 WITHOUT_PICTURE = ("minimal", "mixed_precision", "distributed")
-MODULES = ("digits", "pinn_problems", "show")  # of what the others share
+MODULES = (  # of what the others share
+    "compare_jobs",
+    "compare_methods",
+    "compare_tables",
+    "digits",
+    "noisy_digits",
+    "pinn_problems",
+    "show",
+)
 
 
 def test_every_example_is_run():

@@ -40,7 +40,7 @@ def test_float16_products_do_not_overflow():
     assert gramian(jnp.full((2, 100), 300.0, jnp.float16))[0, 1] == 9e6
 
 
-WIDE = RNG.normal(size=(3, 5, 4001))  # in chunks on a CPU, with a rest
+WIDE = RNG.normal(size=(3, 5, 20_011))  # in five chunks of five dots on a CPU, with a rest
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])

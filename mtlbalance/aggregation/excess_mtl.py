@@ -107,6 +107,17 @@ def excess_mtl(
       They have no warm-up and no :math:`10^{-7}` in the ratio. TorchJD up to 0.18 moves the weights on the first
       call already, by the excess itself instead of a ratio; ``normalize_first_step=False`` does the same.
 
+    Note:
+      The paper's claim, that a task with noisy labels loses weight, holds under a condition. A task's excesses add up
+      to about :math:`2 \sum_k \sqrt{S_{ik}}`, so :math:`\log w_i` is about :math:`2 \eta \sum_k \sqrt{S_{ik}} / E_i^0`
+      and a constant: weight goes to the task whose gradients, from batches, have stayed larger over the first ones, far
+      from its best or noisy. Where a network learns the clean task by heart that is the noisy one. On digits, with 80%
+      of one task's labels drawn at random and a step size of .01, it got .60 ± .03 of the weight, after a warm-up of
+      three epochs .91; a network too narrow to fit the noise gave it .43 ± .01 and .33 ± .05. With a step size of 1 one
+      of the two often ended without weight there, also where neither had noise. A fixed weight of .1 for the noisy task
+      did as well for the clean one, or better, in both: ``python examples/label_noise.py``, and ``--search`` for 25
+      other trainings.
+
     Args:
       robust_step_size: :math:`\eta > 0`. May be traced.
       n_warmup_steps: calls that only gather the baseline, at least 0. They are counted for each task. May be

@@ -72,6 +72,17 @@ def test_constant_gradients_keep_equal_weights_and_fall_by_the_root_of_the_call(
     np.testing.assert_allclose(jnp.array(excess) / excess[0], 1 / jnp.sqrt(jnp.arange(1, 5)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("rate", [0.0, 3.0])
+def test_the_log_weights_are_about_twice_the_roots_of_the_sums_of_squares_over_the_baselines(rate):
+    """Whatever the gradients did on the way: what the docstring says of noise. Each call adds a little less than twice
+    the step of the root; the first, which moves no weight, adds the same to both tasks."""
+    shrinking = np.exp(-rate * np.linspace(0, 1, 400)[:, None, None] * np.array([[[0.0], [1.0]]]))
+    jacobians = np.asarray(shrinking * jax.random.normal(jax.random.key(0), (400, 2, 500)), np.float32)
+    weights = np.asarray(weights_over(aggregation.excess_mtl(0.01), jnp.asarray(jacobians)), np.float64)
+    roots = np.sqrt(np.sum(np.float64(jacobians) ** 2, axis=0)).sum(axis=1) / np.abs(jacobians[0]).sum(axis=1)
+    assert np.log(weights[-1, 0] / weights[-1, 1]) == pytest.approx(2 * 0.01 * (roots[0] - roots[1]), rel=0.1)
+
+
 def test_the_task_whose_gradient_shrinks_faster_loses_weight():
     decay = jnp.stack([jnp.exp(-0.3 * jnp.arange(10)), jnp.ones(10)], axis=1)
     jacobians = decay[:, :, None] * jax.random.normal(jax.random.key(0), (1, 2, 30))

@@ -6,6 +6,7 @@ balanced step over that of the same library's step on the sum of the losses, div
 """
 
 import argparse
+import collections
 import itertools
 from functools import partial
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torchjd.aggregation
-from interleave import interleave, median_of_ratios
+from interleave import compared, interleave, median_of_ratios
 from torch_model import torch_model
 from torchjd.autogram import Engine
 from torchjd.autojac import backward, jac_to_grad
@@ -23,6 +24,7 @@ import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 
 ROWS = ["vmap", "stream"]
+FEW = [("default", {}), ("rows='two_pass'", {"rows": "two_pass"})]  # by turns with TorchJD's
 SIZES = [(2, 512, 256), (8, 512, 256), (32, 512, 256), (8, 1024, 64)]
 
 
@@ -125,6 +127,32 @@ def table(title, steps, plain_of, m, rounds):
         megabytes = f"{step[1]:7.2f} MB" if isinstance(step, tuple) else ""
         median, least = 1e3 * float(np.median(times[name])), 1e3 * min(times[name])
         print(f"{name:28} {median:7.2f} ms {least:7.2f} ms {over:10.2f} {over / m:12.2f} {megabytes:>10}", flush=True)
+    return times
+
+
+def measure(rounds, quick=False):
+    for size in SIZES[:1] if quick else SIZES:
+        yield from by_turns(size, rounds)
+
+
+def by_turns(size, rounds):
+    """Our default against each of TorchJD's ways."""
+    m, width, batch_size = size
+    params = init_layers(0, [64, width, width, width, m])
+    batch = normal_batch(batch_size, n_in=64, n_out=m)
+    steps = {"plain": plain(task_losses, params, batch)}
+    steps |= {
+        name: balanced(task_losses, aggregation.upgrad(), params, batch, m=m, **keywords) for name, keywords in FEW
+    }
+    steps |= torch_steps(params, batch)
+    plain_of = lambda name: "TorchJD, plain" if name.startswith("TorchJD") else "plain"
+    times = table(f"m, width, batch = {size}, by turns", steps, plain_of, m, rounds)
+    for name in steps:
+        here = "plain" if name == "TorchJD, plain" else "default"
+        if name.startswith("TorchJD"):
+            group = "a step on the sum of the losses" if here == "plain" else "a step balanced by UPGrad"
+            what = f"{m} tasks, width {width}, batch {batch_size}, {name.removeprefix('TorchJD, ')}"
+            yield compared(f"{group}, MLP 64-w-w-w-m", what, "TorchJD", times[here], times[name])
 
 
 def against_torchjd(size, rounds):
@@ -136,12 +164,12 @@ def against_torchjd(size, rounds):
     steps = {"plain": plain(task_losses, params, batch), "default": step(upgrad, params, batch, m=m)}
     steps |= {f"rows={rows!r}": step(upgrad, params, batch, m=m, rows=rows) for rows in ("vmap", 1, "two_pass")}
     steps |= {f"ExcessMTL, {rows!r}": step(excess, params, batch, m=m, rows=rows) for rows in ("vmap", 1, "stream")}
-    plain_of = lambda name: "TorchJD, plain" if name.startswith("TorchJD") else "plain"
     # Torch's threads spin for a while after their work, and slow down what runs next: so each library by itself too.
     table(f"m, width, batch = {size}, one library", steps, lambda name: "plain", m, rounds)
-    table(f"m, width, batch = {size}, TorchJD alone", torch_steps(params, batch), plain_of, m, rounds)
-    few = {name: steps[name] for name in ("plain", "default", "rows='two_pass'")}
-    table(f"m, width, batch = {size}, by turns", few | torch_steps(params, batch), plain_of, m, rounds)
+    table(
+        f"m, width, batch = {size}, TorchJD alone", torch_steps(params, batch), lambda name: "TorchJD, plain", m, rounds
+    )
+    collections.deque(by_turns(size, rounds), maxlen=0)
 
 
 def own_data(rounds):

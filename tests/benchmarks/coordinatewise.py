@@ -5,6 +5,7 @@ to do. Beside them a plain sum of the rows, which must move the same memory.
 """
 
 import argparse
+import collections
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 import torchjd.aggregation as peer
 from gramian_methods import ours
-from interleave import HEADER, interleave, median_of_ratios, row
+from interleave import HEADER, REST, compared, interleave, median_of_ratios, row
 
 from mtlbalance import aggregation
 
@@ -23,6 +24,11 @@ TRIMMED = {3: (1,), 8: (1,), 11: (1, 3), 40: (1, 10)}
 def floor(matrix):
     add, jacobian = jax.jit(lambda rows: sum(list(rows))), jnp.array(matrix)
     return lambda: jax.block_until_ready(add(jacobian))
+
+
+def measure(rounds, quick=False):
+    for m, n in SHAPES[:1] if quick else SHAPES:
+        yield from compare(m, n, rounds)
 
 
 def compare(m, n, rounds):
@@ -37,9 +43,11 @@ def compare(m, n, rounds):
             "TorchJD": lambda aggregator=aggregator: aggregator(tensor),
             "floor": floor(matrix),
         }
-        times = interleave(functions, rounds)
+        times = interleave(functions, rounds, REST)
         of_floor = median_of_ratios(times["ours"], times["floor"])
         print(f"{row(name, times['ours'], times['TorchJD'], 1)} {of_floor:12.2f}x", flush=True)
+        group = "GradDrop" if name == "graddrop" else "trimmed mean"
+        yield compared(group, f"{m} x {n:,} {name}", "TorchJD", times["ours"], times["TorchJD"])
 
 
 if __name__ == "__main__":
@@ -48,5 +56,4 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2, help="TorchJD's threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    for m, n in SHAPES:
-        compare(m, n, arguments.rounds)
+    collections.deque(measure(arguments.rounds), maxlen=0)

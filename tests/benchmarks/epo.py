@@ -5,6 +5,7 @@ and a Gramian: one call, and 200 preferences at once, which there is a loop. Nee
 """
 
 import argparse
+import collections
 import importlib.util
 import warnings
 from pathlib import Path
@@ -12,12 +13,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from interleave import interleave, median_of_ratios
+from interleave import compared, interleave
 
 from mtlbalance import aggregation
 
 N_PREFERENCES, N_CALLS = 200, 20
+PEER = "EPOSearch, LibMOON"
 FILE = Path("EPOSearch") / "toy_experiments" / "solvers" / "epo_lp.py"
+
+
+def measure(rounds, quick=False, *, folder):
+    warnings.simplefilter("ignore")
+    spec = importlib.util.spec_from_file_location("epo_lp", folder / FILE)
+    epo_lp = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(epo_lp)
+    for m in (3,) if quick else (2, 3, 8, 20):
+        yield from compare(epo_lp, m, rounds)
 
 
 def compare(module, m, rounds):
@@ -46,11 +57,13 @@ def compare(module, m, rounds):
     times = interleave(functions, rounds)
     for end, n, n_calls in ("", 1, N_CALLS), (", all", N_PREFERENCES, 1):
         here, there = ([seconds / n_calls for seconds in times[f"{whose}{end}"]] for whose in ("ours", "theirs"))
+        row = compared(f"EPO's weights, {n} preferences" if n > 1 else "EPO's weights", f"{m} tasks", PEER, here, there)
         print(
-            f"{m} tasks, {n:3} preferences: {1e3 * min(here):8.3f} ms, theirs {1e3 * min(there):8.2f} ms,"
-            f" {median_of_ratios(there, here):7.1f} times as fast (median), {min(there) / min(here):7.1f} (minima)",
+            f"{m} tasks, {n:3} preferences: {1e3 * row.ours:8.3f} ms, theirs {1e3 * row.theirs:8.2f} ms,"
+            f" {row.median:7.1f} times as fast (median), {row.minima:7.1f} (minima)",
             flush=True,
         )
+        yield row
 
 
 if __name__ == "__main__":
@@ -58,9 +71,4 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    spec = importlib.util.spec_from_file_location("epo_lp", arguments.folder / FILE)
-    epo_lp = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(epo_lp)
-    for n_tasks in (2, 3, 8, 20):
-        compare(epo_lp, n_tasks, arguments.rounds)
+    collections.deque(measure(arguments.rounds, folder=arguments.folder), maxlen=0)

@@ -7,11 +7,12 @@ its rows, bare and guarded. Without TorchJD (the ``parity`` extra) ours alone. O
 """
 
 import argparse
+import collections
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from interleave import interleave, median_of_ratios
+from interleave import REST, compared, interleave, median_of_ratios
 
 import mtlbalance as mtl
 from mtlbalance import aggregation
@@ -26,6 +27,13 @@ SHAPES = [(3, 10**6), (8, 10**6), (16, 10**5)]
 BARE = "plain"
 OURS = [BARE, "all-true mask", "skip_nonfinite", "both"]
 STEPS = [(3, 1024, 256), (8, 1024, 256)]  # tasks, width, batch: two layers of 1024 x 1024 numbers
+
+
+def measure(rounds, quick=False):
+    for m, n in SHAPES[-1:] if quick else SHAPES:
+        times = compare(m, n, rounds)
+        if torch is not None:
+            yield compared("ExcessMTL, one call", f"{m} x {n:,}", "TorchJD", times[BARE], times["TorchJD"])
 
 
 def compare(m, n, rounds):
@@ -53,10 +61,11 @@ def compare(m, n, rounds):
             expected = outputs[BARE]
             np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
-    times = interleave(functions, rounds)
+    times = interleave(functions, rounds, REST)
     times["floor"] = [2 * seconds for seconds in times["copy"]]
     for name in OURS:
         report(f"({m}, {n})", name, times)
+    return times
 
 
 def report(problem, name, times):
@@ -122,7 +131,6 @@ if __name__ == "__main__":
     print("Required: no slower than TorchJD, and 1.4 times the bare call.")
     print("Shortest times in ms; ratios: the median of the rounds', that of the minima.")
     print(f"{'':37} {'ms':>8} {'ours / bare':>17} {'TorchJD / ours':>16} {'ours / floor':>16}")
-    for shape in SHAPES:
-        compare(*shape, arguments.rounds)
+    collections.deque(measure(arguments.rounds), maxlen=0)
     for step in STEPS:
         compare_steps(*step, arguments.rounds)

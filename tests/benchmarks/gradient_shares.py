@@ -7,6 +7,7 @@ critic's verdict. Beside it the plain sum of the losses in either library: what 
 """
 
 import argparse
+import collections
 import importlib
 import sys
 import types
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from interleave import interleave, median_of_ratios
+from interleave import compared, interleave, median_of_ratios
 
 import mtlbalance as mtl
 from mtlbalance import aggregation
@@ -93,6 +94,21 @@ def theirs(given, cls):
     return step, plain
 
 
+def measure(rounds, quick=False, *, folder, all_samples=(1024, 8192), batch=16):
+    cls = balancer_of(folder)
+    for samples in all_samples[:1] if quick else all_samples:
+        given = numbers(batch, samples)
+        names = "ours", "our sum", "EnCodec", "its sum"
+        times = interleave(dict(zip(names, (*ours(given), *theirs(given, cls)), strict=True)), rounds)
+        print(f"{samples} samples:", *(f"{name} {1e3 * min(times[name]):.2f} ms" for name in names), sep="  ")
+        ratios = ("EnCodec", "ours"), ("ours", "our sum"), ("EnCodec", "its sum")
+        for one, other in ratios:
+            ratio, minima = median_of_ratios(times[one], times[other]), min(times[one]) / min(times[other])
+            print(f"  {one} / {other}: median of ratios {ratio:.2f}, of minima {minima:.2f}", flush=True)
+        group = "a generator's gradient, four shares"
+        yield compared(group, f"{samples} samples", "EnCodec", times["ours"], times["EnCodec"])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
@@ -102,13 +118,5 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    cls = balancer_of(arguments.folder)
-    for samples in arguments.samples:
-        given = numbers(arguments.batch, samples)
-        names = "ours", "our sum", "EnCodec", "its sum"
-        times = interleave(dict(zip(names, (*ours(given), *theirs(given, cls)), strict=True)), arguments.rounds)
-        print(f"{samples} samples:", *(f"{name} {1e3 * min(times[name]):.2f} ms" for name in names), sep="  ")
-        ratios = ("EnCodec", "ours"), ("ours", "our sum"), ("EnCodec", "its sum")
-        for one, other in ratios:
-            ratio, minima = median_of_ratios(times[one], times[other]), min(times[one]) / min(times[other])
-            print(f"  {one} / {other}: median of ratios {ratio:.2f}, of minima {minima:.2f}", flush=True)
+    given = {"folder": arguments.folder, "all_samples": arguments.samples, "batch": arguments.batch}
+    collections.deque(measure(arguments.rounds, **given), maxlen=0)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torchjd.aggregation as peer
-from interleave import interleave, median_of_ratios
+from interleave import REST, Row, compared, interleave
 
 from mtlbalance import aggregation, base
 from mtlbalance.states import SeenState
@@ -26,27 +26,32 @@ from mtlbalance.states import SeenState
 SHAPES = [(3, 10**5), (11, 10**5), (3, 2 * 10**6), (40, 10**5)]
 N_MATRICES = 3
 NO_METHOD = "(no method)"
+WHOLE, WITHOUT = "whole", "without the Gramian"
+WITHOUT_METHOD = {
+    WHOLE: "the Gramian and the weighted sum alone",
+    WITHOUT: "a bare call, m x m numbers",
+}
 HEADER = f"{'ours':>10} {'TorchJD':>10} {'TorchJD / ours':>19} {'of minima':>11}"
 
 
 def methods(m):
-    """Name to our aggregator and TorchJD's, with the same hyperparameters."""
+    """Name to our aggregator and what makes TorchJD's, with the same hyperparameters: some want a solver installed."""
     wrong = min(2, m - 3)
     return {
-        NO_METHOD: (first_row(), lambda rows: (rows @ rows.T)[0] @ rows),
-        "upgrad": (aggregation.upgrad(), peer.UPGrad()),
-        "dual_proj": (aggregation.dual_proj(), peer.DualProj()),
-        "mgda": (aggregation.mgda(), peer.MGDA()),
-        "pcgrad": (aggregation.pcgrad(), peer.PCGrad()),
-        "gradvac": (aggregation.gradvac(), peer.GradVac()),
-        "cagrad": (aggregation.cagrad(0.5), peer.CAGrad(0.5)),
-        "nash_mtl": (aggregation.nash_mtl(), peer.NashMTL(m)),
-        "aligned_mtl": (aggregation.aligned_mtl(), peer.AlignedMTL()),
-        "imtl_g": (aggregation.imtl_g(), peer.IMTLG()),
-        "fairgrad": (aggregation.fairgrad(), peer.FairGrad(1.0)),
-        "config": (aggregation.config(), peer.ConFIG()),
-        "krum": (aggregation.krum(wrong), peer.Krum(wrong)),
-        "pcd": (aggregation.pcd(), peer.PCD()),
+        NO_METHOD: (first_row(), lambda: lambda rows: (rows @ rows.T)[0] @ rows),
+        "upgrad": (aggregation.upgrad(), peer.UPGrad),
+        "dual_proj": (aggregation.dual_proj(), peer.DualProj),
+        "mgda": (aggregation.mgda(), peer.MGDA),
+        "pcgrad": (aggregation.pcgrad(), peer.PCGrad),
+        "gradvac": (aggregation.gradvac(), peer.GradVac),
+        "cagrad": (aggregation.cagrad(0.5), lambda: peer.CAGrad(0.5)),
+        "nash_mtl": (aggregation.nash_mtl(), lambda: peer.NashMTL(m)),
+        "aligned_mtl": (aggregation.aligned_mtl(), peer.AlignedMTL),
+        "imtl_g": (aggregation.imtl_g(), peer.IMTLG),
+        "fairgrad": (aggregation.fairgrad(), lambda: peer.FairGrad(1.0)),
+        "config": (aggregation.config(), peer.ConFIG),
+        "krum": (aggregation.krum(wrong), lambda: peer.Krum(wrong)),
+        "pcd": (aggregation.pcd(), peer.PCD),
     }
 
 
@@ -70,7 +75,7 @@ def jacobians(m, n, independent):
     vectors = rng.normal(size=(N_MATRICES, m, n)).astype(np.float32)
     mixtures = np.stack(N_MATRICES * [np.eye(m)]) if independent else rng.normal(size=(N_MATRICES, m, m))
     mixtures = mixtures.astype(np.float32)
-    return {"whole": mixtures @ vectors, "without the Gramian": np.float32(n**0.5) * mixtures}
+    return {WHOLE: mixtures @ vectors, WITHOUT: np.float32(n**0.5) * mixtures}
 
 
 def ours(method, matrices):
@@ -91,25 +96,41 @@ def theirs(method, matrices):
     return lambda: method(next(arguments))
 
 
-def compare(m, n, arguments):
-    ratios = collections.defaultdict(list)
-    for what, matrices in jacobians(m, n, arguments.independent).items():
-        print(f"\n{m} tasks, {n} parameters, {what}\n{'':14} {HEADER}")
-        for name, (method, aggregator) in methods(m).items():
-            if name not in (arguments.methods or methods(m)):
-                continue
-            functions = {"ours": ours(method, matrices), "TorchJD": theirs(aggregator, matrices)}
-            times = interleave(functions, arguments.rounds)
-            if name != NO_METHOD:
-                ratios[what].append(median_of_ratios(times["TorchJD"], times["ours"]))
-            print(line(name, times), flush=True)
-        print(f"{'geometric mean':14} {statistics.geometric_mean(ratios[what]):41.2f}x")
+def measure(rounds, quick=False, independent=False, only=None):
+    """Rows, of every method and shape; prints them on the way."""
+    for m, n in SHAPES[:1] if quick else SHAPES:
+        yield from compare(m, n, rounds, independent, ("upgrad", "krum", NO_METHOD) if quick else only)
 
 
-def line(name, times):
-    ours, theirs = min(times["ours"]), min(times["TorchJD"])
-    ratio = median_of_ratios(times["TorchJD"], times["ours"])
-    return f"{name:14} {1e3 * ours:10.3f} {1e3 * theirs:10.3f} {ratio:18.2f}x {theirs / ours:10.2f}x"
+def compare(m, n, rounds, independent, only):
+    for what, matrices in jacobians(m, n, independent).items():
+        group, rows = f"Gramian methods, {m} tasks x {n:,} parameters, {what}", []
+        print(f"\n{group}\n{'':14} {HEADER}")
+        for name, (method, make) in methods(m).items():
+            if name in (only or methods(m)):
+                named = (WITHOUT_METHOD[what], f"{m} x {n if what == WHOLE else m:,}")
+                row = one_row(*(named if name == NO_METHOD else (group, name)), method, make, matrices, rounds)
+                rows += [row] if name != NO_METHOD and not row.note else []
+                print(line(name, row), flush=True)
+                yield row
+        if rows:
+            print(f"{'geometric mean':14} {statistics.geometric_mean(row.median for row in rows):41.2f}x")
+
+
+def one_row(group, what, method, make, matrices, rounds):
+    try:
+        aggregator = make()
+    except ImportError as error:
+        return Row(group, what, "TorchJD", note=f"not run: {error}")
+    functions = {"ours": ours(method, matrices), "TorchJD": theirs(aggregator, matrices)}
+    times = interleave(functions, rounds, REST)
+    return compared(group, what, "TorchJD", times["ours"], times["TorchJD"])
+
+
+def line(name, row):
+    if row.note:
+        return f"{name:14} {row.note}"
+    return f"{name:14} {1e3 * row.ours:10.3f} {1e3 * row.theirs:10.3f} {row.median:18.2f}x {row.minima:10.2f}x"
 
 
 if __name__ == "__main__":
@@ -124,5 +145,4 @@ if __name__ == "__main__":
     print(
         "Shortest times in ms; TorchJD / ours: the median of the rounds' ratios, and the ratio of the shortest times."
     )
-    for m, n in SHAPES:
-        compare(m, n, arguments)
+    collections.deque(measure(arguments.rounds, independent=arguments.independent, only=arguments.methods), maxlen=0)

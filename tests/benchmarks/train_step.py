@@ -7,6 +7,7 @@ slower than it is.
 """
 
 import argparse
+import collections
 import os
 
 # In programs as small as these XLA's scheduler for concurrency adds up to a quarter to the time: for the defaults, run
@@ -20,7 +21,7 @@ import optax
 import torch
 import torchjd.aggregation
 import torchjd.scalarization
-from interleave import HEADER, interleave, row
+from interleave import HEADER, compared, interleave, row
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from torch_model import torch_model
 from torchjd.autojac import backward, jac_to_grad
@@ -30,6 +31,7 @@ from mtlbalance import aggregation, scalarization
 
 jax.config.update("jax_num_cpu_devices", 2)
 
+SCHEDULER = "" if "concurrency_optimized_scheduler=false" in os.environ["XLA_FLAGS"] else ", XLA's default scheduler"
 SIZES = [16, 64, 64, 3]
 BATCH = 64
 LEARNING_RATE = 1e-3
@@ -239,6 +241,9 @@ def compare_steps(name, ours, theirs, required, n_steps, rounds):
     times = interleave({"dispatched": dispatched, "scan": scan, "floor": floor, "TorchJD": torchjd_loop}, rounds)
     for how in ("dispatched", "scan", "floor"):
         print(row(f"{name}, {how}: a step", times[how], times["TorchJD"], required[how], n_steps, n_steps), flush=True)
+        if how != "floor":
+            group = f"a training step, {'inside `lax.scan`' if how == 'scan' else 'dispatched'}, MLP 16-64-64-3"
+            yield compared(group + SCHEDULER, name, "TorchJD", times[how], times["TorchJD"], n_steps, n_steps)
 
 
 def compare_sweeps(required, n_steps, rounds):
@@ -274,6 +279,8 @@ def compare_sweeps(required, n_steps, rounds):
     n_models = len(TEMPERATURES) * len(SEEDS)
     name = f"DWA, sweep of {n_models}: a model"
     print(row(name, times["ours"], times["TorchJD"], required, ours_count=n_models), flush=True)
+    group = "a training of one model in a sweep of 64, 32 on each core"
+    yield compared(group + SCHEDULER, "DWA", "TorchJD", times["ours"], times["TorchJD"], ours_count=n_models)
 
 
 def each_batch(batches, to_array):
@@ -287,6 +294,14 @@ def assert_same_training(losses, expected):
     np.testing.assert_allclose(losses[:200], expected[:200], rtol=1e-2)
 
 
+def measure(rounds, quick=False, n_steps=1000):
+    each = 200 if quick else n_steps, rounds
+    required = {"dispatched": 5, "scan": 15, "floor": "-"}
+    yield from compare_steps("UW", our_uw, their_uw, required, *each)
+    yield from compare_steps("ExcessMTL", our_excess_mtl, their_excess_mtl, required | {"scan": 12}, *each)
+    yield from compare_sweeps(15, *each)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=21)
@@ -295,7 +310,4 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(HEADER)
-    each = arguments.steps, arguments.rounds
-    compare_steps("UW", our_uw, their_uw, {"dispatched": 5, "scan": 15, "floor": "-"}, *each)
-    compare_steps("ExcessMTL", our_excess_mtl, their_excess_mtl, {"dispatched": 5, "scan": 12, "floor": "-"}, *each)
-    compare_sweeps(15, *each)
+    collections.deque(measure(arguments.rounds, n_steps=arguments.steps), maxlen=0)
