@@ -170,8 +170,7 @@ def with_links(docname, text):
         parts = re.split(r"^(?=\| `(?:scalarization|aggregation)` \|)", text, flags=re.MULTILINE)
         return "".join(_link_rows(part) for part in parts)
     if docname == "start/choose":
-        first, rule, second = text.partition("Among the aggregators")
-        return _link_names(first, "scalarization") + rule + _link_names(second, "aggregation")
+        return _link_names(text)
     return text
 
 
@@ -185,12 +184,12 @@ def _link_rows(part):
     return "\n".join([head, rule, *(re.sub(r"^\| (`(\w+)`) \|", link, line) for line in lines)])
 
 
-def _link_names(text, family):
-    """Of code spans; names that are in both families are in this one."""
+def _link_names(text):
+    """Of code spans; names that are in both families, such as ``sum``, are the scalarizer."""
     known = rows()
 
     def link(span):
-        found = [name for name in (f"{family}.{span[2]}", f"aggregation.{span[2]}", span[2]) if name in known]
+        found = [name for name in (f"scalarization.{span[2]}", f"aggregation.{span[2]}", span[2]) if name in known]
         return f"[{span[1]}](/methods/{found[0].replace('.', '/')}.md)" if found else span[0]
 
     return re.sub(r"(?<!\[)(`([\w.]+)(?:\([^`]*\))?`)(?!\])", link, text)

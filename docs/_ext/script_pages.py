@@ -43,6 +43,7 @@ def gallery():
 
 
 def with_links(docname, text):
-    """Links to scripts lead to their pages; in the repository they lead to the files."""
+    """Links to scripts lead to their pages, those to pages outside of the site to their files, as in the repository."""
     text = text.replace("<!-- pictures -->", gallery()) if docname == "examples/index" else text
+    text = re.sub(r"\]\(((?:\.\./)+tests/[\w/]+\.md)\)", r"](path:\1)", text)
     return re.sub(r"\]\((?:\.\./)+examples/(\w+)\.py\)", r"](/examples/\1.md)", text)
