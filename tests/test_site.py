@@ -1,7 +1,6 @@
 """The site's pages: their code runs, their links lead somewhere, and every method and public name is in them."""
 
 import ast
-import pathlib
 import re
 import sys
 
@@ -11,17 +10,15 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from tests.bad_values import TABLES, cases_of
-from tests.test_docs import blocks_of, imported
+from tests.catalogue import AGGREGATORS, SCALARIZERS
+from tests.pages import DOCS, README, ROOT, blocks_of, dead_links, imported, not_ours
 
-ROOT = pathlib.Path(__file__).parent.parent
-DOCS = ROOT / "docs"
 sys.path.append(str(DOCS / "_ext"))
 
-import method_pages  # noqa: E402
-import shown  # noqa: E402
-import toy  # noqa: E402
+import method_pages
+import shown
+import toy
 
-README = (ROOT / "README.md").read_text()
 MADE = [*map(method_pages.file_of, method_pages.rows())]  # when the site is built
 FOLDERS = ["", "start", "guides", "coming_from", "api"]
 PAGES = {path.relative_to(DOCS).as_posix(): path for folder in FOLDERS for path in sorted((DOCS / folder).glob("*.md"))}
@@ -32,7 +29,13 @@ BLOCKS = {name: block for page, text in TEXTS.items() for name, block in blocks_
 WHOLE = [name for name, block in BLOCKS.items() if [*imported(block)] and f"```python\n{block}```" not in README]
 
 
-@pytest.mark.by_default("own_method.md-*")
+# The first training step runs with many methods, in `test_first_step.py`.
+@pytest.mark.by_default(
+    "guides/parts_of_a_model.md-A trunk with heads",
+    "guides/training_steps.md-A training step with a scalarizer",
+    "guides/training_steps.md-A training step with an aggregator",
+    "guides/composing.md-Rows*",
+)
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.usefixtures("users_broadcast")
 def test_code_block_runs_on_its_own(name):
@@ -45,31 +48,18 @@ def test_code_block_is_python(name):
 
 
 @pytest.mark.parametrize("page", TEXTS)
+def test_every_code_block_is_found(page):
+    assert len([*blocks_of(page, TEXTS[page])]) == TEXTS[page].count("```python\n")
+
+
+@pytest.mark.parametrize("page", TEXTS)
 def test_names_of_ours_are_there(page):
-    ours = {"mtl": mtl, "aggregation": aggregation, "scalarization": scalarization}
-    named = re.findall(rf"(?<![\w.])({'|'.join(ours)})\.(\w+)", TEXTS[page].replace("mtl.md", ""))
-    assert [f"{module}.{name}" for module, name in named if not hasattr(ours[module], name)] == []
-
-
-def slug(heading):
-    """As GitHub and MyST make it of a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
-
-
-def leads_somewhere(page, link):
-    file, _, anchor = link.partition("#")
-    target = (DOCS / file[1:] if file.startswith("/") else PAGES[page].parent / file).resolve() if file else PAGES[page]
-    if target in MADE:
-        return True
-    if not target.exists():
-        return False
-    return not anchor or anchor in map(slug, re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE))
+    assert not_ours(TEXTS[page]) == []
 
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)\s]+)\)", TEXTS[page])
-    assert [link for link in links if not link.startswith("http") and not leads_somewhere(page, link)] == []
+    assert dead_links(PAGES[page], MADE) == []
 
 
 def test_every_page_is_in_the_tree():
@@ -101,6 +91,48 @@ def test_every_method_has_its_rows(family):
     for case in cases_of(name):
         found = method_pages.bad_values(f"{name}.{case}")
         assert found and {value for value, _ in found} <= set(columns), case
+
+
+def test_how_to_choose_names_every_method():
+    begin = TEXTS["start/choose.md"].partition("## Where to begin\n")[2].partition("\n## ")[0]
+    methods = {info.name for info in mtl.methods()}
+    assert methods - set(re.findall(r"`(\w+)[`(]", begin)) == set()
+
+
+@pytest.mark.parametrize(("family", "cases"), [("scalarization", SCALARIZERS), ("aggregation", AGGREGATORS)])
+def test_the_table_of_methods_has_the_totals_that_are_tested(family, cases):
+    table = TEXTS["methods/index.md"]
+    rows = re.findall(rf"^\| `{family}\.(\w+)\(.*?\| (?:.*?) \| (?:.*?) \| (.*?) \|", table, re.MULTILINE)
+    assert len(rows) > 20
+    totals = {case.name: case.total for case in cases}
+    for name, total in rows:
+        assert totals[name] == (total if total in ("1", "m") else None), name
+
+
+def test_every_example_is_in_the_list():
+    named = re.findall(r"\]\(\.\./\.\./examples/(\w+\.py)\)", TEXTS["examples/index.md"])
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {*named}
+
+
+TORCHJD_PAGES = [
+    "Basic usage",
+    "IWRM",
+    "IWMTL",
+    "Partial Jacobian",
+    "Multi-task",
+    "Recurrent",
+    "Monitoring",
+    "Lightning",
+    "mixed precision",
+    "Grouping",
+]
+
+
+@pytest.mark.parametrize("page", TORCHJD_PAGES)
+def test_every_example_page_of_torchjd_has_its_counterpart(page):
+    table = TEXTS["coming_from/torchjd.md"].partition("| TorchJD's page | here |")[2].partition("\n\n")[0]
+    (row,) = [line for line in table.splitlines() if page in line]
+    assert re.search(r"\]\(\.\./(guides|\.\./examples)/", row.split("|")[2])
 
 
 def test_a_page_has_what_is_known_of_a_method(monkeypatch):
@@ -143,19 +175,3 @@ def test_the_paths_are_what_the_methods_do(run):
     paths = example.trace_paths(example.METHODS[run], toy.N_STEPS)[:, :: toy.EVERY]
     below = [list(example.STARTS).index(start) for start in "DE"]
     np.testing.assert_allclose(recorded[run][below], paths[below], atol=0.02)
-
-
-# While the README has the same tables and blocks as the pages: what changes in one must change in the other.
-
-
-def test_tables_of_the_readme_stand_in_the_pages():
-    rows = re.findall(r"^\| `(?:scalarization|aggregation|mtl)\..*$", README, re.MULTILINE)
-    for family in TABLES:
-        rows += f"| `{family}` |{README.partition(f'| `{family}` |')[2]}".partition("\n\n")[0].splitlines()
-    lines = {*TEXTS["methods/index.md"].splitlines(), *TEXTS["numerics.md"].splitlines()}
-    assert [row for row in rows if row and row not in lines] == []
-
-
-def test_code_blocks_of_the_readme_stand_in_the_pages():
-    pages = "\n".join(TEXTS.values())
-    assert [block for block in re.findall(r"```python\n.*?```", README, re.DOTALL) if block not in pages] == []
