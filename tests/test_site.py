@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from compare_tables import NAMES, called
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
@@ -158,6 +159,17 @@ def test_measurements_of_a_method_are_on_its_page(monkeypatch, tmp_path):
     found = method_pages.measured("scalarization.uw")
     assert "| method | a |\n|---|---|\n| `scalarization.uw()` | 2 |\n\nFrom [evidence]" in found
     assert method_pages.measured("aggregation.upgrad") == ""
+
+
+def test_rows_that_compare_writes_are_of_a_method():
+    """By the names that it gives them, which have no code around them."""
+    lines = [f"| {i + 1:2} {called(name)} | 0.1 |" for i, name in enumerate(method_pages.CASES)]
+    lines.append(f"|    {called('aggregation.krum')}: needs 3 tasks | |")
+    for name in "scalarization.sum", "aggregation.sum", "scalarization.famo", "aggregation.upgrad", "aggregation.krum":
+        own = [line for line in lines if method_pages.is_of(line, name)]
+        assert len(own) == (2 if name.endswith("krum") else name not in NAMES)
+        linked = method_pages.with_links("evidence", "\n".join(own))
+        assert linked.count(f"](/methods/{name.replace('.', '/')}.md)") == len(own)
 
 
 def test_the_paths_are_those_of_the_example():

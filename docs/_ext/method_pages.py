@@ -17,6 +17,7 @@ CASES = {f"scalarization.{case.name}": case for case in SCALARIZERS}
 CASES |= {f"aggregation.{case.name}": case for case in AGGREGATORS}
 MEASURED = ["evidence", "benchmarks"]  # pages whose tables have rows of methods
 MENTIONING = ["start", "guides", "recipes", "coming_from", "faq.md", "numerics.md"]
+RANKED = re.compile(r"^(\| (?:[ \d]\d |   ))(∇ )?(\w+)(?=:? )", re.MULTILINE)  # as compare.py writes a row
 CALL = r"`(scalarization|aggregation|mtl)\.(\w+)\([^`]*\)`"
 
 
@@ -105,6 +106,15 @@ def path_on_the_toy_problem(name):
     return f"## On a toy problem\n\n{text}\n\n![Paths of {name} from five starts](../toy/{picture.name})"
 
 
+def is_of(line, name):
+    """Whether a row is the method's: it stands there in code, or in a table of ``compare.py``."""
+    family, _, method = name.partition(".")
+    ranked = RANKED.match(line)
+    if ranked and ranked[3] == method:
+        return bool(ranked[2]) == (family == "aggregation")
+    return re.search(rf"`(\w+\.)?{method}(\(.*?\))?`", line) is not None
+
+
 def measured(name):
     """The rows of the tables of measurements whose cells name the method."""
     found = []
@@ -112,7 +122,7 @@ def measured(name):
         path = DOCS / f"{page}.md"
         for table in re.findall(r"(?:^\|.*\n)+", path.read_text() if path.exists() else "", re.MULTILINE):
             head, rule, *body = table.splitlines()
-            own = [line for line in body if re.search(rf"`(\w+\.)?{name.partition('.')[2]}(\(.*?\))?`", line)]
+            own = [line for line in body if is_of(line, name)]
             found += ["\n".join([head, rule, *own]), f"From [{page}](../../{page}.md)."] if own else []
     return "## Measured\n\n" + "\n\n".join(found) if found else ""
 
@@ -169,6 +179,8 @@ def with_links(docname, text):
     if docname == "numerics":
         parts = re.split(r"^(?=\| `(?:scalarization|aggregation)` \|)", text, flags=re.MULTILINE)
         return "".join(_link_rows(part) for part in parts)
+    if docname == "evidence":
+        return RANKED.sub(_link_ranked, text)
     if docname == "start/choose":
         return _link_names(text)
     return text
@@ -182,6 +194,13 @@ def _link_rows(part):
         return part
     link = rf"| [\1](/methods/{family[1]}/\2.md) |"
     return "\n".join([head, rule, *(re.sub(r"^\| (`(\w+)`) \|", link, line) for line in lines)])
+
+
+def _link_ranked(found):
+    begin, mark, method = found[1], found[2] or "", found[3]
+    names = ["aggregation." + method] if mark else ["scalarization." + method, "mtl." + method]
+    known = [name for name in names if name in rows()]
+    return f"{begin}{mark}[{method}](/methods/{known[0].replace('.', '/')}.md)" if known else found[0]
 
 
 def _link_names(text):
