@@ -173,7 +173,8 @@ def tune(trainer, entry, plan, score, progress):
         progress.total += len(untried) * plan.tuning_seeds if scores else 0  # the first ones are counted already
         for tried in untried:
             found = np.array([trainer.measured(entry.name, *tried, i)[0] for i in range(plan.tuning_seeds)])
-            scores[tried] = float(np.mean(score(known(found, trainer.job))))
+            # Of settings with a diverged training none is the best, as long as there is another.
+            scores[tried] = float(np.mean(score(found))) if np.all(np.isfinite(found)) else np.inf
             progress.update(plan.tuning_seeds)
         rate, value = best = min(scores, key=scores.get)
         more = wider(rates, rate, RATE_LIMITS), wider(values, value, entry.limits)
@@ -272,7 +273,13 @@ def chosen(name, wanted):
 def settings_of(plan, trainer, table):
     """What decides the numbers: rows of other settings are not mixed with these."""
     grids = {name: [entry.knob, entry.values, entry.limits] for name, entry in table.items()}
-    return plan._asdict() | {"n_steps": trainer.n_steps, "grids": grids, "version": mtl.__version__}
+    files = [Path(__file__).with_name(f"compare_{part}.py").read_bytes() for part in ("jobs", "methods")]
+    versions = {
+        "mtlbalance": mtl.__version__,
+        "jax": jax.__version__,
+        "jobs": hashlib.sha256(b"".join(files)).hexdigest(),
+    }
+    return plan._asdict() | {"n_steps": trainer.n_steps, "grids": grids, "versions": versions}
 
 
 def read_arguments(argv):

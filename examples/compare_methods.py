@@ -91,7 +91,7 @@ def scalarizers(job):
         Entry("group_dro", lambda step, key: scalarization.group_dro(step), "robust_step_size", geometric(1e-2, 10)),
         learned("imtl_l"),
         Entry("lagrangian", lambda rate, key: scalarization.lagrangian(job.bounds, rate), "lr", geometric(1e-1, 10)),
-        Entry("lbtw", lambda alpha, key: scalarization.lbtw(alpha), "alpha", geometric(0.5, 2)),
+        Entry("lbtw", lambda alpha, key: scalarization.lbtw(alpha, STEPS_PER_EPOCH), "alpha", geometric(0.5, 2)),
         Entry("mean", lambda _, key: scalarization.mean()),
         learned("minmax"),
         Entry("pbi", lambda weight, key: scalarization.pbi(1.0, prefer(weight)), swept, job.sweep),

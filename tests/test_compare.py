@@ -9,7 +9,9 @@ import compare
 import compare_jobs
 import compare_methods
 import compare_tables
+import jax
 import numpy as np
+import optax
 import pytest
 from scipy import stats
 
@@ -92,6 +94,36 @@ def test_tuning_follows_the_best_for_two_widenings_and_says_where_it_stopped(bes
     found, seeds = tune_to(best, widenings=2)
     assert found == (0.03, pytest.approx(value), 3 * n_values, edges)
     assert max(seeds) < 1000  # from there on seeds are the test's
+
+
+def test_a_setting_that_diverged_is_never_the_best_while_another_is_not():
+    def measured(name, rate, value, seed):
+        return np.array([[np.nan if rate == 0.03 and seed == 2 else 6.8], [np.nan]])
+
+    entry = compare_methods.Entry("any", None)
+    trainer = SimpleNamespace(job=SimpleNamespace(ignorant=(1.0,)), measured=measured)
+    progress = SimpleNamespace(update=lambda n: None, total=0)
+    rate, *_ = compare.tune(trainer, entry, compare.Plan(widenings=0), lambda x: x[..., 0], progress)
+    assert rate != 0.03
+
+
+@pytest.mark.parametrize("kind", compare_jobs.STEPS)
+def test_all_methods_train_on_the_same_batches(kind):
+    job, drawn = compare_jobs.solve_helmholtz(), []
+    watched = job._replace(draw=lambda key: (drawn.append(key), job.draw(key))[1])
+    entry = next(entry for entry in compare_methods.entries_for(job).values() if entry.kind == kind)
+    optimizer, method_key = optax.sgd(0.1), jax.random.key(0)
+    init, decide = compare_jobs.STEPS[kind](watched, [entry], 0, entry.values[0], method_key, optimizer)
+
+    def step(key):
+        params = job.init_params(key)
+        state = init(params, job.draw(key))
+        drawn.clear()
+        gradient, _ = decide(params, state, optimizer.init(params), key)
+        return gradient, sum(found is key for found in drawn)
+
+    with jax.numpy_rank_promotion("allow"):
+        assert jax.make_jaxpr(step)(method_key).jaxpr.outvars[-1].val == 1
 
 
 def test_a_diverged_training_counts_as_one_that_has_learnt_nothing():
