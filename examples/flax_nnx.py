@@ -1,8 +1,8 @@
 """The loop of ``train_loop.py`` for a network written with Flax NNX.
 
 ``nnx.split`` takes the parameters out of a model, and the loop, the method and the optimizer see them as any other
-tree. For a training step with ``nnx.jit``, ``nnx.Optimizer``, batch statistics and dropout see "In Flax and Equinox" in
-the README. The arguments are those of ``train_loop.py``::
+tree. For a training step with ``nnx.jit``, ``nnx.Optimizer``, batch statistics and dropout see "Flax and Equinox" in
+``docs/guides/frameworks.md``. The arguments are those of ``train_loop.py``::
 
     python examples/flax_nnx.py famo
 

@@ -54,7 +54,7 @@ def _check_nnx(name, params):
         is_state = is_variable(x) and not isinstance(x, nnx.Param)
         if is_state and (has_module or type(x).__module__.startswith("flax.")):
             recipe = "definition, params, others = nnx.split(model, nnx.Param, ...), and nnx.merge inside losses_fn"
-            expected = f"parameters alone, nnx.Param ({recipe}: README, In Flax and Equinox)"
+            expected = f"parameters alone, nnx.Param ({recipe}: docs/guides/frameworks.md)"
             found = f"{type(x).__name__}, which would silently keep its value"
             reject(f"{name}{jax.tree_util.keystr(path)}", expected, found, TypeError)
 

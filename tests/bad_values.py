@@ -1,4 +1,4 @@
-"""What each method does with one bad value, found by calling it: the tables of the README.
+"""What each method does with one bad value, found by calling it: the tables of ``docs/numerics.md``, which it writes.
 
 python -m tests.bad_values
 """
@@ -11,7 +11,9 @@ import optax
 import mtlbalance as mtl
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 from tests.conformance.helpers import Built, scalar_and_gradient
+from tests.pages import DOCS
 
+PAGE = DOCS / "numerics.md"
 LOSSES = np.array([1.0, 0.5, 2.0], np.float32)
 ROWS = np.array([[1.0, 0.2, 0.0, 0.1], [-0.3, 0.9, 0.4, 0.0], [0.1, -0.4, 1.5, 0.6]], np.float32)
 BAD, OTHERS = 1, [0, 2]
@@ -161,7 +163,13 @@ def table(family, trials):
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
+def with_table(text, family, new):
+    """The page's text with the family's table replaced."""
+    before, _, rest = text.partition(f"| `{family}` |")
+    return before + new + rest[rest.index("\n\n") :]
+
+
 if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)  # the words are the same, in half the time
     for family in TABLES:
-        print(table(family, trials(family)), end="\n\n")
+        PAGE.write_text(with_table(PAGE.read_text(), family, table(family, trials(family))))

@@ -32,9 +32,10 @@ def script(monkeypatch):
 
 def rows_of(row):
     return [
-        row("a | b", "first", "TorchJD", 1e-3, 2e-3, 2.0, 2.1),
-        row("a | b", "second", "TorchJD", 1e-5, 8e-5, 8.0, 7.9),
-        row("a | b", "third", "TorchJD", note="does not run: no such rule"),
+        row("a step | b", "first", "TorchJD", 1e-3, 2e-3, 2.0, 2.1),
+        row("a step", "second", "TorchJD", 1e-5, 8e-5, 8.0, 7.9),
+        row("a step", "third", "TorchJD", note="does not run: no such rule"),
+        row("Gramian methods, 3 tasks", "UPGrad", "TorchJD", 1e-3, 3e-3, 3.0, 3.0),
         row("c", "", "Cooper", note="not run: No module named 'cooper'"),
     ]
 
@@ -50,11 +51,12 @@ def cells(table):
 def test_every_row_is_in_the_table_and_every_kind_in_the_short_one(script):
     tables, rows = script("tables"), rows_of(script("interleave").Row)
     whole = cells(tables.whole(rows))
-    assert [line[1] for line in whole] == ["first", "second", "third", ""]
+    assert [line[1] for line in whole] == ["first", "second", "third", "UPGrad", ""]
     assert whole[1][3:] == ["0.010", "0.080", "8.0", "7.9"]
-    assert whole[3][3] == "not run: No module named 'cooper'"
+    assert whole[4][3] == "not run: No module named 'cooper'"
     assert cells(tables.short(rows)) == [
-        ["a / b", "TorchJD", "4.0", "2.0 (first), 8.0 (second)"],
+        ["training steps", "TorchJD", "4.0", "2.0 (a step / b: first), 8.0 (a step: second)"],
+        ["one call of a method", "TorchJD", "3.0", ""],
         ["c", "Cooper", "not run: No module named 'cooper'", ""],
     ]
 
@@ -81,6 +83,15 @@ def test_the_table_is_written_between_the_markers_and_nowhere_else(script, monke
     for page in "no markers", f"{tables.END} {tables.BEGIN}":
         with pytest.raises(ValueError, match="once, and then"):
             tables.between_markers(page, "a table")
+
+
+def test_the_readmes_table_is_that_of_the_page(script):
+    """It can be made of it, and has six lines at most."""
+    tables, rows = script("tables"), rows_of(script("interleave").Row)
+    page = tables.between_markers(PAGES["docs/benchmarks.md"], f"When and where.\n\n{tables.whole(rows)}")
+    assert tables.short(tables.rows_in(page)) == tables.short(rows)
+    peers = [part.peer for part in script("all").PARTS]
+    assert len({"training steps", "one call of a method"} | {*peers} - {"TorchJD"}) <= 6
 
 
 def test_what_stands_between_the_markers_is_a_table(script):

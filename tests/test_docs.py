@@ -1,39 +1,18 @@
 """The recipes' code blocks that import what they use run as they stand; parts of other programs are parsed."""
 
-import ast
 import importlib.util
-import pathlib
-import re
 
 import numpy as np
 import pytest
 
-import mtlbalance as mtl
-from mtlbalance import aggregation, scalarization
+from tests.pages import DOCS, blocks_of, dead_links, imported, not_ours
 
-ROOT = pathlib.Path(__file__).parent.parent
-RECIPES = {path.stem: path.read_text() for path in sorted((ROOT / "docs" / "recipes").glob("*.md"))}
-OURS = {"mtl": mtl, "aggregation": aggregation, "scalarization": scalarization}
+RECIPES = {path.stem: path.read_text() for path in sorted((DOCS / "recipes").glob("*.md"))}
 # What no extra installs: a block that imports one of these is tried by hand, with the versions that its page names.
 NOT_INSTALLED = ("metaworld_algorithms",)
 
 
-def blocks_of(page, text):
-    """By page and heading."""
-    for section in re.split(r"^#+ ", text, flags=re.MULTILINE)[1:]:
-        heading = section.partition("\n")[0]
-        for i, block in enumerate(re.findall(r"```python\n(.*?)```", section, re.DOTALL)):
-            yield f"{page}-{heading}" + (f" {i}" if i else ""), block
-
-
 BLOCKS = {name: block for page, text in RECIPES.items() for name, block in blocks_of(page, text)}
-
-
-def imported(block):
-    for node in ast.walk(ast.parse(block)):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) else []
-        yield from (name.partition(".")[0] for name in names)
 
 
 WHOLE = [name for name, block in BLOCKS.items() if [*imported(block)]]
@@ -51,16 +30,12 @@ def test_code_block_runs_on_its_own(name):
 
 @pytest.mark.parametrize("page", RECIPES)
 def test_names_of_ours_are_there(page):
-    """Also in the blocks that are not run, and in diffs."""
-    named = re.findall(rf"\b({'|'.join(OURS)})\.(\w+)", RECIPES[page])
-    assert [f"{module}.{name}" for module, name in named if not hasattr(OURS[module], name)] == []
+    assert not_ours(RECIPES[page]) == []
 
 
 @pytest.mark.parametrize("page", RECIPES)
 def test_links_lead_somewhere(page):
-    files = {link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", RECIPES[page])}
-    folder = ROOT / "docs" / "recipes"
-    assert [file for file in files if file and not file.startswith("http") and not (folder / file).exists()] == []
+    assert dead_links(DOCS / "recipes" / f"{page}.md") == []
 
 
 # By their own lines, in float32: NVlabs/GDPO b080e63, `trl/trainer/grpo_trainer.py`; and "normalize_then_sum" of trl

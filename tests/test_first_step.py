@@ -1,4 +1,4 @@
-"""The README's first training step with every method that needs no argument: each does something in it."""
+"""The guide's first training step with every method that needs no argument: each does something in it."""
 
 import re
 
@@ -10,11 +10,12 @@ import pytest
 
 import mtlbalance as mtl
 from tests.catalogue import AGGREGATORS, SCALARIZERS
-from tests.test_readme import README, block_below
+from tests.pages import block_below, read
 
 pytestmark = pytest.mark.unoptimized
 
-BLOCK = block_below("One training step for every method")
+GUIDE = "guides/training_steps.md"
+BLOCK = block_below(GUIDE, "One training step for every method")
 CASES = {"scalarization": SCALARIZERS, "aggregation": AGGREGATORS}
 METHODS = {f"{info.family}-{info.name}": info for info in mtl.methods() if not info.required}
 # Their weights never are anything else.
@@ -41,7 +42,7 @@ def train(method, observed, monkeypatch):
     assert found == 1 and "method.observe(state, task_losses(params, batch))" in block
     block = block.replace("method.observe(state, task_losses(", "method.observe(state, observed(task_losses)(")
     variables = {"given": method, "observed": observed}
-    exec(compile(block, "README.md", "exec"), variables)
+    exec(compile(block, GUIDE, "exec"), variables)
     jax.effects_barrier()
     return steps, variables
 
@@ -97,6 +98,6 @@ def test_there_are_all_of_them():
 
 
 def test_the_text_says_which_methods_are_learned():
-    said = re.search(r"learns its weights\s+\((.*?)\)", README.partition(BLOCK)[2])[1]
+    said = re.search(r"learns its weights\s+\((.*?)\)", read(GUIDE).partition(BLOCK)[2])[1]
     learned = {info.name for info in mtl.methods() if "learn" in info.needs}
     assert set(re.findall(r"`(\w+)`", said)) == learned

@@ -1,4 +1,4 @@
-"""What the README says of many devices: by which recipes they give the numbers of one, and by which they do not."""
+"""What the guide says of many devices: by which recipes they give the numbers of one, and by which they do not."""
 
 from functools import partial
 

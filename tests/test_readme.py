@@ -1,6 +1,5 @@
-"""Every code block of the README runs as it stands, and its tables name every method."""
+"""The README is short, its code runs as it stands, and what it names is there; so is what CONTRIBUTING.md has."""
 
-import pathlib
 import re
 import subprocess
 import sys
@@ -8,24 +7,47 @@ import sys
 import pytest
 
 import mtlbalance as mtl
-from tests.catalogue import AGGREGATORS, SCALARIZERS
+from tests.pages import README, ROOT, blocks_of, dead_links, not_ours
 
-ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-HEADINGS = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = dict(blocks_of("README.md", README))
 
 
-def block_below(heading):
-    """The first one."""
-    return re.search(r"```python\n(.*?)```", README.partition(f"# {heading}\n")[2], re.DOTALL)[1]
-
-
-@pytest.mark.by_default("block-[0-4]")
-@pytest.mark.parametrize("block", BLOCKS, ids=[f"block-{i}" for i in range(len(BLOCKS))])
+@pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.usefixtures("users_broadcast")
-def test_code_block_runs_on_its_own(block):
-    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+def test_code_block_runs_on_its_own(name):
+    exec(compile(BLOCKS[name], name, "exec"), {"__name__": "__main__"})
+
+
+def test_there_is_a_step_and_a_method():
+    assert [*BLOCKS] == ["README.md-A training step", "README.md-A method of your own"]
+    assert all(len(block.splitlines()) <= 30 for block in BLOCKS.values())
+
+
+def test_the_readme_fits_two_hundred_lines():
+    assert len(README.splitlines()) <= 200
+
+
+def test_names_of_ours_are_there():
+    assert not_ours(README) == []
+
+
+def test_links_and_pictures_lead_somewhere():
+    assert dead_links(ROOT / "README.md") == []
+
+
+def test_commands_that_are_named_are_there():
+    scripts = re.findall(r"python ((?:examples|tests)/[\w/]+\.py)", README)
+    assert len(scripts) >= 3
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+def test_as_many_methods_as_it_says():
+    assert int(re.search(r"(\d+) of them, by `python -c", README)[1]) == len(mtl.methods())
+
+
+def test_every_picture_of_an_example_is_shown():
+    shown = set(re.findall(r"examples/(\w+)\.png", README))
+    assert shown == {path.stem for path in (ROOT / "examples").glob("*.png")}
 
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
@@ -45,58 +67,3 @@ def test_the_template_of_a_method_passes_the_checks(tmp_path):
 
 def test_how_to_contribute_fits_a_hundred_lines():
     assert len(CONTRIBUTING.splitlines()) <= 100
-
-
-def test_there_are_code_blocks():
-    assert len(BLOCKS) >= 4
-
-
-def test_links_lead_somewhere():
-    headings = {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in HEADINGS}
-    links = re.findall(r"\]\(([^)]+)\)", README)
-    assert {link[1:] for link in links if link.startswith("#")} <= headings
-    files = {link for link in links if not link.startswith(("#", "http"))}
-    assert {f"docs/recipes/{page.name}" for page in (ROOT / "docs" / "recipes").glob("*.md")} <= files
-    assert {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")} <= files
-    assert all((ROOT / file).exists() for file in files)
-
-
-TORCHJD_PAGES = [
-    "Basic usage",
-    "IWRM",
-    "IWMTL",
-    "Partial Jacobian",
-    "Multi-task",
-    "Recurrent",
-    "Monitoring",
-    "Lightning",
-    "mixed precision",
-    "Grouping",
-]
-
-
-@pytest.mark.parametrize("page", TORCHJD_PAGES)
-def test_every_example_page_of_torchjd_has_its_counterpart(page):
-    table = README.partition("| TorchJD's page | here |")[2].partition("\n\n")[0]
-    (row,) = [line for line in table.splitlines() if page in line]
-    assert re.search(r"\]\((#|examples/)", row.split("|")[2])
-
-
-def test_method_table_names_every_method():
-    named = re.findall(r"^\| `((?:scalarization|aggregation)\.\w+)\(", README, re.MULTILINE)
-    assert set(named) == {info.full_name for info in mtl.methods()}
-
-
-def test_where_to_begin_names_every_method():
-    begin = README.partition("### Where to begin\n")[2].partition("\n### ")[0]
-    methods = {info.name for info in mtl.methods()}
-    assert methods - set(re.findall(r"`(\w+)[`(]", begin)) == set()
-
-
-@pytest.mark.parametrize(("family", "cases"), [("scalarization", SCALARIZERS), ("aggregation", AGGREGATORS)])
-def test_method_table_has_the_totals_that_are_tested(family, cases):
-    rows = re.findall(rf"^\| `{family}\.(\w+)\(.*?\| (?:.*?) \| (?:.*?) \| (.*?) \|", README, re.MULTILINE)
-    assert len(rows) > 20
-    totals = {case.name: case.total for case in cases}
-    for name, total in rows:
-        assert totals[name] == (total if total in ("1", "m") else None), name

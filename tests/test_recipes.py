@@ -1,4 +1,4 @@
-"""What the README says of its recipes, shown on them."""
+"""What the guides say of their recipes, shown on them."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
-from tests.test_readme import block_below
+from tests.pages import block_below
 
 pytestmark = pytest.mark.unoptimized
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unoptimized
 def frozen():
     """The recipe's variables after it has run."""
     variables = {}
-    exec(compile(block_below("Frozen parameters"), "README.md", "exec"), variables)
+    exec(compile(block_below("guides/parts_of_a_model.md", "Frozen parameters"), "guide", "exec"), variables)
     return variables
 
 

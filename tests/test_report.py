@@ -2,7 +2,6 @@
 
 import collections
 import json
-import re
 import sys
 import types
 
@@ -14,7 +13,7 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, diagnostics
-from tests.test_readme import README, block_below
+from tests.pages import block_below
 
 pytestmark = pytest.mark.unoptimized
 
@@ -121,11 +120,11 @@ def test_what_is_refused_names_the_tasks(call, match):
         call()
 
 
-def test_the_readmes_step_with_a_writer_is_ten_lines_more(monkeypatch):
+def test_the_guides_step_with_a_writer_is_ten_lines_more(monkeypatch):
     """At most, the changed ones counted; and it runs, but for the writer, which is no dependency."""
     old, new, n_added = "", "", 0
-    program = block_below("One training step for every method")
-    for hunk in re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1].split("@@\n"):
+    program = block_below("guides/training_steps.md", "One training step for every method")
+    for hunk in block_below("guides/logging.md", "TensorBoard and W&B", "diff").split("@@\n"):
         lines = [(line[:1], line[1:]) for line in hunk.splitlines()]
         old, new = ("".join(f"{line}\n" for sign, line in lines if sign != skipped) for skipped in "+-")
         n_added += sum(sign == "+" for sign, _ in lines)
@@ -137,7 +136,7 @@ def test_the_readmes_step_with_a_writer_is_ten_lines_more(monkeypatch):
     writer = types.SimpleNamespace(add_scalar=lambda key, value, i: written.append((key, float(value), i)))
     module = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
     monkeypatch.setitem(sys.modules, "tensorboardX", module)
-    exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(program, "logging.md", "exec"), {"__name__": "__main__"})
     keys = {f"{word}/{task}" for word in ("present", "loss", "weight") for task in ("pressure", "velocity")}
     assert {key for key, *_ in written} == keys and len(written) == 30 * len(keys)
     assert sorted({i for *_, i in written}) == list(range(30))

@@ -144,7 +144,7 @@ def test_a_scalarizer_is_refused():
 
 
 def for_each_task(transformation, n_tasks=3):
-    """The README's recipe."""
+    """The guide's recipe."""
     return mtl.per_task(transformation, n_tasks)
 
 

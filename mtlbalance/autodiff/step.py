@@ -150,9 +150,9 @@ def value_and_grad(
       micro-batch i has the examples i, i + k, i + 2k and so on, so that a batch that is split over devices stays where
       it is. Sums and counts of :class:`Counted` losses are added up over all of them, other losses and all gradients
       averaged, and the method decides once. Where the weights depend on this step's losses the model runs twice over
-      each micro-batch, else once; the README's table of methods says which. Rows are kept by default; ``"two_pass"``
-      and ``"stream"`` run the model again for every row. Auxiliary outputs are stacked. Keyword arguments are passed
-      whole: give random keys as a batch of them.
+      each micro-batch, else once; the table of methods in ``docs/methods`` says which. Rows are kept by default;
+      ``"two_pass"`` and ``"stream"`` run the model again for every row. Auxiliary outputs are stacked. Keyword
+      arguments are passed whole: give random keys as a batch of them.
 
       **Fewer decisions.** With a method wrapped in :func:`amortize`, ``grad_fn(..., refresh=False)`` takes the last
       weights again, at the cost of one backward pass. ``decide_on``, booleans like ``shared``, decides the weights on

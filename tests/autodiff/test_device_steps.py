@@ -171,5 +171,5 @@ def test_every_way_to_the_rows(name, rows, kind):
 @pytest.mark.parametrize(("name", "rows"), [(name, rows) for name in ROWS for rows in ROWS[name] if rows != "vmap"])
 @pytest.mark.slow
 def test_one_row_at_a_time_where_the_program_does_not_say_where_parameters_are_whole(name, rows, way):
-    """With all rows at once XLA sends the examples to where the parameters lie, as the README says."""
+    """With all rows at once XLA sends the examples to where the parameters lie, as the guide says."""
     check(name, way, "Free", rows=rows, n_rows=ROWS[name][rows])

@@ -1,7 +1,6 @@
 """Accumulation: sums and counts over micro-batches, one decision for all of them."""
 
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from tests.autodiff.models import assert_close, layers, network, normal_batch, squared_errors
 from tests.catalogue import AGGREGATORS, SCALARIZERS
+from tests.pages import read
 
 pytestmark = pytest.mark.unoptimized
 
@@ -116,10 +116,9 @@ def test_auxiliary_outputs_are_stacked():
     assert aux.sum() == LABELS.sum() == losses["rare"].count + losses["dense"].count + losses["sparse"].count
 
 
-def passes_in_readme():
-    """The last but one column of the README's table of methods, by name."""
-    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
-    return dict(re.findall(r"^\| `(\w+\.\w+)\(.*\| ([12]) \|[^|]*\|$", readme, flags=re.MULTILINE))
+def passes_in_the_table():
+    """The last but one column of the table of methods, by name."""
+    return dict(re.findall(r"^\| `(\w+\.\w+)\(.*\| ([12]) \|[^|]*\|$", read("methods/index.md"), flags=re.MULTILINE))
 
 
 CASES = {"scalarization": SCALARIZERS, "aggregation": AGGREGATORS}
@@ -127,11 +126,11 @@ CASES = {"scalarization": SCALARIZERS, "aggregation": AGGREGATORS}
 SOME = ["aggregation.imtl_g", "aggregation.excess_mtl", "aggregation.modo", "aggregation.m_config"]
 
 
-@pytest.mark.parametrize("name", [name for name in passes_in_readme() if name.startswith("scalarization")] + SOME)
+@pytest.mark.parametrize("name", [name for name in passes_in_the_table() if name.startswith("scalarization")] + SOME)
 @pytest.mark.by_default("scalarization.mean", "scalarization.geometric_mean", "aggregation.*")
 def test_passes_are_as_in_the_readme(name):
     """One where the weights are known before the losses, or come from rows; then the model is compiled in once."""
-    passes, (family, name) = passes_in_readme()[name], name.split(".")
+    passes, (family, name) = passes_in_the_table()[name], name.split(".")
     case = next(case for case in CASES[family] if case.name == name)
     method = case.make(tasks={name: i for i, name in enumerate(NAMES)}) if case.per_task else case.make()
     if method.learned:

@@ -129,7 +129,7 @@ def test_what_a_user_has_chosen_goes_through():
 
 
 def test_batch_statistics_are_trained_by_the_recipe():
-    """The README's; as it is given, the module's statistics would have stayed 0."""
+    """The guide's; as it is given, the module's statistics would have stayed 0."""
     model = Linear(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
     definition, params, others = nnx.split(model, nnx.Param, ...)
 

@@ -1,13 +1,19 @@
-"""The tables that ``all.py`` writes into README and docs, between two markers: no number is copied by hand."""
+"""The tables that ``all.py`` writes into README and docs, between two markers: no number is copied by hand.
+
+``python tests/benchmarks/tables.py`` makes the README's once more, of the one in ``docs/benchmarks.md``.
+"""
 
 import datetime
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 from importlib import metadata
 from pathlib import Path
+
+from interleave import Row
 
 ROOT = Path(__file__).parents[2]
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
@@ -73,19 +79,30 @@ def whole(rows):
 
 def short(rows):
     """A line for each kind of work and peer: the geometric mean, and between what it lies."""
-    groups = {}
+    kinds = {}
     for row in rows:
-        groups.setdefault((row.group, row.peer), []).append(row)
+        kinds.setdefault((kind(row), row.peer), []).append(row)
     cells = []
-    for (group, peer), members in groups.items():
+    for (work, peer), members in kinds.items():
         found = [row for row in members if not row.note]
         if not found:
-            cells.append([group, peer, members[0].note, ""])
+            cells.append([work, peer, members[0].note, ""])
             continue
         least, most = min(found, key=lambda row: row.median), max(found, key=lambda row: row.median)
-        ends = f"{digits(least.median)} ({least.what}), {digits(most.median)} ({most.what})" if len(found) > 1 else ""
-        cells.append([group, peer, digits(statistics.geometric_mean(row.median for row in found)), ends])
+        ends = f"{end(least)}, {end(most)}" if len(found) > 1 else ""
+        cells.append([work, peer, digits(statistics.geometric_mean(row.median for row in found)), ends])
     return table(["work", "against", "times as fast", "lowest, highest"], cells)
+
+
+def kind(row):
+    """The README's word for what a row's group is one of: beside TorchJD whole steps, or calls of a method."""
+    if row.peer != "TorchJD":
+        return row.group.partition(",")[0]
+    return "training steps" if re.match("a |training|steps", row.group) else "one call of a method"
+
+
+def end(row):
+    return f"{digits(row.median)} ({row.group}: {row.what})" if row.what else f"{digits(row.median)} ({row.group})"
 
 
 def digits(x):
@@ -96,4 +113,24 @@ def digits(x):
 def write(rows, threads, rounds, clones=None):
     about = conditions(threads, rounds, clones)
     PAGE.write_text(between_markers(PAGE.read_text(), f"{about}\n\n{whole(rows)}"))
-    README.write_text(between_markers(README.read_text(), short(rows)))
+    write_short()
+
+
+def write_short():
+    """The README's table from the page's."""
+    README.write_text(between_markers(README.read_text(), short(rows_in(PAGE.read_text()))))
+
+
+def rows_in(text):
+    """The rows of the whole table that the page has, without their times."""
+    lines = text.partition(BEGIN)[2].partition(END)[0].splitlines()
+    _, _, *cells = [line[2:-2].split(" | ") for line in lines if line.startswith("|")]
+    for group, what, peer, here, _, median, minima in cells:
+        if median.strip():
+            yield Row(group, what, peer, median=float(median), minima=float(minima))
+        else:
+            yield Row(group, what, peer, note=here)
+
+
+if __name__ == "__main__":
+    write_short()

@@ -182,7 +182,7 @@ def test_a_loss_of_zero_for_a_long_run_and_then_a_sane_one(name):
 
 
 def test_weights_of_at_most_one_half_by_optax():
-    """The recipe of the README: log-variances of at least 0."""
+    """The recipe of the guide: log-variances of at least 0."""
     optimizer = optax.chain(optax.adam(1e-2), optax.keep_params_nonnegative())
     method = mtl.learn(scalarization.uw(), optimizer)
     run = lambda state, _: method.apply(state, jnp.array([3.0, 0.01, 0.0]))[::-1]
