@@ -59,7 +59,7 @@ from mtlbalance.wrappers import (
     transform_weights,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Aggregator",

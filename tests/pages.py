@@ -54,10 +54,14 @@ def slug(heading):
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
+def links_of(text):
+    """Of a page in Markdown, and of the HTML in it: where they lead, pictures among them."""
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+
+
 def dead_links(path, made=()):
     """The links of the page at ``path`` that lead nowhere in the repository, nor to ``made``, the pages of a build."""
-    text = path.read_text()
-    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+    links = links_of(path.read_text())
     return [link for link in links if not link.startswith("http") and not _leads_somewhere(path, link, made)]
 
 
