@@ -11,9 +11,11 @@ import zipfile
 
 import pytest
 
-import hatch_build
 import mtlbalance
 from tests.pages import README, ROOT, blocks_of, links_of
+
+sys.path.append(str(ROOT / "docs" / "_ext"))
+import index_page  # noqa: E402
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CITATION = (ROOT / "CITATION.cff").read_text()
@@ -60,19 +62,19 @@ def test_what_an_index_reads(wheel):
     assert found["Version"] == mtlbalance.__version__
     assert found["Author"] == PROJECT["authors"][0]["name"]
     assert found["Description-Content-Type"] == "text/markdown"
-    page = hatch_build.index_page(README, PROJECT["urls"].get("Repository"))
+    page = index_page.index_page(README, PROJECT["urls"].get("Repository"))
     assert found.get_payload(decode=True).decode().strip() == page.strip()
 
 
 def test_without_an_address_nothing_relative_is_left():
-    page = hatch_build.index_page(README)
+    page = index_page.index_page(README)
     assert [link for link in links_of(page) if not link.startswith("https://")] == []
     assert "a picture in the source distribution" in page
     assert [*blocks_of("", page)] == [*blocks_of("", README)]
 
 
 def test_with_an_address_every_link_leads_to_its_file():
-    links = links_of(hatch_build.index_page(README, f"{SOMEWHERE}/"))
+    links = links_of(index_page.index_page(README, f"{SOMEWHERE}/"))
     ours = [re.fullmatch(rf"{SOMEWHERE}/(blob|raw)/HEAD/(.*)", link) for link in links if SOMEWHERE in link]
     assert [found[2] for found in ours] == [link for link in links_of(README) if not link.startswith("https://")]
     assert all((found[1] == "raw") == found[2].endswith(".png") for found in ours)
@@ -81,14 +83,14 @@ def test_with_an_address_every_link_leads_to_its_file():
 
 def test_the_address_is_read_from_the_project():
     project = {"urls": {"Repository": SOMEWHERE}}
-    hatch_build.IndexPage(str(ROOT), {}).update(project)
-    assert project["readme"]["text"] == hatch_build.index_page(README, SOMEWHERE)
+    index_page.IndexPage(str(ROOT), {}).update(project)
+    assert project["readme"]["text"] == index_page.index_page(README, SOMEWHERE)
 
 
 @pytest.mark.parametrize("address", [None, SOMEWHERE])
 def test_code_and_links_that_lead_somewhere_stay(address):
     text = 'See [it](https://a.example), [above](#why).\n\n```python\nx = {"a": f}["a"](y), "[b](c)"\n```\n'
-    assert hatch_build.index_page(text, address) == text
+    assert index_page.index_page(text, address) == text
 
 
 def test_one_version_and_one_address():
