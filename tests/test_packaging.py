@@ -15,7 +15,7 @@ import mtlbalance
 from tests.pages import README, ROOT, blocks_of, links_of
 
 sys.path.append(str(ROOT / "docs" / "_ext"))
-import index_page  # noqa: E402
+import index_page
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CITATION = (ROOT / "CITATION.cff").read_text()
