@@ -180,3 +180,44 @@ def test_rows_are_kept_for_their_settings_only(tmp_path):
     compare.Kept(tmp_path, "job", {"seeds": 3}).add("uw", {"rate": 0.1})
     assert compare.Kept(tmp_path, "job", {"seeds": 3}).rows == {"uw": {"rate": 0.1}}
     assert compare.Kept(tmp_path, "job", {"seeds": 4}).rows == {}
+
+
+# What "How to choose" says, of the two jobs' lists of what is better or worse than tuned fixed weights, or equal ones.
+SAID = {
+    "better than tuned fixed weights on both": lambda d, p: d.better_than_fixed & p.better_than_fixed,
+    "better than they on one": lambda d, p: (
+        (d.better_than_fixed - p.worse_than_fixed) ^ (p.better_than_fixed - d.worse_than_fixed)
+    ),
+    "no worse than they": lambda d, p: (
+        (d.better_than_equal & p.better_than_equal)
+        - (d.worse_than_fixed | p.worse_than_fixed | d.better_than_fixed | p.better_than_fixed)
+    ),
+    "better than equal weights on both": lambda d, p: (
+        d.better_than_equal & p.better_than_equal & (d.worse_than_fixed | p.worse_than_fixed)
+    ),
+    "better than equal weights on the digits alone": lambda d, p: d.better_than_equal - p.better_than_equal,
+    "better than equal weights on Helmholtz alone": lambda d, p: p.better_than_equal - d.better_than_equal,
+    "worse than equal weights on Helmholtz": lambda d, p: p.worse_than_equal,
+}
+
+
+def borne(job):
+    """The lists of the page, of methods without their families; chains and baselines have no names of that kind."""
+    section = PAGE.read_text().split(f"<!-- {job}: made by compare.py -->")[1]
+    found = {}
+    for verdict, baseline, names in re.findall(
+        r"^\* (better|worse) than (tuned fixed|equal) weights: (.*)$", section, re.M
+    )[:4]:
+        baseline = baseline.split()[-1]
+        found[f"{verdict}_than_{baseline}"] = {
+            name for name in re.sub("∇ ", "", names).split(", ") if name.isidentifier()
+        }
+    return SimpleNamespace(**found)
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_what_is_said_of_the_comparison_is_what_it_bears(said):
+    text = (PAGE.parent / "start" / "choose.md").read_text()
+    (bullet,) = re.findall(rf"^\* {said}\b.*?(?=^\* |^$)", text, re.M | re.S)
+    names = set(re.findall(r"`(\w+)`", bullet))
+    assert names == SAID[said](borne("digits"), borne("pinn")) - {"mean", "sum", "constant", "random"}
