@@ -99,6 +99,7 @@ def test_what_stands_between_the_markers_is_a_table(script):
     for text in PAGES.values():
         written = text.partition(tables.BEGIN)[2].partition(tables.END)[0].strip()
         assert cells("\n".join(line for line in written.splitlines() if line.startswith("|")))
+        assert "not measured" not in written
 
 
 def test_the_conditions_name_versions_and_machine(script):

@@ -77,11 +77,16 @@ def whole(rows):
     return table(["work", "which", "against", *times], cells)
 
 
+# What a step or a call is made of, which nobody runs alone.
+PIECES = re.compile("^a step on the sum|^a bare call|^the Gramian and the weighted sum|without the Gramian")
+
+
 def short(rows):
     """A line for each kind of work and peer: the geometric mean, and between what it lies."""
     kinds = {}
     for row in rows:
-        kinds.setdefault((kind(row), row.peer), []).append(row)
+        if not PIECES.search(row.group):
+            kinds.setdefault((kind(row), row.peer), []).append(row)
     cells = []
     for (work, peer), members in kinds.items():
         found = [row for row in members if not row.note]
@@ -102,7 +107,9 @@ def kind(row):
 
 
 def end(row):
-    return f"{digits(row.median)} ({row.group}: {row.what})" if row.what else f"{digits(row.median)} ({row.group})"
+    """The ratio of a row, and what it is of its kind."""
+    which = ": ".join(filter(None, (row.group.removeprefix(kind(row)).strip(", "), row.what)))
+    return f"{digits(row.median)} ({which})"
 
 
 def digits(x):
