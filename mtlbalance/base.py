@@ -14,36 +14,39 @@ masks, checks shapes and dtypes, casts, keeps what must not change, stops gradie
 A state is a ``NamedTuple`` of arrays whose first leaf has one entry per task: so a call knows what its state is for.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import boundary, returned
-from mtlbalance.contract import Aggregator, Hook, Rowwise, Scalarizer, Task, Weighting
+from mtlbalance.annotations import AggregatorApply, AggregatorInit, ScalarizerApply, ScalarizerInit, WeightingApply, documented
+from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Task, Weighting
 from mtlbalance.given import derive
 from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import read_gramian, read_pair, read_shape, state_dtype, sums
 from mtlbalance.memo import memoized as memoized
 from mtlbalance.names import check_names, compile_with_names, with_names_for_init
-from mtlbalance.state_checks import state_check
+from mtlbalance.state_checks import factory_of, state_check
 from mtlbalance.states import among, place
+
+State = TypeVar("State")
 
 
 def scalarizer(
-    init: Callable[..., Any],
+    init: Callable[..., State],
     apply: Callable[..., Any],
     *,
-    end_epoch: Hook | None = None,
-    observe: Hook | None = None,
+    end_epoch: Callable[..., Any] | None = None,
+    observe: Callable[..., Any] | None = None,
     learned: tuple[str, ...] = (),
     last_weights: Callable[..., Any] | None = None,
     per_task: Mapping[str, Any] | None = None,
     needs: tuple[str, ...] = (),
-) -> Scalarizer:
+) -> Scalarizer[State]:
     """Builds a :class:`Scalarizer` from plain functions.
 
     Args:
@@ -76,7 +79,8 @@ def scalarizer(
       >>> print(scalar)
       5.0
     """
-    check = state_check(init, (apply, init))
+    functions = apply, init
+    check = state_check(init, functions)
     read = boundary.reader(check, required=True)
 
     def public_init(shape=None, *others):
@@ -94,20 +98,26 @@ def scalarizer(
         return scalar.astype(dtype), boundary.settle("apply", call, new_state, state)
 
     hooks = boundary.public_hooks(check, end_epoch, observe, per_task=per_task)
-    public = compile_with_names(public_apply, per_task, losses_at=1, check=check)
-    last_weights = boundary.checked(check, last_weights)
-    return Scalarizer(public_init, public, *hooks, learned, last_weights=last_weights, needs=needs)
+    method: Any = Scalarizer(
+        documented(public_init, ScalarizerInit, "init"),
+        documented(compile_with_names(public_apply, per_task, losses_at=1, check=check), ScalarizerApply),
+        *hooks,
+        learned,
+        last_weights=boundary.checked(check, last_weights),
+        needs=needs,
+    )
+    return made_by(method, functions)
 
 
 def aggregator(
-    init: Callable[..., Any],
+    init: Callable[..., State],
     *,
     apply: Callable[..., Any] | None = None,
     weighting: Callable[..., Any] | None = None,
     gramian_weighting: Callable[..., Any] | None = None,
     rowwise: Rowwise | None = None,
-    end_epoch: Hook | None = None,
-    observe: Hook | None = None,
+    end_epoch: Callable[..., Any] | None = None,
+    observe: Callable[..., Any] | None = None,
     jacobian_shaped: tuple[str, ...] = (),
     last_weights: Callable[..., Any] | None = None,
     reads_losses: bool = False,
@@ -117,7 +127,7 @@ def aggregator(
     needs: tuple[str, ...] = (),
     stop_gradient: bool = True,
     zero_absent: bool = True,
-) -> Aggregator:
+) -> Aggregator[State]:
     """Builds an :class:`Aggregator` from plain functions.
 
     Give one of ``gramian_weighting``, ``weighting`` and ``apply``; those after it are derived.
@@ -181,17 +191,18 @@ def aggregator(
             returned.check_rows(state, jacobian_shaped, m)
             return place(state, params, jacobian_shaped)
 
-        return public_init
+        return documented(public_init, AggregatorInit, "init")
 
     def public_weighting(name, weigh, read_statistic):
         if weigh is None:
             return None
         public = boundary.public_weigh(name, weigh, read_statistic, read, settled, per_task, stop_gradient)
-        return Weighting(initializer(needs_params=bool(jacobian_shaped)), public)
+        init_weighting = initializer(needs_params=bool(jacobian_shaped))
+        return Weighting(init_weighting, documented(public, WeightingApply))
 
-    return Aggregator(
+    method: Any = Aggregator(
         initializer(needs_params=True),
-        boundary.public_apply(apply, read, settled, jacobian_shaped, per_task),
+        documented(boundary.public_apply(apply, read, settled, jacobian_shaped, per_task), AggregatorApply),
         *boundary.public_hooks(check, end_epoch, observe, jacobian_shaped, per_task),
         public_weighting(name, weighting, boundary.statistic_reader(statistic_of, jacobian_shaped)),
         public_weighting("gramian_weighting", gramian_weighting, boundary.without_state(read_gramian)),
@@ -200,10 +211,17 @@ def aggregator(
         last_weights=boundary.checked(check, last_weights),
         needs=needs,
     )
+    return made_by(method, functions)
+
+
+def made_by(method: Any, functions: Iterable[Any]) -> Any:
+    """The method, which says in which function its plain ones were made."""
+    method.init.made_by = factory_of(functions) or ""
+    return method
 
 
 def rowwise_aggregator(
-    init: Callable[..., Any],
+    init: Callable[..., State],
     visit: Callable[..., Any],
     weigh: Callable[..., Any] | None = None,
     *,
@@ -213,7 +231,7 @@ def rowwise_aggregator(
     of_moduli: bool = False,
     nan_if_nonfinite: bool = True,
     **others: Any,
-) -> Aggregator:
+) -> Aggregator[State]:
     """Builds an :class:`Aggregator` that needs each row of the Jacobian once.
 
     Args:
@@ -322,8 +340,8 @@ def rowwise_aggregator(
 
 
 def norms_aggregator(
-    init: Callable[..., Any], weigh: Callable[..., Any], *, axis_name: Hashable | None = None, **others: Any
-) -> Aggregator:
+    init: Callable[..., State], weigh: Callable[..., Any], *, axis_name: Hashable | None = None, **others: Any
+) -> Aggregator[State]:
     """Builds an :class:`Aggregator` whose weights depend on the lengths of the gradients, and not on their angles.
 
     Args:

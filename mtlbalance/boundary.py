@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from mtlbalance import returned
 from mtlbalance.complex_parts import entries, is_parts, join, join_like, split, split_params
-from mtlbalance.contract import Hook, Rowwise
+from mtlbalance.annotations import EndEpoch, Observe, documented
+from mtlbalance.contract import Rowwise
 from mtlbalance.given import finish_weights
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import (
@@ -147,7 +148,7 @@ def public_rowwise(rowwise, read, settled, jacobian_shaped=(), per_task=None):
     )
 
 
-def public_hooks(check, end_epoch, observe, jacobian_shaped=(), per_task=None) -> tuple[Hook, Hook]:
+def public_hooks(check, end_epoch, observe, jacobian_shaped=(), per_task=None) -> tuple[EndEpoch, Observe]:
     """``end_epoch`` and ``observe``, the identity where there is none."""
 
     def public_end_epoch(state):
@@ -157,12 +158,14 @@ def public_hooks(check, end_epoch, observe, jacobian_shaped=(), per_task=None) -
         call = reader(check, required=True)(state, values, mask)
         return settle("observe", call, observe(state, call.values, call.mask), state, jacobian_shaped)
 
-    return (
-        compile_with_names(checked(check, public_end_epoch)) if end_epoch else lambda state: state,
-        compile_with_names(public_observe, per_task, losses_at=1, check=check)
+    compiled = compile_with_names
+    after_epoch = compiled(checked(check, public_end_epoch)) if end_epoch else lambda state: state
+    after_step = (
+        compiled(public_observe, per_task, losses_at=1, check=check)
         if observe
-        else lambda state, values, *, mask=None: state,
+        else lambda state, values, *, mask=None: state
     )
+    return documented(after_epoch, EndEpoch, "end_epoch"), documented(after_step, Observe, "observe")
 
 
 def read_rows(call, jacobian, state, jacobian_shaped):

@@ -33,7 +33,7 @@ def state_check(
       functions: plain functions of the method, some of them made in its factory: by that it is named.
       jacobian_shaped: as a builder takes it; ``None`` for a scalarizer.
     """
-    method = _factory_of(functions)
+    method = factory_of(functions)
 
     @lru_cache(maxsize=16)
     def like_for(names, shape, treedef=_NO_PARAMS, shapes=()):
@@ -170,7 +170,7 @@ def in_words(x: Any, method: str | None = None) -> str:
     return kind_of(x)
 
 
-def _factory_of(functions):
+def factory_of(functions):
     """The name of the public function in which one of these was made, as ``pcgrad.<locals>.weigh`` in ``pcgrad``."""
     for function in functions:
         outer = getattr(function, "__qualname__", "").split(".<locals>")[:-1]
