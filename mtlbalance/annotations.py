@@ -13,11 +13,14 @@ import numpy as np
 if TYPE_CHECKING:
     Number: TypeAlias = jax.Array | np.ndarray | np.bool_ | np.number | float | int
     PerTask: TypeAlias = "Number | Sequence[PerTask] | Mapping[Any, PerTask]"
+    ArrayTree: TypeAlias = Any  # a checker knows no registered classes, such as Equinox's modules
 else:
     # A union is printed in full by help() and in the docs: by name it can be read.
     Number = NewType("Number", Any)
     Number.__doc__ = "A real number: of Python, of NumPy, or an array without axes."
     PerTask = NewType("PerTask", Any)
+    ArrayTree = NewType("ArrayTree", Any)
+    ArrayTree.__doc__ = "A tree of arrays."
     PerTask.__doc__ = "One number for all tasks, or one for each: an array, or a tree with the losses' names."
 
 State = TypeVar("State")
@@ -79,15 +82,13 @@ class AggregatorInit(Protocol[NewState]):
 class AggregatorApply(Protocol[State]):
     """The type of ``Aggregator.apply``."""
 
-    def __call__(
-        self, state: State, jacobian: Tree, *, values: Any = None, mask: Any = None
-    ) -> tuple[Tree, State]:
+    def __call__(self, state: State, jacobian: Tree, *, values: Any = None, mask: Any = None) -> tuple[Tree, State]:
         """One gradient of several, one per task.
 
         Args:
           state: what ``init`` returned, or the call before.
-          jacobian: the gradients: leaves ``[m, *param.shape]``, row i that of task i, as :func:`mtlbalance.value_and_jac`
-            returns them.
+          jacobian: the gradients: leaves ``[m, *param.shape]``, row i that of task i, as
+            :func:`mtlbalance.value_and_jac` returns them.
           values: the losses, for the methods that read them: an array or a tree of names.
           mask: which tasks are present, booleans like ``values``; all by default.
 

@@ -22,7 +22,14 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import boundary, returned
-from mtlbalance.annotations import AggregatorApply, AggregatorInit, ScalarizerApply, ScalarizerInit, WeightingApply, documented
+from mtlbalance.annotations import (
+    AggregatorApply,
+    AggregatorInit,
+    ScalarizerApply,
+    ScalarizerInit,
+    WeightingApply,
+    documented,
+)
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Task, Weighting
 from mtlbalance.given import derive
 from mtlbalance.gramian import squared_norm

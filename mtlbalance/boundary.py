@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import returned
-from mtlbalance.complex_parts import entries, is_parts, join, join_like, split, split_params
 from mtlbalance.annotations import EndEpoch, Observe, documented
+from mtlbalance.complex_parts import entries, is_parts, join, join_like, split, split_params
 from mtlbalance.contract import Rowwise
 from mtlbalance.given import finish_weights
 from mtlbalance.hyperparameters import reject

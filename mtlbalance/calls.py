@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _FAMILIES = "scalarization", "aggregation"
@@ -93,7 +94,7 @@ def _shown(value: Any) -> str:
 def _array(x: Any) -> str:
     """Few numbers as they are; the dtype and the shape of more, and of what is not here to be read."""
     is_here = not isinstance(x, jax.Array) or (x.is_fully_addressable and not x.is_deleted())
-    if is_here and np.ndim(x) <= 1 and np.size(x) <= _N_SHOWN and np.issubdtype(x.dtype, np.number):
+    if is_here and np.ndim(x) <= 1 and np.size(x) <= _N_SHOWN and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return np.array2string(np.asarray(x), separator=", ", max_line_width=1000)
     return f"{x.dtype}[{','.join(map(str, np.shape(x)))}]"
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.contract import Aggregator, Scalarizer, check_is_method
 from mtlbalance.hyperparameters import asking_for_shapes, reject
 from mtlbalance.losses import shape_of, state_dtype, sums
@@ -18,11 +19,11 @@ from mtlbalance.state_checks import check_like, params_of
 
 def carry_over(
     method: Scalarizer | Aggregator,
-    state: chex.ArrayTree,
-    old_losses: chex.ArrayTree | Iterable[str],
-    new_losses: chex.ArrayTree | Iterable[str],
+    state: ArrayTree,
+    old_losses: ArrayTree | Iterable[str],
+    new_losses: ArrayTree | Iterable[str],
     *,
-    params: chex.ArrayTree | None = None,
+    params: ArrayTree | None = None,
 ) -> Any:
     """The state for a changed set of tasks, by their names.
 

@@ -79,8 +79,8 @@ def memoized(factory: Callable[P, R]) -> Callable[P, R]:
             key = jnp.result_type(float), *map(_key, arguments.arguments.values())
             hash(key)
         except TypeError:  # not to be compared
-            return build(arguments)
-        return build_once(_Compared(key, arguments))
+            key = None
+        return build(arguments) if key is None else build_once(_Compared(key, arguments))
 
     return public
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-import chex
 import jax.numpy as jnp
 
+from mtlbalance.annotations import ArrayTree, State
 from mtlbalance.autodiff.apart import heads_apart, rows_apart
 from mtlbalance.autodiff.decide import balanced, decide_by, decide_or_repeat, ones, read_present
 from mtlbalance.autodiff.groups import over_groups
@@ -28,8 +28,8 @@ from mtlbalance.numerics import all_finite
 
 
 def value_and_grad(
-    losses_fn: Callable[..., Any] | tuple[Callable[..., Any], chex.ArrayTree],
-    method: Scalarizer | Aggregator,
+    losses_fn: Callable[..., Any] | tuple[Callable[..., Any], ArrayTree],
+    method: Scalarizer[State] | Aggregator[State],
     *,
     has_aux: bool = False,
     return_weights: bool = False,
@@ -42,7 +42,7 @@ def value_and_grad(
     allow_int: bool = False,
     nonfinite: Literal["drop_task"] | None = None,
     hooks: bool = False,
-) -> GradFn:
+) -> GradFn[State]:
     r"""One training step's losses and balanced gradient, whatever the method.
 
     Reads as :func:`jax.value_and_grad`, and as that it is not jitted: call it inside your jitted step. ::

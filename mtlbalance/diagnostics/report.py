@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import gramian as gramians
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.diagnostics.between_tasks import alignment, conflicts, cosine_similarities
 from mtlbalance.diagnostics.reading import read_gramian_of, read_present
 from mtlbalance.hyperparameters import flatten, is_number, reject
@@ -19,15 +20,15 @@ _OWN = {"present", "loss", "weight", "norm", "cosine", "conflict", "alignment"}
 
 
 def report(
-    losses: chex.ArrayTree | None = None,
-    weights: chex.ArrayTree | None = None,
+    losses: ArrayTree | None = None,
+    weights: ArrayTree | None = None,
     *,
     gramian: chex.Array | None = None,
-    jacobian: chex.ArrayTree | None = None,
-    mask: chex.ArrayTree | None = None,
+    jacobian: ArrayTree | None = None,
+    mask: ArrayTree | None = None,
     prefix: str = "",
-    **per_task: chex.ArrayTree,
-) -> dict[str, chex.Array]:
+    **per_task: ArrayTree,
+) -> dict[str, jax.Array]:
     r"""One flat dict of named scalars, from whatever a step has at hand: for TensorBoard, W&B or a line of JSON.
 
     Which keys there are depends on which arguments are given and on the losses' names, and on nothing else: not on

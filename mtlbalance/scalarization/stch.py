@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import POSITIVE, check, check_count, per_task, reject
 from mtlbalance.states import count_seen, increment, init_seen_after, mean_rate, zero_counts
 
@@ -24,16 +25,16 @@ class STCHState(NamedTuple):
       epoch: int32, the epochs closed.
     """
 
-    nadir: chex.Array
-    count: chex.Array
-    epoch: chex.Array
+    nadir: jax.Array
+    count: jax.Array
+    epoch: jax.Array
 
 
 @base.memoized
 def stch(
-    mu: chex.Numeric,
-    weights: chex.ArrayTree | None = None,
-    reference: chex.ArrayTree | None = None,
+    mu: Number,
+    weights: PerTask | None = None,
+    reference: PerTask | None = None,
     n_warmup_epochs: int | chex.Array | None = None,
     steps_per_epoch: int | chex.Array | None = None,
 ) -> base.Scalarizer:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.complex_parts import is_complex
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, check_is_method, has_weights, weights_of
 from mtlbalance.hyperparameters import reject
@@ -30,7 +31,7 @@ def check_method(method: Any, usage: str, *, makes_weights: bool = False, argume
         reject(argument, makes_them, "one without a weighting")
 
 
-def all_of(state: Any, mask: chex.Array) -> chex.Array:
+def all_of(state: Any, mask: chex.Array) -> jax.Array:
     """The tasks that the wrapped method sees, in most wrappers: those present."""
     del state
     return mask
@@ -88,7 +89,7 @@ def visits_of(method: Aggregator, visible: Callable[..., Any] = all_of) -> Calla
     return lambda state, mask: visits(state.inner, mask=visible(state, mask))
 
 
-def nan_tree_unless(ok: chex.Array, output: chex.ArrayTree) -> chex.ArrayTree:
+def nan_tree_unless(ok: chex.Array, output: ArrayTree) -> ArrayTree:
     """What a method gives; NaN unless ``ok``, and in both parts of what is complex."""
     nan = numerics.nan_where(~ok)
     nan_like = lambda x: jax.lax.complex(nan, nan).astype(x.dtype) if is_complex(x) else nan
