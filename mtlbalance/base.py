@@ -14,22 +14,15 @@ masks, checks shapes and dtypes, casts, keeps what must not change, stops gradie
 A state is a ``NamedTuple`` of arrays whose first leaf has one entry per task: so a call knows what its state is for.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import boundary, returned
-from mtlbalance.annotations import (
-    AggregatorApply,
-    AggregatorInit,
-    ScalarizerApply,
-    ScalarizerInit,
-    WeightingApply,
-    documented,
-)
+from mtlbalance import boundary, calls, returned
+from mtlbalance.annotations import AggregatorInit, ScalarizerApply, ScalarizerInit, State, documented
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Task, Weighting
 from mtlbalance.given import derive
 from mtlbalance.gramian import squared_norm
@@ -37,10 +30,8 @@ from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import read_gramian, read_pair, read_shape, state_dtype, sums
 from mtlbalance.memo import memoized as memoized
 from mtlbalance.names import check_names, compile_with_names, with_names_for_init
-from mtlbalance.state_checks import factory_of, state_check
+from mtlbalance.state_checks import state_check
 from mtlbalance.states import among, place
-
-State = TypeVar("State")
 
 
 def scalarizer(
@@ -86,8 +77,7 @@ def scalarizer(
       >>> print(scalar)
       5.0
     """
-    functions = apply, init
-    check = state_check(init, functions)
+    check = state_check(init, (apply, init))
     read = boundary.reader(check, required=True)
 
     def public_init(shape=None, *others):
@@ -105,15 +95,9 @@ def scalarizer(
         return scalar.astype(dtype), boundary.settle("apply", call, new_state, state)
 
     hooks = boundary.public_hooks(check, end_epoch, observe, per_task=per_task)
-    method: Any = Scalarizer(
-        documented(public_init, ScalarizerInit, "init"),
-        documented(compile_with_names(public_apply, per_task, losses_at=1, check=check), ScalarizerApply),
-        *hooks,
-        learned,
-        last_weights=boundary.checked(check, last_weights),
-        needs=needs,
-    )
-    return made_by(method, functions)
+    public = documented(compile_with_names(public_apply, per_task, losses_at=1, check=check), ScalarizerApply)
+    last_weights, own_init = boundary.checked(check, last_weights), documented(public_init, ScalarizerInit, "init")
+    return calls.made_in((apply, init), Scalarizer(own_init, public, *hooks, learned, (), last_weights, needs=needs))
 
 
 def aggregator(
@@ -204,12 +188,11 @@ def aggregator(
         if weigh is None:
             return None
         public = boundary.public_weigh(name, weigh, read_statistic, read, settled, per_task, stop_gradient)
-        init_weighting = initializer(needs_params=bool(jacobian_shaped))
-        return Weighting(init_weighting, documented(public, WeightingApply))
+        return Weighting(initializer(needs_params=bool(jacobian_shaped)), public)
 
-    method: Any = Aggregator(
+    method = Aggregator(
         initializer(needs_params=True),
-        documented(boundary.public_apply(apply, read, settled, jacobian_shaped, per_task), AggregatorApply),
+        boundary.public_apply(apply, read, settled, jacobian_shaped, per_task),
         *boundary.public_hooks(check, end_epoch, observe, jacobian_shaped, per_task),
         public_weighting(name, weighting, boundary.statistic_reader(statistic_of, jacobian_shaped)),
         public_weighting("gramian_weighting", gramian_weighting, boundary.without_state(read_gramian)),
@@ -218,13 +201,7 @@ def aggregator(
         last_weights=boundary.checked(check, last_weights),
         needs=needs,
     )
-    return made_by(method, functions)
-
-
-def made_by(method: Any, functions: Iterable[Any]) -> Any:
-    """The method, which says in which function its plain ones were made."""
-    method.init.made_by = factory_of(functions) or ""
-    return method
+    return calls.made_in(functions, method)
 
 
 def rowwise_aggregator(

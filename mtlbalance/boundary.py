@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import returned
-from mtlbalance.annotations import EndEpoch, Observe, documented
+from mtlbalance.annotations import AggregatorApply, EndEpoch, Observe, WeightingApply, documented
 from mtlbalance.complex_parts import entries, is_parts, join, join_like, split, split_params
 from mtlbalance.contract import Rowwise
 from mtlbalance.given import finish_weights
@@ -104,7 +104,7 @@ def public_apply(plain, read, settled, jacobian_shaped=(), per_task=None):
         gradient = join_like(zero_if_none(call, gradient), jacobian)
         return gradient, settled("apply", call, new_state, state)
 
-    return _refuses_losses(compile_with_names(apply, per_task))
+    return documented(_refuses_losses(compile_with_names(apply, per_task)), AggregatorApply)
 
 
 def public_weigh(name, weigh, read_statistic, read, settled, per_task=None, stop_gradient=True):
@@ -118,7 +118,7 @@ def public_weigh(name, weigh, read_statistic, read, settled, per_task=None, stop
         weights = finish_weights(weights, call.mask, state_dtype(state, statistic), stop_gradient)
         return weights, settled(name, call, new_state, state)
 
-    return _refuses_losses(compile_with_names(apply, per_task))
+    return documented(_refuses_losses(compile_with_names(apply, per_task)), WeightingApply)
 
 
 def public_rowwise(rowwise, read, settled, jacobian_shaped=(), per_task=None):

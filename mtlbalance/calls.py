@@ -5,7 +5,7 @@ every comparison would see. Its ``init`` has it, as an attribute: that function 
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -50,8 +50,23 @@ class Call(NamedTuple):
                 yield f"{name}={_shown(value)}"
 
 
-def named(method: Any, made_by: Call | str) -> Any:
-    """The method, which says that it was made by this call, or by a function of this name."""
+def factory_of(functions: Iterable[Any]) -> str | None:
+    """The name of the public function in which one of these was made, as ``pcgrad.<locals>.weigh`` in ``pcgrad``."""
+    for function in functions:
+        outer = getattr(function, "__qualname__", "").split(".<locals>")[:-1]
+        if outer and function.__module__ not in ("mtlbalance.base", "mtlbalance.states"):
+            return outer[-1].split(".")[-1]
+    return None
+
+
+def made_in(functions: Iterable[Any], method: Any) -> Any:
+    """The method, which says in which function these were made, of which a builder made it."""
+    method.init.made_by = factory_of(functions) or ""
+    return method
+
+
+def named(method: Any, made_by: Call) -> Any:
+    """The method, which says that it was made by this call."""
     init = method.init
     if not isinstance(getattr(init, "made_by", None), str):  # not made by a builder, or another call has returned it
         method = method._replace(init=wraps(init)(lambda *args, **kwargs: init(*args, **kwargs)))
