@@ -22,7 +22,7 @@ FLOORS = [
     ["boundary"],
     ["base", "changed_tasks"],
     ["scalarization", "aggregation"],
-    ["registry", "wrappers", "weights"],
+    ["references", "registry", "wrappers", "weights"],
     ["autodiff", "transforms"],
     ["diagnostics", "project_update"],
     ["__init__"],
