@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +87,7 @@ def carry_over(
 
 def _read(argument, losses):
     """The losses as a tree of anything, and their names in its order; of names alone one vector."""
-    is_collection = isinstance(losses, Iterable) and not isinstance(losses, Mapping | str | chex.Array | np.ndarray)
+    is_collection = isinstance(losses, Iterable) and not isinstance(losses, Mapping | str | jax.Array | np.ndarray)
     alone = list(losses) if is_collection else [None]
     if all(isinstance(name, str) for name in alone):
         # In the order of a dict's keys. The losses may be an array: numbers for each may have their order too.

@@ -6,7 +6,6 @@ He et al., "Robust Multi-Task Learning with Excess Risks", ICML 2024, https://ar
 from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -41,7 +40,7 @@ class ExcessMTLState(NamedTuple):
 @base.memoized
 def excess_mtl(
     robust_step_size: Number = 1.0,
-    n_warmup_steps: int | chex.Array = 0,
+    n_warmup_steps: int | jax.Array = 0,
     normalize_first_step: bool = True,
     *,
     accumulate: Literal["full"] | int = "full",

@@ -22,7 +22,7 @@ from mtlbalance.states import RandomState, count_seen, init_random, split_key
 def graddrop(
     key: int | chex.PRNGKey = 0,
     leak: PerTask = 0.0,
-    f: Callable[[chex.Array], chex.Array] | None = None,
+    f: Callable[[jax.Array], jax.Array] | None = None,
     *,
     axis_name: Hashable | None = None,
 ) -> base.Aggregator[RandomState]:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -71,13 +70,13 @@ def read_present(m: int, losses: ArrayTree | None, mask: ArrayTree | None) -> tu
     return present, mask is None and labelled is None
 
 
-def clip_cosines(cosines: chex.Array, overflown: chex.Array) -> jax.Array:
+def clip_cosines(cosines: jax.Array, overflown: jax.Array) -> jax.Array:
     """Cosines in their bounds; NaN where a norm has overflown."""
     # Over an infinite norm finite products would be 0, and look orthogonal; rounding leads beyond 1.
     return jnp.clip(numerics.nan_unless(~overflown, cosines), -1, 1)
 
 
-def by_task(vector: chex.Array, losses: ArrayTree | None) -> ArrayTree:
+def by_task(vector: jax.Array, losses: ArrayTree | None) -> ArrayTree:
     """One number per task by the losses' names: what a state has for each task stands in their sorted order.
 
     Args:
@@ -102,7 +101,7 @@ def by_task(vector: chex.Array, losses: ArrayTree | None) -> ArrayTree:
     return vector if losses is None else like_losses(vector, losses)
 
 
-def by_pair(matrix: chex.Array, losses: ArrayTree | None) -> ArrayTree:
+def by_pair(matrix: jax.Array, losses: ArrayTree | None) -> ArrayTree:
     """One number per pair of tasks as a tree of trees like the losses, if there are losses."""
     if losses is None:
         return matrix

@@ -4,7 +4,6 @@ import collections
 import itertools
 from collections.abc import Sequence
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -23,7 +22,7 @@ def report(
     losses: ArrayTree | None = None,
     weights: ArrayTree | None = None,
     *,
-    gramian: chex.Array | None = None,
+    gramian: jax.Array | None = None,
     jacobian: ArrayTree | None = None,
     mask: ArrayTree | None = None,
     prefix: str = "",
@@ -147,7 +146,7 @@ def _masked(vector, present):
     return jnp.where(present, vector, 0)
 
 
-def _between_tasks(gramian: chex.Array, present: chex.Array, tasks: Sequence[str]):
+def _between_tasks(gramian: jax.Array, present: jax.Array, tasks: Sequence[str]):
     _, inner_products = read_gramian_of(gramian, None, present)
     norms = jnp.sqrt(jnp.diagonal(inner_products))
     pairs = list(itertools.combinations(range(len(tasks)), 2))

@@ -6,7 +6,6 @@ https://arxiv.org/abs/2410.06741
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -39,7 +38,7 @@ class CoBaState(NamedTuple):
 
 
 @base.memoized
-def coba(tau: Number = 5.0, window: int = 200, n_warmup_steps: int | chex.Array = 100) -> base.Scalarizer[CoBaState]:
+def coba(tau: Number = 5.0, window: int = 200, n_warmup_steps: int | jax.Array = 100) -> base.Scalarizer[CoBaState]:
     r"""Weights that let the validation losses of all tasks converge together, and hold back those that diverge.
 
     .. math:: w = \mathrm{softmax} \big( m (D\,r + (1 - D)\,a) \big), \qquad

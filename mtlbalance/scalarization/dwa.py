@@ -6,7 +6,6 @@ https://arxiv.org/abs/1803.10704
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -33,7 +32,7 @@ class DWAState(NamedTuple):
 
 
 @base.memoized
-def dwa(temperature: Number = 2.0, steps_per_epoch: int | chex.Array | None = None) -> base.Scalarizer[DWAState]:
+def dwa(temperature: Number = 2.0, steps_per_epoch: int | jax.Array | None = None) -> base.Scalarizer[DWAState]:
     r"""Weights each loss by its rate of change over the last two epochs.
 
     .. math:: \sum_i w_i L_i, \quad w = m\,\mathrm{softmax}(r / T), \quad

@@ -6,7 +6,6 @@ https://doi.org/10.1609/aaai.v33i01.33019977
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +28,7 @@ class LBTWState(NamedTuple):
 
 
 @base.memoized
-def lbtw(alpha: Number = 0.5, steps_per_epoch: int | chex.Array | None = None) -> base.Scalarizer[LBTWState]:
+def lbtw(alpha: Number = 0.5, steps_per_epoch: int | jax.Array | None = None) -> base.Scalarizer[LBTWState]:
     r"""Weights each loss by its ratio to the first one of the epoch: what has been learned loses weight.
 
     .. math:: \sum_i w_i L_i, \quad w_i \propto \Big( \frac{L_i}{L_i^{(0)}} \Big)^\alpha

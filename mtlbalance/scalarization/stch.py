@@ -6,7 +6,6 @@ https://arxiv.org/abs/2402.19078
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -35,8 +34,8 @@ def stch(
     mu: Number,
     weights: PerTask | None = None,
     reference: PerTask | None = None,
-    n_warmup_epochs: int | chex.Array | None = None,
-    steps_per_epoch: int | chex.Array | None = None,
+    n_warmup_epochs: int | jax.Array | None = None,
+    steps_per_epoch: int | jax.Array | None = None,
 ) -> base.Scalarizer:
     r"""A smooth maximum of the losses: with a small mu, its minima for all preferences are the Pareto front.
 

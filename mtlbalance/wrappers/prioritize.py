@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, overload
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -32,18 +31,18 @@ class PrioritizeState(NamedTuple):
 
 @overload
 def prioritize(
-    method: base.Scalarizer[Any], prior: PerTask | Callable[[chex.Array], PerTask]
+    method: base.Scalarizer[Any], prior: PerTask | Callable[[jax.Array], PerTask]
 ) -> base.Scalarizer[PrioritizeState]: ...
 
 
 @overload
 def prioritize(
-    method: base.Aggregator[Any], prior: PerTask | Callable[[chex.Array], PerTask]
+    method: base.Aggregator[Any], prior: PerTask | Callable[[jax.Array], PerTask]
 ) -> base.Aggregator[PrioritizeState]: ...
 
 
 @base.memoized
-def prioritize(method: Method, prior: PerTask | Callable[[chex.Array], PerTask]) -> Method:
+def prioritize(method: Method, prior: PerTask | Callable[[jax.Array], PerTask]) -> Method:
     r"""Multiplies the weights of a method by what the user knows of the tasks' importance.
 
     .. math:: w_i = p_i \, \hat w_i

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, overload
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,18 +32,18 @@ class RegularizeState(NamedTuple):
 
 @overload
 def regularize(
-    method: base.Scalarizer[Any], terms: Mapping[str | int, Number | Callable[[chex.Array], Number]]
+    method: base.Scalarizer[Any], terms: Mapping[str | int, Number | Callable[[jax.Array], Number]]
 ) -> base.Scalarizer[RegularizeState]: ...
 
 
 @overload
 def regularize(
-    method: base.Aggregator[Any], terms: Mapping[str | int, Number | Callable[[chex.Array], Number]]
+    method: base.Aggregator[Any], terms: Mapping[str | int, Number | Callable[[jax.Array], Number]]
 ) -> base.Aggregator[RegularizeState]: ...
 
 
 @base.memoized
-def regularize(method: Method, terms: Mapping[str | int, Number | Callable[[chex.Array], Number]]) -> Method:
+def regularize(method: Method, terms: Mapping[str | int, Number | Callable[[jax.Array], Number]]) -> Method:
     r"""Adds losses that are no tasks, such as an entropy, a KL divergence or a weight penalty, beside the method.
 
     .. math:: L = \mathrm{method}(L_i,\ i \text{ a task}) + \sum_{k \text{ a term}} c_k L_k

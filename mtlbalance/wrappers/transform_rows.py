@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -169,7 +168,7 @@ def init_rows(transformation: Any, params: ArrayTree, m: int) -> ArrayTree:
 
 
 def update_row(
-    transformation: Any, state: ArrayTree, row: ArrayTree, present: chex.Array, params: Any, **extra_args: Any
+    transformation: Any, state: ArrayTree, row: ArrayTree, present: jax.Array, params: Any, **extra_args: Any
 ) -> tuple[ArrayTree, ArrayTree]:
     """What the transformation makes of one task's gradient, and the task's state: as it was where it is absent."""
     row, new = transformation.update(row, state, params, **extra_args)
