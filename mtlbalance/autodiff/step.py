@@ -86,7 +86,8 @@ def value_and_grad(
 
       ``grad_fn.init(params, *args, **kwargs)`` is the method's first state, for these losses and what the method sees
       of the parameters, placed as these are. Arguments may be :class:`jax.ShapeDtypeStruct`: nothing is computed,
-      except where the losses' Python code branches on numbers. ``jax.jit(grad_fn)`` has it too.
+      except where the losses' Python code branches on numbers. ``jax.jit(grad_fn)`` has it too, where a type
+      checker does not see it.
 
     Raises:
       TypeError: if a parameter or a loss is not floating point, an option of the wrong type, or the state none of the
@@ -103,9 +104,9 @@ def value_and_grad(
       >>> def losses_fn(params, x):
       ...     return {"small": jnp.mean((params - x) ** 2), "large": 100 * jnp.mean((params + x) ** 2)}
       >>> method = aggregation.imtl_g()
-      >>> grad_fn = jax.jit(mtl.value_and_grad(losses_fn, method, return_weights=True))
+      >>> grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)
       >>> params, x = jnp.array([0.5, 0.0]), jnp.array([1.0, 2.0])
-      >>> (losses, state, weights), grads = grad_fn(params, grad_fn.init(params, x), x)
+      >>> (losses, state, weights), grads = jax.jit(grad_fn)(params, grad_fn.init(params, x), x)
       >>> print({name: f"{weight:.3f}" for name, weight in weights.items()})
       {'large': '0.008', 'small': '0.992'}
 
