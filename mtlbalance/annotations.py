@@ -12,16 +12,18 @@ import numpy as np
 
 if TYPE_CHECKING:
     Number: TypeAlias = jax.Array | np.ndarray | np.bool_ | np.number | float | int
-    PerTask: TypeAlias = "Number | Sequence[PerTask] | Mapping[Any, PerTask]"
+    PerTask: TypeAlias = (
+        "jax.Array | np.ndarray | np.number | Sequence[PerTask | float] | Mapping[Any, PerTask | float]"
+    )
     ArrayTree: TypeAlias = Any  # a checker knows no registered classes, such as Equinox's modules
 else:
     # A union is printed in full by help() and in the docs: by name it can be read.
     Number = NewType("Number", Any)
     Number.__doc__ = "A real number: of Python, of NumPy, or an array without axes."
     PerTask = NewType("PerTask", Any)
+    PerTask.__doc__ = "One number for each task: an array, or a tree with the losses' names."
     ArrayTree = NewType("ArrayTree", Any)
     ArrayTree.__doc__ = "A tree of arrays."
-    PerTask.__doc__ = "One number for all tasks, or one for each: an array, or a tree with the losses' names."
 
 State = TypeVar("State")
 NewState = TypeVar("NewState", covariant=True)

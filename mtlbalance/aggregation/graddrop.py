@@ -21,7 +21,7 @@ from mtlbalance.states import RandomState, count_seen, init_random, split_key
 @base.memoized
 def graddrop(
     key: int | chex.PRNGKey = 0,
-    leak: PerTask = 0.0,
+    leak: PerTask | float = 0.0,
     f: Callable[[jax.Array], jax.Array] | None = None,
     *,
     axis_name: Hashable | None = None,

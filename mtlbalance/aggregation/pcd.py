@@ -32,7 +32,7 @@ class PCDState(NamedTuple):
 
 @base.memoized
 def pcd(
-    tau: PerTask = 0.02,
+    tau: PerTask | float = 0.02,
     beta: Number = 0.999,
     eps: Number = 0.0,
     *,

@@ -38,11 +38,11 @@ class CAPUState(NamedTuple):
 @base.memoized
 def capu(
     bounds: PerTask,
-    eta: PerTask = 0.01,
+    eta: PerTask | float = 0.01,
     zeta: Number = 0.99,
     omega: Number = 0.999,
-    initial_multipliers: PerTask = 1.0,
-    initial_penalties: PerTask = 1.0,
+    initial_multipliers: PerTask | float = 1.0,
+    initial_penalties: PerTask | float = 1.0,
     max_multiplier: Number = 1e12,
 ) -> base.Scalarizer[CAPUState]:
     r"""The sum of some losses, the objectives, while each of the others, the constraints, is to stay below its bound.

@@ -37,7 +37,7 @@ class FAMOState(NamedTuple):
 
 @base.memoized
 def famo(
-    min_losses: PerTask = 0.0,
+    min_losses: PerTask | float = 0.0,
     lr: Number = 0.025,
     weight_decay: Number = 1e-3,
     delayed: bool = False,

@@ -33,9 +33,9 @@ class GECOState(NamedTuple):
 @base.memoized
 def geco(
     bounds: PerTask,
-    lr: PerTask = 1e-2,
+    lr: PerTask | float = 1e-2,
     alpha: Number = 0.99,
-    initial_multipliers: PerTask = 1.0,
+    initial_multipliers: PerTask | float = 1.0,
     min_multiplier: Number = 1e-10,
     max_multiplier: Number = 1e10,
 ) -> base.Scalarizer[GECOState]:

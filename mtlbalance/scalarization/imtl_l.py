@@ -24,7 +24,7 @@ class IMTLLState(NamedTuple):
 
 
 @base.memoized
-def imtl_l(initial_log_scale: PerTask = 0.0, max_weight: Number = 1e12) -> base.Scalarizer[IMTLLState]:
+def imtl_l(initial_log_scale: PerTask | float = 0.0, max_weight: Number = 1e12) -> base.Scalarizer[IMTLLState]:
     r"""Scales each loss towards 1 by a learned factor.
 
     .. math:: \sum_i e^{s_i} L_i - s_i

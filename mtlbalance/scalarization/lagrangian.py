@@ -36,11 +36,11 @@ class LagrangianState(NamedTuple):
 @base.memoized
 def lagrangian(
     bounds: PerTask,
-    lr: PerTask = 1e-2,
-    damping: PerTask = 0.0,
+    lr: PerTask | float = 1e-2,
+    damping: PerTask | float = 0.0,
     kappa_p: Number = 0.0,
     nu: Number = 0.0,
-    initial_multipliers: PerTask = 0.0,
+    initial_multipliers: PerTask | float = 0.0,
     max_multiplier: Number = 1e12,
     equality: tuple[str | int, ...] = (),
     simultaneous: bool = False,

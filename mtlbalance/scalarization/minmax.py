@@ -25,7 +25,7 @@ class MinMaxState(NamedTuple):
 
 
 @base.memoized
-def minmax(initial_logits: PerTask = 0.0) -> base.Scalarizer[MinMaxState]:
+def minmax(initial_logits: PerTask | float = 0.0) -> base.Scalarizer[MinMaxState]:
     r"""Weights that a gradient ascent moves towards the largest losses.
 
     .. math:: \min_\theta \max_a \sum_i w_i L_i(\theta), \quad w = m\,\mathrm{softmax}(a)

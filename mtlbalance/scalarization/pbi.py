@@ -14,7 +14,7 @@ from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 
 @base.memoized
-def pbi(theta: Number, weights: PerTask, reference: PerTask = 0.0) -> base.Scalarizer[SeenState]:
+def pbi(theta: Number, weights: PerTask, reference: PerTask | float = 0.0) -> base.Scalarizer[SeenState]:
     r"""The losses' length along a preferred direction, plus a penalty on their distance from it.
 
     .. math:: d_1 + \theta \sqrt{d_2^2 + 10^{-12}}, \quad d_1 = (L - z) \cdot \hat w, \quad

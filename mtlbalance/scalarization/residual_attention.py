@@ -28,7 +28,7 @@ class ResidualAttentionState(NamedTuple):
 def residual_attention(
     decay: Number = 0.999,
     lr: Number = 0.001,
-    initial_multipliers: PerTask = 0.0,
+    initial_multipliers: PerTask | float = 0.0,
 ) -> base.Scalarizer[ResidualAttentionState]:
     r"""Weights that add up, and forget, each point's part of the largest residual.
 

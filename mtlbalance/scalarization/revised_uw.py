@@ -24,7 +24,7 @@ class RevisedUWState(NamedTuple):
 
 
 @base.memoized
-def revised_uw(initial_sigma: PerTask = 1.0, max_weight: Number = 1e8) -> base.Scalarizer[RevisedUWState]:
+def revised_uw(initial_sigma: PerTask | float = 1.0, max_weight: Number = 1e8) -> base.Scalarizer[RevisedUWState]:
     r"""Weights each loss by a learned uncertainty, with a regularizer of at least zero.
 
     .. math:: \sum_i \frac{L_i}{2 \sigma_i^2} + \log(1 + \sigma_i^2)

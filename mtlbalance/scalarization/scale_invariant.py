@@ -12,7 +12,7 @@ from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 
 @base.memoized
-def scale_invariant(weights: PerTask = 1.0) -> base.Scalarizer[SeenState]:
+def scale_invariant(weights: PerTask | float = 1.0) -> base.Scalarizer[SeenState]:
     r"""The sum of the losses' logarithms (the baseline SI, also log-sum).
 
     .. math:: \sum_i w_i \log L_i

@@ -25,7 +25,9 @@ class SelfAdaptiveState(NamedTuple):
 
 
 @base.memoized
-def self_adaptive(initial_multipliers: PerTask = 1.0, max_weight: Number = 1e12) -> base.Scalarizer[SelfAdaptiveState]:
+def self_adaptive(
+    initial_multipliers: PerTask | float = 1.0, max_weight: Number = 1e12
+) -> base.Scalarizer[SelfAdaptiveState]:
     r"""Weights that a gradient ascent raises for as long as their losses are not zero.
 
     .. math:: \min_\theta \max_\lambda \sum_i \lambda_i^2 L_i(\theta)

@@ -26,8 +26,8 @@ class UWState(NamedTuple):
 
 @base.memoized
 def uw(
-    initial_log_var: PerTask = 0.0,
-    classification: PerTask = False,
+    initial_log_var: PerTask | float = 0.0,
+    classification: PerTask | bool = False,
     max_weight: Number = 1e12,
 ) -> base.Scalarizer[UWState]:
     r"""Weights each loss by a learned uncertainty.

@@ -33,7 +33,7 @@ def vrba(
     lr: Number = 0.01,
     c_log: Number = 1.0,
     phi: Number = 1.0,
-    initial_multipliers: PerTask = 0.1,
+    initial_multipliers: PerTask | float = 0.1,
 ) -> base.Scalarizer[VRBAState]:
     r"""Weights that add up, and forget, the exponentials of the residuals, which sharpen from call to call.
 

@@ -20,6 +20,7 @@ upgrad.apply(upgrad_state)  # error: no Jacobian
 upgrad.init(2)  # error: the parameters are not there
 print(upgrad_state.log_weights)  # error: no such field
 scalarization.uw(initial_log_vars=0.0)  # error: no such hyperparameter
+scalarization.constant(0.5)  # error: one number for all
 scalarization.dwa(temperature="2.0")  # error: no number
 mtl.learn(upgrad, optax.sgd(0.1))  # error: an aggregator
 mtl.chain(upgrad, uw)  # error: swapped
