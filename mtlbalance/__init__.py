@@ -29,6 +29,7 @@ from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Weighting, has_
 from mtlbalance.diagnostics import audit, report
 from mtlbalance.losses import Counted
 from mtlbalance.project_update import project_update
+from mtlbalance.references import cite
 from mtlbalance.registry import MethodInfo, methods
 from mtlbalance.restored import restore
 from mtlbalance.transforms import aggregate, per_task
@@ -89,6 +90,7 @@ __all__ = [
     "carry_over",
     "chain",
     "checked",
+    "cite",
     "complex_parts",
     "diag_ntk",
     "diagnostics",

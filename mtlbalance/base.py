@@ -21,8 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtlbalance import boundary, returned
-from mtlbalance.contract import Aggregator, Hook, Rowwise, Scalarizer, Task, Weighting
+from mtlbalance import boundary, calls, returned
+from mtlbalance.annotations import AggregatorInit, ScalarizerApply, ScalarizerInit, State, documented
+from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, Task, Weighting
 from mtlbalance.given import derive
 from mtlbalance.gramian import squared_norm
 from mtlbalance.hyperparameters import reject
@@ -34,16 +35,16 @@ from mtlbalance.states import among, place
 
 
 def scalarizer(
-    init: Callable[..., Any],
+    init: Callable[..., State],
     apply: Callable[..., Any],
     *,
-    end_epoch: Hook | None = None,
-    observe: Hook | None = None,
+    end_epoch: Callable[..., Any] | None = None,
+    observe: Callable[..., Any] | None = None,
     learned: tuple[str, ...] = (),
     last_weights: Callable[..., Any] | None = None,
     per_task: Mapping[str, Any] | None = None,
     needs: tuple[str, ...] = (),
-) -> Scalarizer:
+) -> Scalarizer[State]:
     """Builds a :class:`Scalarizer` from plain functions.
 
     Args:
@@ -94,20 +95,20 @@ def scalarizer(
         return scalar.astype(dtype), boundary.settle("apply", call, new_state, state)
 
     hooks = boundary.public_hooks(check, end_epoch, observe, per_task=per_task)
-    public = compile_with_names(public_apply, per_task, losses_at=1, check=check)
-    last_weights = boundary.checked(check, last_weights)
-    return Scalarizer(public_init, public, *hooks, learned, last_weights=last_weights, needs=needs)
+    public = documented(compile_with_names(public_apply, per_task, losses_at=1, check=check), ScalarizerApply)
+    last_weights, own_init = boundary.checked(check, last_weights), documented(public_init, ScalarizerInit, "init")
+    return calls.made_in((apply, init), Scalarizer(own_init, public, *hooks, learned, (), last_weights, needs=needs))
 
 
 def aggregator(
-    init: Callable[..., Any],
+    init: Callable[..., State],
     *,
     apply: Callable[..., Any] | None = None,
     weighting: Callable[..., Any] | None = None,
     gramian_weighting: Callable[..., Any] | None = None,
     rowwise: Rowwise | None = None,
-    end_epoch: Hook | None = None,
-    observe: Hook | None = None,
+    end_epoch: Callable[..., Any] | None = None,
+    observe: Callable[..., Any] | None = None,
     jacobian_shaped: tuple[str, ...] = (),
     last_weights: Callable[..., Any] | None = None,
     reads_losses: bool = False,
@@ -117,7 +118,7 @@ def aggregator(
     needs: tuple[str, ...] = (),
     stop_gradient: bool = True,
     zero_absent: bool = True,
-) -> Aggregator:
+) -> Aggregator[State]:
     """Builds an :class:`Aggregator` from plain functions.
 
     Give one of ``gramian_weighting``, ``weighting`` and ``apply``; those after it are derived.
@@ -181,7 +182,7 @@ def aggregator(
             returned.check_rows(state, jacobian_shaped, m)
             return place(state, params, jacobian_shaped)
 
-        return public_init
+        return documented(public_init, AggregatorInit, "init")
 
     def public_weighting(name, weigh, read_statistic):
         if weigh is None:
@@ -189,7 +190,7 @@ def aggregator(
         public = boundary.public_weigh(name, weigh, read_statistic, read, settled, per_task, stop_gradient)
         return Weighting(initializer(needs_params=bool(jacobian_shaped)), public)
 
-    return Aggregator(
+    method = Aggregator(
         initializer(needs_params=True),
         boundary.public_apply(apply, read, settled, jacobian_shaped, per_task),
         *boundary.public_hooks(check, end_epoch, observe, jacobian_shaped, per_task),
@@ -200,10 +201,11 @@ def aggregator(
         last_weights=boundary.checked(check, last_weights),
         needs=needs,
     )
+    return calls.made_in(functions, method)
 
 
 def rowwise_aggregator(
-    init: Callable[..., Any],
+    init: Callable[..., State],
     visit: Callable[..., Any],
     weigh: Callable[..., Any] | None = None,
     *,
@@ -213,7 +215,7 @@ def rowwise_aggregator(
     of_moduli: bool = False,
     nan_if_nonfinite: bool = True,
     **others: Any,
-) -> Aggregator:
+) -> Aggregator[State]:
     """Builds an :class:`Aggregator` that needs each row of the Jacobian once.
 
     Args:
@@ -322,8 +324,8 @@ def rowwise_aggregator(
 
 
 def norms_aggregator(
-    init: Callable[..., Any], weigh: Callable[..., Any], *, axis_name: Hashable | None = None, **others: Any
-) -> Aggregator:
+    init: Callable[..., State], weigh: Callable[..., Any], *, axis_name: Hashable | None = None, **others: Any
+) -> Aggregator[State]:
     """Builds an :class:`Aggregator` whose weights depend on the lengths of the gradients, and not on their angles.
 
     Args:

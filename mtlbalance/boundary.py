@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import returned
+from mtlbalance.annotations import AggregatorApply, EndEpoch, Observe, WeightingApply, documented
 from mtlbalance.complex_parts import entries, is_parts, join, join_like, split, split_params
-from mtlbalance.contract import Hook, Rowwise
+from mtlbalance.contract import Rowwise
 from mtlbalance.given import finish_weights
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import (
@@ -103,7 +104,7 @@ def public_apply(plain, read, settled, jacobian_shaped=(), per_task=None):
         gradient = join_like(zero_if_none(call, gradient), jacobian)
         return gradient, settled("apply", call, new_state, state)
 
-    return _refuses_losses(compile_with_names(apply, per_task))
+    return documented(_refuses_losses(compile_with_names(apply, per_task)), AggregatorApply)
 
 
 def public_weigh(name, weigh, read_statistic, read, settled, per_task=None, stop_gradient=True):
@@ -117,7 +118,7 @@ def public_weigh(name, weigh, read_statistic, read, settled, per_task=None, stop
         weights = finish_weights(weights, call.mask, state_dtype(state, statistic), stop_gradient)
         return weights, settled(name, call, new_state, state)
 
-    return _refuses_losses(compile_with_names(apply, per_task))
+    return documented(_refuses_losses(compile_with_names(apply, per_task)), WeightingApply)
 
 
 def public_rowwise(rowwise, read, settled, jacobian_shaped=(), per_task=None):
@@ -147,7 +148,7 @@ def public_rowwise(rowwise, read, settled, jacobian_shaped=(), per_task=None):
     )
 
 
-def public_hooks(check, end_epoch, observe, jacobian_shaped=(), per_task=None) -> tuple[Hook, Hook]:
+def public_hooks(check, end_epoch, observe, jacobian_shaped=(), per_task=None) -> tuple[EndEpoch, Observe]:
     """``end_epoch`` and ``observe``, the identity where there is none."""
 
     def public_end_epoch(state):
@@ -157,12 +158,14 @@ def public_hooks(check, end_epoch, observe, jacobian_shaped=(), per_task=None) -
         call = reader(check, required=True)(state, values, mask)
         return settle("observe", call, observe(state, call.values, call.mask), state, jacobian_shaped)
 
-    return (
-        compile_with_names(checked(check, public_end_epoch)) if end_epoch else lambda state: state,
-        compile_with_names(public_observe, per_task, losses_at=1, check=check)
+    compiled = compile_with_names
+    after_epoch = compiled(checked(check, public_end_epoch)) if end_epoch else lambda state: state
+    after_step = (
+        compiled(public_observe, per_task, losses_at=1, check=check)
         if observe
-        else lambda state, values, *, mask=None: state,
+        else lambda state, values, *, mask=None: state
     )
+    return documented(after_epoch, EndEpoch, "end_epoch"), documented(after_step, Observe, "observe")
 
 
 def read_rows(call, jacobian, state, jacobian_shaped):

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.contract import Aggregator, Scalarizer, check_is_method
 from mtlbalance.hyperparameters import asking_for_shapes, reject
 from mtlbalance.losses import shape_of, state_dtype, sums
@@ -18,11 +18,11 @@ from mtlbalance.state_checks import check_like, params_of
 
 def carry_over(
     method: Scalarizer | Aggregator,
-    state: chex.ArrayTree,
-    old_losses: chex.ArrayTree | Iterable[str],
-    new_losses: chex.ArrayTree | Iterable[str],
+    state: ArrayTree,
+    old_losses: ArrayTree | Iterable[str],
+    new_losses: ArrayTree | Iterable[str],
     *,
-    params: chex.ArrayTree | None = None,
+    params: ArrayTree | None = None,
 ) -> Any:
     """The state for a changed set of tasks, by their names.
 
@@ -87,7 +87,7 @@ def carry_over(
 
 def _read(argument, losses):
     """The losses as a tree of anything, and their names in its order; of names alone one vector."""
-    is_collection = isinstance(losses, Iterable) and not isinstance(losses, Mapping | str | chex.Array | np.ndarray)
+    is_collection = isinstance(losses, Iterable) and not isinstance(losses, Mapping | str | jax.Array | np.ndarray)
     alone = list(losses) if is_collection else [None]
     if all(isinstance(name, str) for name in alone):
         # In the order of a dict's keys. The losses may be an array: numbers for each may have their order too.

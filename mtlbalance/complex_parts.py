@@ -73,7 +73,7 @@ def moduli(tree: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(jnp.abs, join(tree))
 
 
-def squared_modulus(x: chex.Array | ComplexParts) -> chex.Array:
+def squared_modulus(x: chex.Array | ComplexParts) -> jax.Array:
     """The squares of the absolute values, as in :func:`optax.scale_by_rms`."""
     return reduce(operator.add, [part * part for part in jax.tree.leaves(x)])
 

@@ -26,11 +26,11 @@ class Constraints(NamedTuple):
     constrained: chex.Array
     equality: chex.Array
 
-    def violation(self, values: chex.Array) -> chex.Array:
+    def violation(self, values: chex.Array) -> jax.Array:
         """How far the losses are above their bounds; 0 for objectives."""
         return jnp.where(self.constrained, values - jnp.where(self.constrained, self.bounds, 0), 0)
 
-    def augmented(self, violation: chex.Array, multipliers: chex.Array, penalties: chex.Array) -> chex.Array:
+    def augmented(self, violation: chex.Array, multipliers: chex.Array, penalties: chex.Array) -> jax.Array:
         """What each adds to an augmented Lagrangian: ``multiplier * violation + penalty / 2 * violation**2``.
 
         Its derivative is ``multiplier + penalty * violation``. Of an inequality that is no less than 0: where it would
@@ -42,7 +42,7 @@ class Constraints(NamedTuple):
         violation = jnp.maximum(violation, least)
         return multipliers * violation + (penalties / 2 * violation) * violation  # in this order no square of 0 * inf
 
-    def project(self, multipliers: chex.Array, largest: chex.Numeric) -> chex.Array:
+    def project(self, multipliers: chex.Array, largest: chex.Numeric) -> jax.Array:
         """The nearest multipliers: at least 0 of inequalities, and at most ``largest``."""
         return jnp.clip(multipliers, jnp.where(self.equality, -largest, 0), largest)
 

@@ -1,14 +1,23 @@
 """The contract of every method of either family: named tuples of pure functions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import chex
 import jax
 
+from mtlbalance.annotations import (
+    AggregatorApply,
+    AggregatorInit,
+    EndEpoch,
+    Observe,
+    ScalarizerApply,
+    ScalarizerInit,
+    State,
+    WeightingApply,
+)
+from mtlbalance.calls import shown
 from mtlbalance.hyperparameters import reject
-
-Hook = Callable[..., Any]
 
 
 class Nesting(NamedTuple):
@@ -25,7 +34,7 @@ class Nesting(NamedTuple):
     groups: Callable[..., Any]
 
 
-class Scalarizer(NamedTuple):
+class Scalarizer(NamedTuple, Generic[State]):
     """A method that turns losses into one scalar.
 
     A state has one entry per task, by position: it knows how many tasks it is for, and not which. Given to as many
@@ -57,19 +66,23 @@ class Scalarizer(NamedTuple):
         :func:`mtlbalance.value_and_grad` and :func:`mtlbalance.aggregate` ask.
     """
 
-    init: Callable[..., Any]
-    apply: Callable[..., Any]
-    end_epoch: Hook
-    observe: Hook
+    init: ScalarizerInit[State]
+    apply: ScalarizerApply[State]
+    end_epoch: EndEpoch[State]
+    observe: Observe[State]
     learned: tuple[str, ...] = ()
     jacobian_shaped: tuple[str, ...] = ()
-    last_weights: Callable[..., Any] | None = None
+    last_weights: Callable[[State], Any] | None = None
     after_gradient: Callable[..., Any] | None = None
     nesting: Nesting | None = None
     needs: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        """The call that made the method, as ``scalarization.uw(max_weight=100.0)``."""
+        return shown(self)
 
-class Weighting(NamedTuple):
+
+class Weighting(NamedTuple, Generic[State]):
     """Turns a Jacobian, or its Gramian, into one weight per task.
 
     Attributes:
@@ -77,8 +90,8 @@ class Weighting(NamedTuple):
       apply: ``(state, statistic, *, values=None, mask=None) -> (weights, new_state)``, weights of shape ``[m]``.
     """
 
-    init: Callable[..., Any]
-    apply: Callable[..., Any]
+    init: Callable[..., State]
+    apply: WeightingApply[State]
 
 
 class Rowwise(NamedTuple):
@@ -116,7 +129,7 @@ class Task(NamedTuple):
     seen: chex.Array
 
 
-class Aggregator(NamedTuple):
+class Aggregator(NamedTuple, Generic[State]):
     """A method that turns one gradient per task (a Jacobian) into one gradient.
 
     Its state knows how many tasks it is for, and not which, as that of a :class:`Scalarizer`.
@@ -140,19 +153,23 @@ class Aggregator(NamedTuple):
       after_gradient, nesting, needs: as in :class:`Scalarizer`.
     """
 
-    init: Callable[..., Any]
-    apply: Callable[..., Any]
-    end_epoch: Hook
-    observe: Hook
-    weighting: Weighting | None = None
-    gramian_weighting: Weighting | None = None
+    init: AggregatorInit[State]
+    apply: AggregatorApply[State]
+    end_epoch: EndEpoch[State]
+    observe: Observe[State]
+    weighting: Weighting[State] | None = None
+    gramian_weighting: Weighting[State] | None = None
     rowwise: Rowwise | None = None
     learned: tuple[str, ...] = ()
     jacobian_shaped: tuple[str, ...] = ()
-    last_weights: Callable[..., Any] | None = None
+    last_weights: Callable[[State], Any] | None = None
     after_gradient: Callable[..., Any] | None = None
     nesting: Nesting | None = None
     needs: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """The call that made the method, as ``scalarization.uw(max_weight=100.0)``."""
+        return shown(self)
 
 
 def has_weights(method: Scalarizer | Aggregator) -> bool:

@@ -48,12 +48,12 @@ def _in_pieces(multiplications: int) -> Callable[..., Any]:
 
 
 @_in_pieces(6)
-def eigh(matrix: chex.Array) -> tuple[chex.Array, chex.Array]:
+def eigh(matrix: chex.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues, ascending, and eigenvectors of a symmetric matrix."""
     return tuple(jnp.linalg.eigh(matrix))
 
 
 @_in_pieces(2)
-def orthonormal(matrix: chex.Array) -> chex.Array:
+def orthonormal(matrix: chex.Array) -> jax.Array:
     """An orthonormal basis of the columns of a square matrix, the Q of its QR."""
     return jnp.linalg.qr(matrix)[0]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.complex_parts import join_like, split
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import present_rows
@@ -31,9 +32,7 @@ _CHUNK = 2**16
 _ROWS_AT_A_TIME = 8
 
 
-def gramian(
-    jacobian: chex.ArrayTree, other: chex.ArrayTree | None = None, *, axis_name: Hashable | None = None
-) -> chex.Array:
+def gramian(jacobian: ArrayTree, other: ArrayTree | None = None, *, axis_name: Hashable | None = None) -> jax.Array:
     r"""Inner products of the tasks' gradients, :math:`G = J J^\top`, or with others, :math:`J_1 J_2^\top`.
 
     Complex gradients count as pairs of reals: the real part of :math:`J \bar J^\top`.
@@ -74,8 +73,8 @@ def gramian(
 
 
 def gramian_of_tasks(
-    jacobian: chex.ArrayTree, m: int, axis_name: Hashable | None = None, mask: chex.Array | None = None
-) -> chex.Array:
+    jacobian: ArrayTree, m: int, axis_name: Hashable | None = None, mask: chex.Array | None = None
+) -> jax.Array:
     """:func:`gramian` of m tasks' gradients, those not in ``mask`` as if zero; zeros where there are no parameters."""
     if not jax.tree.leaves(jacobian):
         return jnp.zeros((m, m))
@@ -85,7 +84,7 @@ def gramian_of_tasks(
     return add_up(jax.tree.map(of_leaf, jax.tree.map(_rows_of_leaf, split(jacobian))), axis_name)
 
 
-def combine(weights: chex.Array, jacobian: chex.ArrayTree, mask: chex.Array | None = None) -> chex.ArrayTree:
+def combine(weights: chex.Array, jacobian: ArrayTree, mask: chex.Array | None = None) -> ArrayTree:
     r"""Weighted sum of the tasks' gradients, :math:`g = w^\top J`.
 
     Args:
@@ -126,7 +125,7 @@ def combine(weights: chex.Array, jacobian: chex.ArrayTree, mask: chex.Array | No
     return join_like(jax.tree.map(leaf_sum, split(jacobian)), jacobian)
 
 
-def combine_groups(inside: chex.Array, jacobian: chex.ArrayTree, mask: chex.Array | None = None) -> chex.ArrayTree:
+def combine_groups(inside: chex.Array, jacobian: ArrayTree, mask: chex.Array | None = None) -> ArrayTree:
     """A row for each group of tasks, in float32 or wider: the tasks' rows with its weights, ``inside[group]``.
 
     Not in the leaves' dtype, to which the sums would be rounded: weights of small losses are beyond float16's range.
@@ -135,12 +134,12 @@ def combine_groups(inside: chex.Array, jacobian: chex.ArrayTree, mask: chex.Arra
     return jax.vmap(lambda weights: combine(weights, jacobian, mask))(inside)
 
 
-def weights_of_groups(weights: chex.Array, inside: chex.Array, present: chex.Array) -> chex.Array:
+def weights_of_groups(weights: chex.Array, inside: chex.Array, present: chex.Array) -> jax.Array:
     """One weight for each task, from those of its groups; groups that are absent have none."""
     return jnp.matmul(jnp.where(present, weights, 0), inside, precision="highest")
 
 
-def total(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array | float:
+def total(tree: ArrayTree, axis_name: Hashable | None = None) -> jax.Array | float:
     r"""Sum of all entries of a tree shaped like the parameters.
 
     Args:
@@ -160,13 +159,13 @@ def total(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array
     return add_up(jax.tree.map(lambda leaf: _contract(leaf, jnp.ones_like(leaf), free=0), tree), axis_name)
 
 
-def n_entries(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> int:
+def n_entries(tree: ArrayTree, axis_name: Hashable | None = None) -> int:
     """How many entries a tree shaped like the parameters has, on all devices; arguments as of :func:`total`."""
     on_each = lambda path, leaf: leaf.size * math.prod(map(jax.lax.axis_size, split_over(leaf, axis_name, path)))
     return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(on_each, tree)))
 
 
-def squared_norm(tree: chex.ArrayTree, axis_name: Hashable | None = None) -> chex.Array:
+def squared_norm(tree: ArrayTree, axis_name: Hashable | None = None) -> jax.Array:
     """The squared norm of one task's gradient in float32 or wider, summed over the axis that splits it, if any."""
     # No dot, for which XLA would write the squares out first.
     square = lambda leaf: jnp.sum(jnp.square(leaf))

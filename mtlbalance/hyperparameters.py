@@ -139,7 +139,7 @@ def is_asking_for_shapes() -> bool:
     return _asks_for_shapes.get()
 
 
-def flatten(name: str, tree: chex.ArrayTree) -> chex.Array:
+def flatten(name: str, tree: chex.ArrayTree) -> jax.Array:
     """A single array as it is; any other tree as one vector, in the order of :func:`jax.tree.leaves`."""
     leaves, treedef = jax.tree.flatten(tree)
     if not leaves:
@@ -157,7 +157,7 @@ def per_task(
     *,
     scalar: bool = True,
     bound: Bound | None = None,
-) -> chex.Array:
+) -> jax.Array:
     """A hyperparameter with one number per task as an array.
 
     Args:
@@ -189,7 +189,7 @@ def per_task(
     return jnp.broadcast_to(array, shape).astype(dtype)
 
 
-def preference(value: chex.ArrayTree | None, mask: chex.Array, dtype: chex.ArrayDType) -> chex.Array:
+def preference(value: chex.ArrayTree | None, mask: chex.Array, dtype: chex.ArrayDType) -> jax.Array:
     """An aggregator's ``pref_vector``: one number per task, equal ones of total 1 by default; 0 for absent tasks."""
     if value is None:
         return mask / jnp.maximum(jnp.sum(mask), 1).astype(dtype)
@@ -204,7 +204,7 @@ def check_key(key: int | chex.Array) -> None:
         reject("key", "one key (seeds are swept by building the method inside vmap)", f"shape {jnp.shape(key)}")
 
 
-def new_key_data(key: int | chex.Array) -> chex.Array:
+def new_key_data(key: int | chex.Array) -> jax.Array:
     """The data of the key that a factory's ``key`` stands for: for ``init``, as making one takes a device."""
     if not _is_typed(key):
         key = jax.random.wrap_key_data(jnp.asarray(key)) if getattr(key, "ndim", 0) else jax.random.key(key)

@@ -164,7 +164,7 @@ def shape_of(state: chex.ArrayTree) -> tuple[int, ...]:
     return jnp.shape(leaves[0])
 
 
-def read_losses(name: str, losses: chex.ArrayTree, dtype: chex.ArrayDType | None = None) -> chex.Array:
+def read_losses(name: str, losses: chex.ArrayTree, dtype: chex.ArrayDType | None = None) -> jax.Array:
     """The losses as one array, :class:`Counted` ones divided by their counts; in float32 or wider by default."""
     check_losses(name, losses)
     dtype = dtype or jnp.result_type(jnp.float32, *jax.tree.leaves(sums(losses)))
@@ -190,7 +190,7 @@ def _reject_loss(name, path, losses, found):
     reject(f"{name}{jax.tree_util.keystr(path)}", f"floating point numbers{hint}", found, TypeError)
 
 
-def read_labelled(losses: chex.ArrayTree) -> chex.Array | None:
+def read_labelled(losses: chex.ArrayTree) -> jax.Array | None:
     """Which losses have a count above zero, as one array; ``None`` where none is :class:`Counted`."""
     if not any(map(is_counted, jax.tree.leaves(losses, is_leaf=is_counted))):
         return None
@@ -230,7 +230,7 @@ def check_task_axis(jacobian: chex.ArrayTree, m: int) -> chex.ArrayTree:
     return jax.tree_util.tree_map_with_path(leaf, jacobian)
 
 
-def read_gramian(call: Call, gramian: chex.Array) -> chex.Array:
+def read_gramian(call: Call, gramian: chex.Array) -> jax.Array:
     """Checks a Gramian's shape and casts it to float32 or wider; an absent task's row and column become zero."""
     if not hasattr(gramian, "shape"):
         reject("gramian", "an array (of a Jacobian: mtl.gramian.gramian(jacobian))", type(gramian).__name__, TypeError)
@@ -254,7 +254,7 @@ def present_rows(jacobian: chex.ArrayTree, mask: chex.Array) -> chex.ArrayTree:
     return jax.tree.map(lambda x: jnp.where(broadcast_to_rows(mask, x), x, 0), jacobian)
 
 
-def broadcast_to_rows(mask: chex.Array, leaf: chex.Array) -> chex.Array:
+def broadcast_to_rows(mask: chex.Array, leaf: chex.Array) -> jax.Array:
     """``mask`` with trailing axes, so that it selects rows of ``leaf``."""
     return jnp.reshape(mask, mask.shape + (1,) * (jnp.ndim(leaf) - mask.ndim))
 
@@ -272,7 +272,7 @@ def state_dtype(state: chex.ArrayTree, incoming: chex.ArrayTree) -> chex.ArrayDT
 
 def read_mask(
     mask: chex.ArrayTree, values: chex.ArrayTree | None, shape: tuple[int, ...], names: tuple[str, ...] = ()
-) -> chex.Array:
+) -> jax.Array:
     """Checks a mask against the losses and their shape; it may be one array or a tree like the losses."""
     for leaf in jax.tree.leaves(mask):
         if not is_number(leaf):
@@ -309,7 +309,7 @@ def _value(leaf, dtype):
     return jnp.where(labelled, leaf.sum, 0).astype(dtype) / jnp.where(labelled, leaf.count, 1).astype(dtype)
 
 
-def has_labels(leaf: Any) -> chex.Array:
+def has_labels(leaf: Any) -> jax.Array:
     """Whether a loss, counted or not, has labels."""
     # A count that is NaN is present, and shows in the value.
     return ~(jnp.asarray(leaf.count) <= 0) if is_counted(leaf) else jnp.ones(jnp.shape(leaf), bool)

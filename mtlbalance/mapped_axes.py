@@ -7,6 +7,7 @@ without a word, so it is refused.
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from functools import reduce
+from typing import Any
 
 import chex
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import AxisType
 from mtlbalance.hyperparameters import reject
 
 
-def add_up(parts: chex.ArrayTree, axis_name: Hashable | None) -> chex.Array | float:
+def add_up(parts: chex.ArrayTree, axis_name: Hashable | None) -> Any:
     """The sum of all leaves, over the devices too, of a tree shaped like the parameters.
 
     Args:
@@ -53,13 +54,13 @@ def split_over(x: chex.Array, axis_name: Hashable | None, path: tuple[Hashable, 
     return split
 
 
-def over_devices(reduction: Callable[..., chex.Array], x: chex.Array, axis_name: Hashable | None) -> chex.Array:
+def over_devices(reduction: Callable[..., chex.Array], x: chex.Array, axis_name: Hashable | None) -> jax.Array:
     """A reduction over the devices for which one may count more than once, such as :func:`jax.lax.pmax`."""
     # Axis by axis: a number that varies over some of several axes only is refused by JAX.
     return reduce(reduction, axes_of(axis_name), x)
 
 
-def on_all_devices(ok: chex.Array, axis_name: Hashable | None) -> chex.Array:
+def on_all_devices(ok: chex.Array, axis_name: Hashable | None) -> jax.Array:
     """Whether it is so on every device along these axes."""
     axes = axes_of(axis_name)
     return over_devices(jax.lax.psum, (~ok).astype(jnp.int32), axes) == 0 if axes else ok

@@ -10,6 +10,9 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 
+from mtlbalance.calls import Call, named
+from mtlbalance.contract import Aggregator, Scalarizer
+
 try:
     from jax.extend.core import get_opaque_trace_state
 except ImportError:  # jax 0.8
@@ -23,7 +26,7 @@ _OUTSIDE = get_opaque_trace_state(convention="any")
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Compared:
     """The arguments of a call, which are compared by their key alone."""
 
     key: Hashable
@@ -32,6 +35,8 @@ class _Call:
 
 def memoized(factory: Callable[P, R]) -> Callable[P, R]:
     """Lets a factory return the method that it returned before for equal arguments, given by position or by name.
+
+    The method is printed as the call that made it.
 
     A method is built of functions that JAX compiles at their first call. One built in every step of a Python loop would
     be compiled in every step; a memoized factory builds it once.
@@ -54,21 +59,28 @@ def memoized(factory: Callable[P, R]) -> Callable[P, R]:
     """
     signature = inspect.signature(factory)
 
+    def build(arguments):
+        made = factory(*arguments.args, **arguments.kwargs)
+        return named(made, Call(public, arguments)) if isinstance(made, Scalarizer | Aggregator) else made
+
     @functools.lru_cache(maxsize=_N_KEPT)
-    def build(call):
-        return factory(*call.arguments.args, **call.arguments.kwargs)
+    def build_once(compared):
+        return build(compared.arguments)
 
     @functools.wraps(factory)
     def public(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             arguments = signature.bind(*args, **kwargs)
-            arguments.apply_defaults()
+        except TypeError:  # no arguments of this factory, which says so itself
+            return factory(*args, **kwargs)
+        arguments.apply_defaults()
+        try:
             # In 64-bit mode the bounds of a number are others.
             key = jnp.result_type(float), *map(_key, arguments.arguments.values())
             hash(key)
-        except TypeError:  # not to be compared, or no arguments of this factory, which says so itself
-            return factory(*args, **kwargs)
-        return build(_Call(key, arguments))
+        except TypeError:  # not to be compared
+            key = None
+        return build(arguments) if key is None else build_once(_Compared(key, arguments))
 
     return public
 

@@ -14,7 +14,7 @@ def explicit_mesh(x: chex.Array) -> AbstractMesh | Mesh | None:
     return mesh if AxisType.Explicit in mesh.axis_types else None
 
 
-def with_whole_tasks(x: chex.Array, n_axes: int | None = None) -> chex.Array:
+def with_whole_tasks(x: chex.Array, n_axes: int | None = None) -> jax.Array:
     """An array whose first axes, all by default, are of tasks, with every task on every device; others lie as before.
 
     Free where there is nothing to move, as on an Auto mesh.
@@ -27,7 +27,7 @@ def with_whole_tasks(x: chex.Array, n_axes: int | None = None) -> chex.Array:
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*[None] * n, *spec[n:])))
 
 
-def with_tasks_as(x: chex.Array, like: chex.Array) -> chex.Array:
+def with_tasks_as(x: chex.Array, like: chex.Array) -> jax.Array:
     """An array whose first axis, of tasks, lies as that of another one, if the types say how."""
     mesh, first = explicit_mesh(like), jax.typeof(like).sharding.spec[:1]
     if mesh is None or not any(first):

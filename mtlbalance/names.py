@@ -223,7 +223,7 @@ def per_task_with_default(
     bound: Bound,
     *,
     is_call: bool = True,
-) -> chex.Array:
+) -> jax.Array:
     """A hyperparameter with one number per task, or by the names of some of them; ``None`` is as good as left out.
 
     Args:

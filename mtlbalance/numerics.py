@@ -10,33 +10,33 @@ import optax
 from mtlbalance.decompositions import eigh
 
 
-def weighted_sum(weights: chex.Array, values: chex.Array, mask: chex.Array) -> chex.Array:
+def weighted_sum(weights: chex.Array, values: chex.Array, mask: chex.Array) -> jax.Array:
     """The losses present, added up with weights that are constants of differentiation."""
     return jnp.sum(jax.lax.stop_gradient(weights) * values, where=mask)
 
 
-def ratio(new: chex.Array, old: chex.Array) -> chex.Array:
+def ratio(new: chex.Array, old: chex.Array) -> jax.Array:
     """``new / old``; 1 where ``old`` is zero, and the largest number where the quotient is beyond it."""
     return jnp.where(old == 0, 1, finite(new / jnp.where(old == 0, 1, old)))
 
 
-def mean(x: chex.Array, mask: chex.Array) -> chex.Array:
+def mean(x: chex.Array, mask: chex.Array) -> jax.Array:
     """The mean over the tasks in ``mask``; 0 over none."""
     return jnp.sum(x, where=mask) / jnp.maximum(jnp.sum(mask), 1).astype(x.dtype)
 
 
-def or_all(mask: chex.Array) -> chex.Array:
+def or_all(mask: chex.Array) -> jax.Array:
     """The tasks in ``mask``, or all where it has none: what is computed of those is left out after, and no 0 / 0."""
     return mask | ~jnp.any(mask)
 
 
-def softmax(logits: chex.Array, mask: chex.Array) -> chex.Array:
+def softmax(logits: chex.Array, mask: chex.Array) -> jax.Array:
     """Softmax over the tasks in ``mask``, zeros over none. Infinite logits count as the largest number: no NaN."""
     logits = jnp.where(mask, finite(logits), 0)
     return jnp.where(mask, jax.nn.softmax(logits, axis=None, where=or_all(mask)), 0)
 
 
-def normalize(weights: chex.Array, mask: chex.Array, total: chex.Numeric = 1) -> chex.Array:
+def normalize(weights: chex.Array, mask: chex.Array, total: chex.Numeric = 1) -> jax.Array:
     """Weights of the tasks in ``mask`` scaled to a total; equal ones where they add up to zero."""
     weights = jnp.where(mask, weights, 0)
     weights = weights / scale(weights)  # so that adding up does not overflow
@@ -45,13 +45,13 @@ def normalize(weights: chex.Array, mask: chex.Array, total: chex.Numeric = 1) ->
     return total * jnp.where(added == 0, equal, weights / jnp.where(added == 0, 1, added))
 
 
-def shares(scores: chex.Array, ready: chex.Array, mask: chex.Array) -> chex.Array:
+def shares(scores: chex.Array, ready: chex.Array, mask: chex.Array) -> jax.Array:
     """Weights of total 1: a task that is not ``ready`` has an equal share, the others divide the rest by score."""
     n_present, dividing = jnp.maximum(jnp.sum(mask), 1), mask & ready
     return jnp.where(dividing, normalize(scores, dividing, jnp.sum(dividing)), mask) / n_present
 
 
-def exponentiated_step(log_weights: chex.Array, step: chex.Array, moving: chex.Array) -> chex.Array:
+def exponentiated_step(log_weights: chex.Array, step: chex.Array, moving: chex.Array) -> jax.Array:
     """Multiplies the weights of the tasks in ``moving`` by ``exp(step)`` and rescales them to the total they had."""
     step, counted = jnp.where(moving, finite(step), 0), or_all(moving)
     step = step - jnp.max(step, where=counted, initial=-jnp.inf)  # scaled out again: large steps keep their digits
@@ -61,14 +61,14 @@ def exponentiated_step(log_weights: chex.Array, step: chex.Array, moving: chex.A
     return jnp.where(moving, finite(moved + total_before - total_after), log_weights)
 
 
-def unit(vector: chex.Array) -> chex.Array:
+def unit(vector: chex.Array) -> jax.Array:
     """``vector`` over its Euclidean norm, at any scale; zero stays zero."""
     vector = vector / scale(vector)
     # Now the norm is at least 1 unless it is zero.
     return vector / optax.safe_norm(vector, 0.5)
 
 
-def project_simplex(vector: chex.Array, mask: chex.Array) -> chex.Array:
+def project_simplex(vector: chex.Array, mask: chex.Array) -> jax.Array:
     """The nearest weights of total 1, at least 0, for the tasks in ``mask``; the others get 0.
 
     NaN for all of them where one of theirs is not finite.
@@ -84,13 +84,13 @@ def project_simplex(vector: chex.Array, mask: chex.Array) -> chex.Array:
     return nan_unless(jnp.all(jnp.isfinite(vector) | ~mask), projected)
 
 
-def simplex_step(weights: chex.Array, step: chex.Array, mask: chex.Array) -> chex.Array:
+def simplex_step(weights: chex.Array, step: chex.Array, mask: chex.Array) -> jax.Array:
     """:func:`project_simplex` of ``weights - step``, with the weights' digits however long the step is."""
     # A part that all tasks have in common moves nothing.
     return project_simplex(weights - (step - jnp.min(step, where=mask, initial=jnp.inf)), mask)
 
 
-def root_mean(x: chex.Array, y: chex.Array, part: chex.Numeric) -> chex.Array:
+def root_mean(x: chex.Array, y: chex.Array, part: chex.Numeric) -> jax.Array:
     """The root of ``(1 - part) * x**2 + part * y**2``, without overflow.
 
     Neither number is divided by itself: the roots of numbers just beside 1 are rounded down more often than up, which
@@ -102,12 +102,12 @@ def root_mean(x: chex.Array, y: chex.Array, part: chex.Numeric) -> chex.Array:
     return finite(size * jnp.sqrt((1 - part) * jnp.square(x / size) + part * jnp.square(y / size)))
 
 
-def bias_correction(decay: chex.Numeric, count: chex.Array) -> chex.Array:
+def bias_correction(decay: chex.Numeric, count: chex.Array) -> jax.Array:
     """``1 - decay**count``, by which a running average from zero is too small, with all its digits."""
     return -jnp.expm1(count * jnp.log1p(decay - 1))
 
 
-def regularized(gramian: chex.Array, reg_eps: chex.Numeric, norm_eps: chex.Numeric) -> chex.Array:
+def regularized(gramian: chex.Array, reg_eps: chex.Numeric, norm_eps: chex.Numeric) -> jax.Array:
     """The Gramian over its trace, zero where that is below ``norm_eps``, plus ``reg_eps`` on the diagonal."""
     size = scale(gramian)
     gramian = gramian / size
@@ -117,7 +117,7 @@ def regularized(gramian: chex.Array, reg_eps: chex.Numeric, norm_eps: chex.Numer
     return normalized + reg_eps * jnp.eye(len(gramian), dtype=gramian.dtype)
 
 
-def cosines(gramian: chex.Array, mask: chex.Array | None = None) -> tuple[chex.Array, chex.Array, chex.Array]:
+def cosines(gramian: chex.Array, mask: chex.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``(nonzero, norms, cosines)``: which gradients are present and not zero; 1 and 0 stand elsewhere."""
     norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
     nonzero = (norms != 0) if mask is None else (norms != 0) & mask
@@ -125,7 +125,7 @@ def cosines(gramian: chex.Array, mask: chex.Array | None = None) -> tuple[chex.A
     return nonzero, norms, jnp.where(nonzero[:, None] & nonzero[None, :], gramian / norms[:, None] / norms[None, :], 0)
 
 
-def conflict_free(gramian: chex.Array, preferred: chex.Array) -> chex.Array:
+def conflict_free(gramian: chex.Array, preferred: chex.Array) -> jax.Array:
     """ConFIG's weights: the direction whose cosines are as preferred, as long as the gradients' projections on it."""
     preferred = preferred / scale(preferred)
     nonzero, norms, angles = cosines(gramian)
@@ -137,20 +137,20 @@ def conflict_free(gramian: chex.Array, preferred: chex.Array) -> chex.Array:
     return nan_unless(jnp.all(jnp.isfinite(gramian)), jnp.where(nonzero & (square > 0), length * (v / norms), 0))
 
 
-def squared_length(gramian: chex.Array, weights: chex.Array) -> chex.Array:
+def squared_length(gramian: chex.Array, weights: chex.Array) -> jax.Array:
     """The squared norm of the gradients' weighted sum; 0 where that is the rounding of what cancels in it."""
     square = jnp.dot(weights, jnp.dot(gramian, weights, precision="highest"), precision="highest")
     added = jnp.sum(jnp.abs(weights) * jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0)))
     return jnp.where(square > 10 * jnp.finfo(gramian.dtype).eps * added**2, square, 0)
 
 
-def eigh_psd(matrix: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:
+def eigh_psd(matrix: chex.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Eigenvalues, ascending, and eigenvectors of a positive semidefinite matrix; and which are more than rounding."""
     eigenvalues, vectors = eigh(matrix)
     return eigenvalues, vectors, eigenvalues > len(matrix) * jnp.finfo(matrix.dtype).eps * eigenvalues[-1]
 
 
-def solve_psd(decomposition: tuple[chex.Array, chex.Array, chex.Array], vector: chex.Array) -> chex.Array:
+def solve_psd(decomposition: tuple[chex.Array, chex.Array, chex.Array], vector: chex.Array) -> jax.Array:
     """The shortest least-squares solution ``x`` of ``matrix @ x = vector``, from :func:`eigh_psd` of the matrix."""
     eigenvalues, vectors, kept = decomposition
     components = jnp.dot(vectors.T, vector, precision="highest")
@@ -162,7 +162,7 @@ def wide(tree: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda x: x.astype(jnp.result_type(jnp.float32, x)), tree)
 
 
-def scale(x: chex.Array, axis: int | None = None) -> chex.Array:
+def scale(x: chex.Array, axis: int | None = None) -> jax.Array:
     """The largest magnitude, to divide by, a constant of differentiation; 1 for zeros. Of all, or along an axis.
 
     It stays below an eighth of the largest number: XLA divides by multiplying with the inverse, and flushes that of
@@ -172,25 +172,23 @@ def scale(x: chex.Array, axis: int | None = None) -> chex.Array:
     return jnp.where(largest == 0, 1, jnp.minimum(largest, jnp.finfo(x.dtype).max / 8))
 
 
-def nonnegative(x: chex.Array) -> chex.Array:
+def nonnegative(x: chex.Array) -> jax.Array:
     """``x``; NaN where it is negative, and its gradient too: nobody descends on what means nothing there."""
     return x * nan_where(x < 0)
 
 
-def weighted_mean(weights: chex.Array, values: chex.Array, mask: chex.Array) -> chex.Array:
+def weighted_mean(weights: chex.Array, values: chex.Array, mask: chex.Array) -> jax.Array:
     """Of losses present, which must not be negative, with weights that are constants of differentiation."""
     return weighted_sum(weights / jnp.maximum(jnp.sum(mask), 1), nonnegative(values), mask)
 
 
-def relative_roots(values: chex.Array, mask: chex.Array) -> chex.Array:
+def relative_roots(values: chex.Array, mask: chex.Array) -> jax.Array:
     """The roots of the values over the largest one present: from 0 to 1, zeros of zeros. Constants."""
     roots = jnp.where(mask, jnp.sqrt(jnp.maximum(jax.lax.stop_gradient(values), 0)), 0)
     return roots / scale(roots)
 
 
-def held(
-    x: chex.Array, bound: Callable[[chex.Array], chex.Array], returns: chex.Array
-) -> tuple[chex.Array, chex.Array]:
+def held(x: chex.Array, bound: Callable[[chex.Array], chex.Array], returns: chex.Array) -> tuple[jax.Array, jax.Array]:
     """A learned number ``x``, for its regularizer, and ``x`` within its ``bound``, to make a weight of.
 
     Beyond the bound the second one is the bound, and its gradient goes to ``x`` all the same: a descent that would
@@ -204,32 +202,32 @@ def held(
     return x, jnp.where(beyond, bounded + (x - jax.lax.stop_gradient(x)), x)
 
 
-def magnitude(x: chex.Array) -> chex.Array:
+def magnitude(x: chex.Array) -> jax.Array:
     """``abs(x)``, whose gradient at zero is 1."""
     return jnp.where(x < 0, -x, x)
 
 
-def reverse_gradient(x: chex.Array) -> chex.Array:
+def reverse_gradient(x: chex.Array) -> jax.Array:
     """``x``, whose gradient comes back with the opposite sign: who descends on it climbs."""
     return 2 * jax.lax.stop_gradient(x) - x
 
 
-def nan_unless(ok: chex.Array, x: chex.Array) -> chex.Array:
+def nan_unless(ok: chex.Array, x: chex.Array) -> jax.Array:
     """``x``, or NaN where ``ok`` is false: what was made of numbers that are not finite must not look as if it was."""
     return jnp.where(ok, x, nan_where(~ok))
 
 
-def nan_where(bad: chex.Array) -> chex.Array:
+def nan_where(bad: chex.Array) -> jax.Array:
     """NaN where ``bad``, else 1: a root, as a constant NaN is reported by ``jax_debug_nans`` where nobody gets it."""
     return jnp.sqrt(jnp.where(bad, -1.0, 1.0))
 
 
-def all_finite(tree: chex.ArrayTree) -> chex.Array:
+def all_finite(tree: chex.ArrayTree) -> jax.Array:
     """Whether every number in a tree is finite; true for a tree without leaves."""
     return jnp.all(jnp.array([True, *(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree))]))
 
 
-def finite(x: chex.Array) -> chex.Array:
+def finite(x: chex.Array) -> jax.Array:
     """``x`` with infinities replaced by the largest numbers.
 
     It also keeps XLA from fusing a product into the subtraction of the largest one, which would leave a rest where

@@ -4,12 +4,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.hyperparameters import kind_of, reject
 from mtlbalance.states import on_mesh
 
@@ -17,7 +17,7 @@ from mtlbalance.states import on_mesh
 _MOST_LISTED = 6
 
 
-def restore(saved: chex.ArrayTree | Mapping[str, Any], like: chex.ArrayTree) -> Any:
+def restore(saved: ArrayTree | Mapping[str, Any], like: ArrayTree) -> Any:
     """The state of what a checkpoint gives without a target, by the names of its fields.
 
     Orbax then gives dicts for named tuples and lists for tuples, ``flax.serialization.msgpack_restore`` dicts with the

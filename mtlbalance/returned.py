@@ -46,7 +46,7 @@ def check_rows(state: Any, fields: tuple[str, ...], m: int) -> None:
                 reject(where, f"a leading axis of {m}, as states.zeros_jacobian makes it", f"shape {jnp.shape(leaf)}")
 
 
-def scalar_and_state(output: Any) -> tuple[chex.Array, Any]:
+def scalar_and_state(output: Any) -> tuple[jax.Array, Any]:
     """What a scalarizer's ``apply`` returned."""
     scalar, state = _pair("apply", "(scalar, new_state)", output)
     if not _is_array(scalar) or jnp.shape(scalar):
@@ -54,7 +54,7 @@ def scalar_and_state(output: Any) -> tuple[chex.Array, Any]:
     return jnp.asarray(scalar), state
 
 
-def weights_and_state(name: str, output: Any, shape: tuple[int, ...]) -> tuple[chex.Array, Any]:
+def weights_and_state(name: str, output: Any, shape: tuple[int, ...]) -> tuple[jax.Array, Any]:
     """What the function of this name returned, which weighs."""
     weights, state = _pair(name, "(weights, new_state)", output)
     if not _is_array(weights) or jnp.shape(weights) != shape:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mtlbalance.calls import factory_of
 from mtlbalance.hyperparameters import asking_for_shapes, kind_of, reject
 from mtlbalance.names import known_names
 from mtlbalance.states import like_jacobian, read_field
@@ -33,7 +34,7 @@ def state_check(
       functions: plain functions of the method, some of them made in its factory: by that it is named.
       jacobian_shaped: as a builder takes it; ``None`` for a scalarizer.
     """
-    method = _factory_of(functions)
+    method = factory_of(functions)
 
     @lru_cache(maxsize=16)
     def like_for(names, shape, treedef=_NO_PARAMS, shapes=()):
@@ -168,12 +169,3 @@ def in_words(x: Any, method: str | None = None) -> str:
     if hasattr(x, "dtype"):
         return f"an array of shape {np.shape(x)}"
     return kind_of(x)
-
-
-def _factory_of(functions):
-    """The name of the public function in which one of these was made, as ``pcgrad.<locals>.weigh`` in ``pcgrad``."""
-    for function in functions:
-        outer = getattr(function, "__qualname__", "").split(".<locals>")[:-1]
-        if outer and function.__module__ not in ("mtlbalance.base", "mtlbalance.states"):
-            return outer[-1].split(".")[-1]
-    return None

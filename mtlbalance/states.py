@@ -25,7 +25,7 @@ class SeenState(NamedTuple):
       seen: int32, one per task: the calls in which it was present.
     """
 
-    seen: chex.Array
+    seen: jax.Array
 
 
 class RandomState(NamedTuple):
@@ -36,8 +36,8 @@ class RandomState(NamedTuple):
       key: uint32, the data of the key for the next draw (:func:`jax.random.key_data`).
     """
 
-    seen: chex.Array
-    key: chex.Array
+    seen: jax.Array
+    key: jax.Array
 
 
 # Functions that serve as ``init``, in either family: the number of tasks, or the shape of the losses, comes first.
@@ -70,7 +70,7 @@ def init_random(key: int | chex.Array) -> Callable[..., RandomState]:
     return lambda tasks, *_: RandomState(zero_counts(tasks), new_key_data(key))
 
 
-def zero_counts(tasks: int | tuple[int, ...]) -> chex.Array:
+def zero_counts(tasks: int | tuple[int, ...]) -> jax.Array:
     """int32 zeros, one per task."""
     return jnp.zeros(tasks, jnp.int32)
 
@@ -113,17 +113,17 @@ def count_seen(state, mask: chex.Array):
     return state._replace(seen=increment(state.seen, mask))
 
 
-def increment(counts: chex.Array, mask: chex.Array) -> chex.Array:
+def increment(counts: chex.Array, mask: chex.Array) -> jax.Array:
     """The counts one higher where ``mask``; they stop at the largest int32."""
     return jnp.where(mask, optax.safe_increment(counts), counts)
 
 
-def running_average(average: chex.Array, new: chex.Array, decay: chex.Numeric, seen: chex.Array) -> chex.Array:
+def running_average(average: chex.Array, new: chex.Array, decay: chex.Numeric, seen: chex.Array) -> jax.Array:
     """``decay * average + (1 - decay) * new``, for a task on its first call ``new`` itself."""
     return jnp.where(seen == 0, new, decay * average + (1 - decay) * new)
 
 
-def mean_rate(seen: chex.Array, dtype: chex.ArrayDType, least: chex.Numeric = 0.0) -> chex.Array:
+def mean_rate(seen: chex.Array, dtype: chex.ArrayDType, least: chex.Numeric = 0.0) -> jax.Array:
     """The share of a call in the mean of a task's calls, with ``seen`` before it: 1 at first, at least ``least``.
 
     And at least one in a million: float32 would round off what a call adds to a mean over many more.
@@ -131,7 +131,7 @@ def mean_rate(seen: chex.Array, dtype: chex.ArrayDType, least: chex.Numeric = 0.
     return jnp.maximum(1 / (jnp.minimum(seen, 2**20).astype(dtype) + 1), least)
 
 
-def unbiased_average(average: chex.Array, new: chex.Array, decay: chex.Numeric, seen: chex.Array) -> chex.Array:
+def unbiased_average(average: chex.Array, new: chex.Array, decay: chex.Numeric, seen: chex.Array) -> jax.Array:
     """A running average after one more call, without what would be left of its start at 0; at 1 :func:`mean_rate`'s.
 
     Args:
@@ -144,7 +144,7 @@ def unbiased_average(average: chex.Array, new: chex.Array, decay: chex.Numeric, 
     return jnp.where(seen == 0, new, average + rate * (new - average))
 
 
-def unbiased_rate(decay: chex.Numeric, seen: chex.Array, dtype: chex.ArrayDType) -> chex.Array:
+def unbiased_rate(decay: chex.Numeric, seen: chex.Array, dtype: chex.ArrayDType) -> jax.Array:
     """The share of a call in :func:`unbiased_average`, with ``seen`` before it: 1 at first."""
     count, decay = optax.safe_increment(seen), jnp.asarray(decay, dtype)
     below = jnp.where(decay == 1, 0, decay)
@@ -158,7 +158,7 @@ def split_key(state, impl):
     return draw_key, state._replace(key=jax.random.key_data(key))
 
 
-def random_weights(state: RandomState, impl, mask: chex.Array) -> tuple[chex.Array, RandomState]:
+def random_weights(state: RandomState, impl, mask: chex.Array) -> tuple[jax.Array, RandomState]:
     """Softmax of normal draws over the tasks present, and the state with the next key."""
     draw_key, state = split_key(state, impl)
     # float32 whatever the state's dtype, so that a seed gives the same weights in either precision.
@@ -262,7 +262,7 @@ def like_jacobian(fields: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(field for field in fields if not field.endswith(_ANY_SHAPE))
 
 
-def among(indices: chex.Array, mask: chex.Array) -> chex.Array:
+def among(indices: chex.Array, mask: chex.Array) -> jax.Array:
     """The tasks present whose index is among these."""
     return mask & jnp.zeros_like(mask).at[indices].set(True)
 

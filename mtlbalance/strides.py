@@ -38,7 +38,7 @@ def kept_shape(shape: tuple[int, ...], stride: int) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def keep(x: chex.Array, shape: tuple[int, ...]) -> chex.Array:
+def keep(x: chex.Array, shape: tuple[int, ...]) -> jax.Array:
     """One coordinate of every block of ``x``, of so many blocks along each axis that they have this shape.
 
     Which one changes from block to block, along diagonals, lest some rows and columns of a matrix stand for all. How

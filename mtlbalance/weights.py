@@ -6,15 +6,15 @@ They are :class:`optax.GradientTransformationExtraArgs`, links of ``optax.chain`
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import FINITE, check, check_count, reject
 
 
-def normalize(total: chex.Numeric = 1.0) -> optax.GradientTransformationExtraArgs:
+def normalize(total: Number = 1.0) -> optax.GradientTransformationExtraArgs:
     r"""Weights of a fixed total: :math:`w_i \, T / \sum_j w_j`. Weights of total 0 stay as they are.
 
     Args:
@@ -43,7 +43,7 @@ def normalize(total: chex.Numeric = 1.0) -> optax.GradientTransformationExtraArg
     return _stateless(scale)
 
 
-def clip(lower: chex.Numeric, upper: chex.Numeric) -> optax.GradientTransformationExtraArgs:
+def clip(lower: Number, upper: Number) -> optax.GradientTransformationExtraArgs:
     """Each weight within bounds, an absent task's as it is. The total changes: :func:`normalize` goes after it.
 
     Args:
@@ -81,10 +81,10 @@ class WarmUpState(NamedTuple):
       count: int32 scalar: the calls so far.
     """
 
-    count: chex.Array
+    count: jax.Array
 
 
-def warm_up(n_steps: int | chex.Array) -> optax.GradientTransformationExtraArgs:
+def warm_up(n_steps: int | jax.Array) -> optax.GradientTransformationExtraArgs:
     """Equal weights in the first calls, of the total that the method's have; then the method's.
 
     The method is called from the first one on: what it remembers is as old as the training.

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 import mtlbalance as mtl
+from mtlbalance.annotations import Number
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 from tests.conformance import conftest
 
@@ -26,7 +27,8 @@ def test_every_public_method_is_in_the_catalogue_with_what_it_requires(info):
 
 def takes_float(parameter):
     """Whether one number will do, also where there may be one for each task."""
-    return isinstance(parameter.default, float) or float in typing.get_args(parameter.annotation)
+    kinds = {parameter.annotation, *typing.get_args(parameter.annotation)}
+    return isinstance(parameter.default, float) or bool({float, Number} & kinds)
 
 
 def takes_count(parameter):

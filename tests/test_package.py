@@ -10,19 +10,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up: a file imports what stands on a lower floor, or in its own folder.
 FLOORS = [
-    ["complex_parts", "decompositions", "memo", "meshes"],
+    ["annotations", "calls", "complex_parts", "decompositions", "meshes"],
     ["hyperparameters", "numerics"],
     ["mapped_axes", "parameters", "states"],
     ["losses", "strides"],
     ["names"],
     ["constraints"],
     ["gramian", "contract", "solvers"],
-    ["restored", "returned", "state_checks"],
+    ["memo", "restored", "returned", "state_checks"],
     ["given"],
     ["boundary"],
     ["base", "changed_tasks"],
     ["scalarization", "aggregation"],
-    ["registry", "wrappers", "weights"],
+    ["references", "registry", "wrappers", "weights"],
     ["autodiff", "transforms"],
     ["diagnostics", "project_update"],
     ["__init__"],

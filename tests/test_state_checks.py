@@ -49,7 +49,7 @@ def paths(method, values=LOSSES):
         yield "value_and_grad", lambda state: mtl.value_and_grad(losses_fn, method, hooks=True)(params, state)
     for name, args in ("end_epoch", ()), ("observe", (values,)):
         hook = getattr(method, name)
-        if hook.__name__ != "<lambda>":  # it does nothing with whatever it is given
+        if not hook.__qualname__.endswith("<lambda>"):  # it does nothing with whatever it is given
             yield name, lambda state, hook=hook, args=args: hook(state, *args)
     if method.last_weights is not None:
         yield "last_weights", method.last_weights

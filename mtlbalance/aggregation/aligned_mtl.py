@@ -7,20 +7,20 @@ https://arxiv.org/abs/2305.19000
 from collections.abc import Hashable
 from functools import partial
 
-import chex
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import PerTask
 from mtlbalance.hyperparameters import preference, reject
-from mtlbalance.states import count_seen, init_seen_after
+from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 _SCALE_MODES = ("min", "median", "rmse")
 
 
 @base.memoized
 def aligned_mtl(
-    pref_vector: chex.ArrayTree | None = None, scale_mode: str = "min", *, axis_name: Hashable | None = None
-) -> base.Aggregator:
+    pref_vector: PerTask | None = None, scale_mode: str = "min", *, axis_name: Hashable | None = None
+) -> base.Aggregator[SeenState]:
     r"""The preferred combination of the gradients after their principal components were made equally long.
 
     .. math:: g = \sum_i w_i g_i, \quad w = \sqrt{\sigma} \, V \Lambda^{-1/2} V^\top p

@@ -5,13 +5,13 @@ https://arxiv.org/abs/2402.02998
 """
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.boundary import check_rows_like
 from mtlbalance.gramian import squared_norm, total
 from mtlbalance.hyperparameters import DECAY, NONNEGATIVE, check
@@ -28,18 +28,18 @@ class BloopState(NamedTuple):
       average: the running average of the main gradient, shaped like the parameters.
     """
 
-    seen: chex.Array
-    average: chex.ArrayTree
+    seen: jax.Array
+    average: Any
 
 
 @base.memoized
 def bloop(
     main: int | str = 0,
-    lambda_: chex.Numeric = 0.1,
-    decay: chex.Numeric = 0.9,
+    lambda_: Number = 0.1,
+    decay: Number = 0.9,
     *,
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[BloopState]:
     r"""Descends the main loss as if it was alone, and the others where that costs it nothing to first order.
 
     .. math:: m \leftarrow \beta m + (1 - \beta) g_\mathrm{main}, \qquad

@@ -5,22 +5,22 @@ Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 
 
 from collections.abc import Hashable
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import NONNEGATIVE, check, check_int, preference, reject
 from mtlbalance.mapped_axes import varying_as
 from mtlbalance.solvers import cagrad_dual, dual_cone
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.states import SeenState, count_seen, init_seen
 
 # Of the shortest gradient. The solver looks for no combinations shorter than half of it.
 _VANISHING = 2e-5
 
 
 @base.memoized
-def cagrad(c: chex.Numeric = 0.5, rescale: int = 0, *, axis_name: Hashable | None = None) -> base.Aggregator:
+def cagrad(c: Number = 0.5, rescale: int = 0, *, axis_name: Hashable | None = None) -> base.Aggregator[SeenState]:
     r"""Maximizes the least gain of a task within a ball around the mean gradient.
 
     .. math:: \max_g \min_i g_i \cdot g \quad \text{with} \quad \lVert g - g_0 \rVert \le c \lVert g_0 \rVert, \qquad

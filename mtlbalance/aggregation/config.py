@@ -7,15 +7,14 @@ https://arxiv.org/abs/2408.11104
 from collections.abc import Hashable
 from functools import partial
 
-import chex
-
 from mtlbalance import base, numerics
+from mtlbalance.annotations import PerTask
 from mtlbalance.hyperparameters import preference
-from mtlbalance.states import count_seen, init_seen_after
+from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 
 @base.memoized
-def config(pref_vector: chex.ArrayTree | None = None, *, axis_name: Hashable | None = None) -> base.Aggregator:
+def config(pref_vector: PerTask | None = None, *, axis_name: Hashable | None = None) -> base.Aggregator[SeenState]:
     r"""The direction whose cosines with the gradients are as preferred, as long as the sum of their projections on it.
 
     .. math:: g = \Big( \sum_i g_i \cdot u \Big) u, \quad u = \frac{d}{\lVert d \rVert}, \quad d = U^+ p

@@ -1,14 +1,13 @@
 """Constant: fixed weights chosen by the user."""
 
-import chex
-
 from mtlbalance import base
+from mtlbalance.annotations import PerTask
 from mtlbalance.hyperparameters import FINITE, per_task
-from mtlbalance.states import count_seen, init_seen_after
+from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 
 @base.memoized
-def constant(weights: chex.ArrayTree) -> base.Aggregator:
+def constant(weights: PerTask) -> base.Aggregator[SeenState]:
     r"""The tasks' gradients weighted by fixed numbers.
 
     .. math:: g = \sum_i w_i g_i

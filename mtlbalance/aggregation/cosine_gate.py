@@ -13,7 +13,9 @@ from mtlbalance.states import SeenState, count_seen, init_seen
 
 
 @base.memoized
-def cosine_gate(main: int | str = 0, *, weighted: bool = False, axis_name: Hashable | None = None) -> base.Aggregator:
+def cosine_gate(
+    main: int | str = 0, *, weighted: bool = False, axis_name: Hashable | None = None
+) -> base.Aggregator[SeenState]:
     r"""Adds an auxiliary gradient to the main one only where their cosine is positive.
 
     .. math:: g = g_\mathrm{main} + \sum_{i \ne \mathrm{main}} w_i g_i, \qquad

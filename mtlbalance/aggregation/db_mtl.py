@@ -4,13 +4,13 @@ Lin et al., "Dual-Balancing for Multi-Task Learning", 2023, https://arxiv.org/ab
 """
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base
+from mtlbalance.annotations import Number
 from mtlbalance.gramian import combine, squared_norm
 from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, check
 from mtlbalance.states import count_seen, init_seen, zero_counts, zeros_jacobian
@@ -24,13 +24,13 @@ class DBMTLState(NamedTuple):
       averages: running averages of the gradients, leaves ``[m, *param.shape]``.
     """
 
-    seen: chex.Array
-    averages: chex.ArrayTree
+    seen: jax.Array
+    averages: Any
 
 
 @base.memoized
 def db_mtl(
-    beta: chex.Numeric | None = None, beta_sigma: chex.Numeric = 0.0, *, axis_name: Hashable | None = None
+    beta: Number | None = None, beta_sigma: Number = 0.0, *, axis_name: Hashable | None = None
 ) -> base.Aggregator:
     r"""The sum of the gradients, each as long as the longest; with ``beta`` of their running averages.
 

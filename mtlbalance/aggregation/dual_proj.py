@@ -7,22 +7,21 @@ https://arxiv.org/abs/1706.08840
 from collections.abc import Hashable
 from functools import partial
 
-import chex
-
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import NONNEGATIVE, check, preference
 from mtlbalance.solvers import dual_cone
-from mtlbalance.states import count_seen, init_seen_after
+from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 
 @base.memoized
 def dual_proj(
-    pref_vector: chex.ArrayTree | None = None,
-    reg_eps: chex.Numeric = 1e-4,
-    norm_eps: chex.Numeric = 0.0,
+    pref_vector: PerTask | None = None,
+    reg_eps: Number = 1e-4,
+    norm_eps: Number = 0.0,
     *,
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[SeenState]:
     r"""The sum of the gradients, weighted by preference, projected on the cone of directions that conflict with none.
 
     .. math:: g = \sum_i w_i g_i, \quad w = \arg\min_{v \ge p} v^\top \Big( \frac{G}{\mathrm{tr}\, G}

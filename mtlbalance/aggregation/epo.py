@@ -6,21 +6,21 @@ Optimization", ICML 2020, https://proceedings.mlr.press/v119/mahapatra20a.html
 
 from collections.abc import Hashable
 
-import chex
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import NONNEGATIVE, Bound, check, per_task
 from mtlbalance.solvers import simplex_lp
-from mtlbalance.states import count_seen, init_seen_after
+from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 _PREFERENCE = Bound("a finite number above 0", lambda r: (r > 0) & (r < float("inf")))
 
 
 @base.memoized
 def epo(
-    preference: chex.ArrayTree, eps: chex.Numeric = 1e-4, relax: bool = False, *, axis_name: Hashable | None = None
-) -> base.Aggregator:
+    preference: PerTask, eps: Number = 1e-4, relax: bool = False, *, axis_name: Hashable | None = None
+) -> base.Aggregator[SeenState]:
     r"""Descends to the Pareto-optimal point with :math:`r_1 L_1 = \dots = r_m L_m`, on fronts of any shape.
 
     .. math:: \hat l_i = \frac{r_i L_i}{\sum_j r_j L_j}, \quad \mu = \sum_i \hat l_i \log(m \hat l_i), \quad

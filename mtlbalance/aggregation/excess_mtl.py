@@ -4,13 +4,13 @@ He et al., "Robust Multi-Task Learning with Excess Risks", ICML 2024, https://ar
 """
 
 from collections.abc import Hashable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.complex_parts import entries, squared_modulus
 from mtlbalance.gramian import total
 from mtlbalance.hyperparameters import POSITIVE, check, check_count, check_int, reject
@@ -31,21 +31,21 @@ class ExcessMTLState(NamedTuple):
         moduli. With ``accumulate=64`` those of every 64th coordinate, ``[m, *kept]``, ``kept`` with the param's axes.
     """
 
-    log_weights: chex.Array
-    baseline: chex.Array
-    seen: chex.Array
-    squared_gradients: chex.ArrayTree
+    log_weights: jax.Array
+    baseline: jax.Array
+    seen: jax.Array
+    squared_gradients: Any
 
 
 @base.memoized
 def excess_mtl(
-    robust_step_size: chex.Numeric = 1.0,
-    n_warmup_steps: int | chex.Array = 0,
+    robust_step_size: Number = 1.0,
+    n_warmup_steps: int | jax.Array = 0,
     normalize_first_step: bool = True,
     *,
     accumulate: Literal["full"] | int = "full",
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[ExcessMTLState]:
     r"""Weights each task by how far it is from its best, estimated from its gradients.
 
     With :math:`g_i` the gradient of task i (row i of the Jacobian), at every call

@@ -5,16 +5,15 @@ Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024, https:
 
 from collections.abc import Hashable
 
-import chex
-
 from mtlbalance import base
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import POSITIVE, check
 from mtlbalance.solvers import alpha_fair
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.states import SeenState, count_seen, init_seen
 
 
 @base.memoized
-def fairgrad(alpha: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) -> base.Aggregator:
+def fairgrad(alpha: Number = 1.0, *, axis_name: Hashable | None = None) -> base.Aggregator[SeenState]:
     r"""The combination of the gradients in which task i gains :math:`w_i^{-1/\alpha}`.
 
     .. math:: g = \sum_i w_i g_i, \quad G w = w^{-1/\alpha}, \quad w > 0

@@ -6,10 +6,11 @@ Wang et al., "An Expert's Guide to Training Physics-informed Neural Networks", 2
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import FRACTION, check
 from mtlbalance.states import count_seen, zero_counts
 
@@ -22,12 +23,14 @@ class GradNormWeightsState(NamedTuple):
       seen: int32, one per task: the calls in which it was present.
     """
 
-    weights: chex.Array
-    seen: chex.Array
+    weights: jax.Array
+    seen: jax.Array
 
 
 @base.memoized
-def grad_norm_weights(momentum: chex.Numeric = 0.9, *, axis_name: Hashable | None = None) -> base.Aggregator:
+def grad_norm_weights(
+    momentum: Number = 0.9, *, axis_name: Hashable | None = None
+) -> base.Aggregator[GradNormWeightsState]:
     r"""Weighs every gradient so that all are about as long as the mean of their lengths.
 
     .. math:: w_i \leftarrow \mu w_i + (1 - \mu) \frac{\frac{1}{m} \sum_j \lVert g_j \rVert}{\lVert g_i \rVert}, \qquad

@@ -11,20 +11,21 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base
+from mtlbalance.annotations import PerTask
 from mtlbalance.hyperparameters import FRACTION, check_key, key_impl, per_task, reject
 from mtlbalance.mapped_axes import split_over
 from mtlbalance.meshes import explicit_mesh
-from mtlbalance.states import count_seen, init_random, split_key
+from mtlbalance.states import RandomState, count_seen, init_random, split_key
 
 
 @base.memoized
 def graddrop(
     key: int | chex.PRNGKey = 0,
-    leak: chex.ArrayTree | float = 0.0,
-    f: Callable[[chex.Array], chex.Array] | None = None,
+    leak: PerTask | float = 0.0,
+    f: Callable[[jax.Array], jax.Array] | None = None,
     *,
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[RandomState]:
     r"""In every coordinate, the sum of the positive gradients or that of the negative ones.
 
     .. math:: g = \sum_i \big( \ell_i + (1 - \ell_i) M_i \big) g_i, \quad

@@ -6,11 +6,11 @@ Défossez et al., "High Fidelity Neural Audio Compression", TMLR 2023, https://a
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, gramian, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, POSITIVE, check, per_task, reject
 from mtlbalance.states import count_seen, unbiased_average, zero_counts
 
@@ -23,19 +23,19 @@ class GradientSharesState(NamedTuple):
       norms: running averages of the gradients' lengths, one per task.
     """
 
-    seen: chex.Array
-    norms: chex.Array
+    seen: jax.Array
+    norms: jax.Array
 
 
 @base.memoized
 def gradient_shares(
-    shares: chex.ArrayTree,
-    total: chex.Numeric = 1.0,
-    decay: chex.Numeric = 0.999,
+    shares: PerTask,
+    total: Number = 1.0,
+    decay: Number = 0.999,
     *,
     per_example: bool = False,
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[GradientSharesState]:
     r"""Gives every gradient its share of the total length, whatever the losses' scales.
 
     .. math:: g = \sum_i R \frac{s_i}{\sum_j s_j} \frac{g_i}{n_i}, \qquad

@@ -5,14 +5,14 @@ https://arxiv.org/abs/1711.02257
 """
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import NONNEGATIVE, check, per_task
 from mtlbalance.states import count_seen, optimizer_step, read_optimizer, zero_counts
 
@@ -27,21 +27,21 @@ class GradNormState(NamedTuple):
       opt_state: the state of the optimizer.
     """
 
-    raw_weights: chex.Array
-    initial_losses: chex.Array
-    seen: chex.Array
-    opt_state: chex.ArrayTree
+    raw_weights: jax.Array
+    initial_losses: jax.Array
+    seen: jax.Array
+    opt_state: Any
 
 
 @base.memoized
 def gradnorm(
-    alpha: chex.Numeric = 1.5,
+    alpha: Number = 1.5,
     optimizer: optax.GradientTransformation | None = None,
-    initial_losses: chex.ArrayTree | None = None,
+    initial_losses: PerTask | None = None,
     softmax: bool = False,
     *,
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[GradNormState]:
     r"""Learns weights that give slower tasks longer gradients.
 
     .. math:: \min_w \sum_i \Big| w_i \lVert g_i \rVert - \Big( \tfrac{1}{m} \sum_j w_j \lVert g_j \rVert \Big)

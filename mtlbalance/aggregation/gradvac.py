@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, check, check_key, key_impl, new_key_data
 from mtlbalance.mapped_axes import varying_as
 from mtlbalance.states import count_seen, random_orders, zero_counts
@@ -29,19 +30,19 @@ class GradVacState(NamedTuple):
       key: uint32, the data of the key for the next draw (:func:`jax.random.key_data`).
     """
 
-    seen: chex.Array
-    targets: chex.Array
-    key: chex.Array
+    seen: jax.Array
+    targets: jax.Array
+    key: jax.Array
 
 
 @base.memoized
 def gradvac(
     key: int | chex.PRNGKey = 0,
-    beta: chex.Numeric = 0.5,
-    eps: chex.Numeric = 1e-8,
+    beta: Number = 0.5,
+    eps: Number = 1e-8,
     *,
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[GradVacState]:
     r"""The sum of the gradients, each turned towards those that it is less similar to than usual.
 
     Each gradient :math:`g_i` meets the others in a random order of its own. With the cosine :math:`\phi` of the two,

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.decompositions import orthonormal
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.states import SeenState, count_seen, init_seen
 
 
 @base.memoized
-def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator:
+def imtl_g(*, axis_name: Hashable | None = None) -> base.Aggregator[SeenState]:
     r"""The combination of the gradients whose projections onto each of their directions are equal.
 
     .. math:: g = \sum_i w_i g_i, \quad w = \frac{v}{\sum_i v_i}, \quad v = G^+ d, \quad d_i = \lVert g_i \rVert

@@ -7,11 +7,11 @@ Learning: Science and Technology 2022, https://arxiv.org/abs/2107.00940
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.gramian import n_entries, squared_norm, total
 from mtlbalance.hyperparameters import FRACTION, check
 from mtlbalance.names import check_task, index_of
@@ -26,14 +26,14 @@ class InverseDirichletState(NamedTuple):
       seen: int32, one per task: the calls in which it was present.
     """
 
-    weights: chex.Array
-    seen: chex.Array
+    weights: jax.Array
+    seen: jax.Array
 
 
 @base.memoized
 def inverse_dirichlet(
-    alpha: chex.Numeric = 0.5, reference: int | str | None = None, *, axis_name: Hashable | None = None
-) -> base.Aggregator:
+    alpha: Number = 0.5, reference: int | str | None = None, *, axis_name: Hashable | None = None
+) -> base.Aggregator[InverseDirichletState]:
     r"""Weighs every loss so that its gradient's entries vary as much as those of the gradient that varies most.
 
     .. math:: w_i \leftarrow (1 - \alpha) w_i + \alpha \frac{\max_j \sigma_j}{\sigma_i}, \qquad

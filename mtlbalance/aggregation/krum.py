@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import check_int, reject
-from mtlbalance.states import count_seen, init_seen_after
+from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 
 @base.memoized
-def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = None) -> base.Aggregator:
+def krum(n_byzantine: int, n_selected: int = 1, *, axis_name: Hashable | None = None) -> base.Aggregator[SeenState]:
     r"""The mean of the gradients that are nearest to their neighbours (Multi-Krum).
 
     .. math:: g = \frac{1}{k} \sum_{i \in S} g_i, \quad

@@ -7,11 +7,11 @@ SIAM Journal on Scientific Computing 2021, https://arxiv.org/abs/2001.04536
 from collections.abc import Hashable
 from typing import Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.complex_parts import moduli
 from mtlbalance.gramian import n_entries, total
 from mtlbalance.hyperparameters import FRACTION, check, reject
@@ -28,18 +28,18 @@ class LRAnnealingState(NamedTuple):
       seen: int32, one per task: the calls in which it was present.
     """
 
-    weights: chex.Array
-    seen: chex.Array
+    weights: jax.Array
+    seen: jax.Array
 
 
 @base.memoized
 def lr_annealing(
     reference: int | str = 0,
-    alpha: chex.Numeric = 0.1,
+    alpha: Number = 0.1,
     statistic: Literal["max", "mean"] = "max",
     *,
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[LRAnnealingState]:
     r"""Weighs every loss so that its gradient's mean entry reaches the reference's largest one.
 
     .. math:: w_i \leftarrow (1 - \alpha) w_i + \alpha \frac{\max_k |g_{rk}|}{\frac{1}{n} \sum_k |w_i g_{ik}|}

@@ -5,14 +5,14 @@ https://arxiv.org/abs/2408.11104
 """
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.complex_parts import entries, squared_modulus
 from mtlbalance.gramian import combine, gramian_of_tasks
 from mtlbalance.hyperparameters import DECAY, check
@@ -36,13 +36,13 @@ class MConFIGState(NamedTuple):
         the squared moduli.
     """
 
-    seen: chex.Array
-    turns: chex.Array
-    last_turn: chex.Array
-    momentum: chex.ArrayTree
-    count: chex.Array
-    direction: chex.ArrayTree
-    squares: chex.ArrayTree
+    seen: jax.Array
+    turns: jax.Array
+    last_turn: jax.Array
+    momentum: Any
+    count: jax.Array
+    direction: Any
+    squares: Any
 
 
 _LAST = jnp.iinfo(jnp.int32).max - 1  # an absent task's number is the one above it
@@ -50,8 +50,8 @@ _LAST = jnp.iinfo(jnp.int32).max - 1  # an absent task's number is the one above
 
 @base.memoized
 def m_config(
-    beta_1: chex.Numeric = 0.9, beta_2: chex.Numeric = 0.999, *, axis_name: Hashable | None = None
-) -> base.Aggregator:
+    beta_1: Number = 0.9, beta_2: Number = 0.999, *, axis_name: Hashable | None = None
+) -> base.Aggregator[MConFIGState]:
     r"""ConFIG's direction of the gradients' running averages; each call renews the one that waited longest.
 
     .. math:: m_i \leftarrow \beta_1 m_i + (1 - \beta_1) g_i, \qquad

@@ -8,10 +8,11 @@ Synthesis", CVPR 2021, https://arxiv.org/abs/2012.09841
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import DECAY, FRACTION, NONNEGATIVE, POSITIVE_OR_INFINITE, check
 from mtlbalance.names import check_task, index_of
 from mtlbalance.states import count_seen, unbiased_average, zero_counts
@@ -25,20 +26,20 @@ class MatchNormState(NamedTuple):
       norms: running averages of the gradients' lengths, one per task.
     """
 
-    seen: chex.Array
-    norms: chex.Array
+    seen: jax.Array
+    norms: jax.Array
 
 
 @base.memoized
 def match_norm(
     reference: int | str = 0,
-    relax: chex.Numeric = 0.7,
-    decay: chex.Numeric = 0.9,
-    clip: chex.Numeric = float("inf"),
-    eps: chex.Numeric = 0.0,
+    relax: Number = 0.7,
+    decay: Number = 0.9,
+    clip: Number = float("inf"),
+    eps: Number = 0.0,
     *,
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[MatchNormState]:
     r"""Brings every other gradient to the length of the reference's, or some of the way there.
 
     .. math:: w_i = r \min \Big( \frac{n_\mathrm{ref}}{n_i + \epsilon}, c \Big) + 1 - r \quad (i \ne \mathrm{ref}),

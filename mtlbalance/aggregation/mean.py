@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 
 from mtlbalance import base
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.states import SeenState, count_seen, init_seen
 
 
 @base.memoized
-def mean() -> base.Aggregator:
+def mean() -> base.Aggregator[SeenState]:
     r"""The mean of the tasks' gradients, the gradient of the mean loss.
 
     .. math:: g = \frac{1}{m} \sum_i g_i

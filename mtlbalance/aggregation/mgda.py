@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import reject
 from mtlbalance.solvers import simplex_qp
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.states import SeenState, count_seen, init_seen
 
 
 @base.memoized
@@ -22,7 +22,7 @@ def mgda(
     combine_normalized: bool = False,
     *,
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[SeenState]:
     r"""The combination of the gradients with the least norm.
 
     .. math:: g = \sum_i w_i g_i, \quad w = \arg\min_{w \in \Delta} \Big\lVert \sum_i w_i g_i \Big\rVert^2

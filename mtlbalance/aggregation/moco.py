@@ -5,13 +5,13 @@ https://openreview.net/forum?id=dLAYGdKTi2
 """
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.gramian import combine, gramian_of_tasks, squared_norm
 from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, POSITIVE, check
 from mtlbalance.states import count_seen, zero_counts, zeros_jacobian
@@ -26,23 +26,23 @@ class MoCoState(NamedTuple):
       tracked: what follows the gradients, leaves ``[m, *param.shape]``.
     """
 
-    weights: chex.Array
-    seen: chex.Array
-    tracked: chex.ArrayTree
+    weights: jax.Array
+    seen: jax.Array
+    tracked: Any
 
 
 @base.memoized
 def moco(
-    beta: chex.Numeric = 0.5,
-    beta_sigma: chex.Numeric = 0.5,
-    lr: chex.Numeric = 0.1,
-    lr_sigma: chex.Numeric = 0.5,
-    rho: chex.Numeric = 0.0,
+    beta: Number = 0.5,
+    beta_sigma: Number = 0.5,
+    lr: Number = 0.1,
+    lr_sigma: Number = 0.5,
+    rho: Number = 0.0,
     *,
     normalize: bool = False,
     softmax: bool = False,
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[MoCoState]:
     r"""Descends towards the shortest combination of what follows each gradient, one step a call.
 
     .. math:: y_i \leftarrow y_i - \frac{\beta}{k^{\sigma_\beta}} (y_i - g_i), \qquad

@@ -6,10 +6,11 @@ Chen et al., "Three-Way Trade-Off in Multi-Objective Learning", NeurIPS 2023, ht
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import NONNEGATIVE, POSITIVE, check
 
 
@@ -20,11 +21,11 @@ class MoDoState(NamedTuple):
       weights: one per task.
     """
 
-    weights: chex.Array
+    weights: jax.Array
 
 
 @base.memoized
-def modo(lr: chex.Numeric = 0.1, rho: chex.Numeric = 0.1, *, axis_name: Hashable | None = None) -> base.Aggregator:
+def modo(lr: Number = 0.1, rho: Number = 0.1, *, axis_name: Hashable | None = None) -> base.Aggregator[MoDoState]:
     r"""Weights that take one projected gradient step at every call.
 
     .. math:: \lambda \leftarrow \Pi_\Delta \big( \lambda - \gamma (A \lambda + \rho \lambda) \big)

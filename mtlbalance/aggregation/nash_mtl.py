@@ -5,17 +5,17 @@ Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, https://arx
 
 from collections.abc import Hashable
 
-import chex
 import jax.numpy as jnp
 
 from mtlbalance import base
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import NONNEGATIVE_OR_INFINITE, check
 from mtlbalance.solvers import nash_bargaining
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.states import SeenState, count_seen, init_seen
 
 
 @base.memoized
-def nash_mtl(max_norm: chex.Numeric = 1.0, *, axis_name: Hashable | None = None) -> base.Aggregator:
+def nash_mtl(max_norm: Number = 1.0, *, axis_name: Hashable | None = None) -> base.Aggregator[SeenState]:
     r"""The direction that maximizes the product of the tasks' gains.
 
     .. math:: g = \sum_i w_i g_i, \quad G w = 1 / w, \quad w > 0

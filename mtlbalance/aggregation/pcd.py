@@ -7,10 +7,11 @@ Optimization", TMLR 2026, https://arxiv.org/abs/2606.29521
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import DECAY, FRACTION, NONNEGATIVE, check, per_task
 from mtlbalance.names import check_task, index_of, names_of
 from mtlbalance.solvers import priority_constrained
@@ -25,19 +26,19 @@ class PCDState(NamedTuple):
       squares: running averages of the gradients' squared norms, one per task.
     """
 
-    seen: chex.Array
-    squares: chex.Array
+    seen: jax.Array
+    squares: jax.Array
 
 
 @base.memoized
 def pcd(
-    tau: chex.ArrayTree | float = 0.02,
-    beta: chex.Numeric = 0.999,
-    eps: chex.Numeric = 0.0,
+    tau: PerTask | float = 0.02,
+    beta: Number = 0.999,
+    eps: Number = 0.0,
     *,
     main: int | str = 0,
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[PCDState]:
     r"""The step nearest to the main task's gradient that gives every other task its share of progress.
 
     .. math:: d = \arg\min_d \lVert d - s_1 g_1 \rVert \quad \text{with} \quad

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from mtlbalance import base
 from mtlbalance.hyperparameters import check_key, key_impl
 from mtlbalance.mapped_axes import varying_as
-from mtlbalance.states import count_seen, init_random, random_orders
+from mtlbalance.states import RandomState, count_seen, init_random, random_orders
 
 
 @base.memoized
-def pcgrad(key: int | chex.PRNGKey = 0, *, axis_name: Hashable | None = None) -> base.Aggregator:
+def pcgrad(key: int | chex.PRNGKey = 0, *, axis_name: Hashable | None = None) -> base.Aggregator[RandomState]:
     r"""The sum of the gradients, each without what points against the others.
 
     Each gradient :math:`g_i` meets the others in a random order of its own, and loses its component along those that

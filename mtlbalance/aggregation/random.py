@@ -7,11 +7,11 @@ import chex
 
 from mtlbalance import base
 from mtlbalance.hyperparameters import check_key, key_impl
-from mtlbalance.states import init_random, random_weights
+from mtlbalance.states import RandomState, init_random, random_weights
 
 
 @base.memoized
-def random(key: int | chex.PRNGKey) -> base.Aggregator:
+def random(key: int | chex.PRNGKey) -> base.Aggregator[RandomState]:
     r"""New random weights at every call (RGW).
 
     .. math:: g = \sum_i w_i g_i, \quad w = \mathrm{softmax}(z), \quad z_i \sim \mathcal{N}(0, 1)

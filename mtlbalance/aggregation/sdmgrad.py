@@ -7,11 +7,11 @@ Xiao, Ban and Ji, "Direction-oriented Multi-objective Learning: Simple and Prova
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import DECAY, NONNEGATIVE, POSITIVE, check, check_int, preference
 from mtlbalance.mapped_axes import varying_as
 
@@ -23,19 +23,19 @@ class SDMGradState(NamedTuple):
       weights: one per task, before the preference is mixed in.
     """
 
-    weights: chex.Array
+    weights: jax.Array
 
 
 @base.memoized
 def sdmgrad(
-    lr: chex.Numeric = 10.0,
-    momentum: chex.Numeric = 0.5,
+    lr: Number = 10.0,
+    momentum: Number = 0.5,
     n_iter: int = 20,
-    lambda_: chex.Numeric = 0.3,
-    pref_vector: chex.ArrayTree | None = None,
+    lambda_: Number = 0.3,
+    pref_vector: PerTask | None = None,
     *,
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[SDMGradState]:
     r"""Weights of a regularized min-norm problem, improved at every call by projected gradient steps with momentum.
 
     .. math:: \frac{w + \lambda p}{1 + \lambda}, \quad

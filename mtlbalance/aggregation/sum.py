@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 
 from mtlbalance import base
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.states import SeenState, count_seen, init_seen
 
 
 @base.memoized
-def sum() -> base.Aggregator:
+def sum() -> base.Aggregator[SeenState]:
     r"""The sum of the tasks' gradients, the gradient of the summed loss.
 
     .. math:: g = \sum_i g_i

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mtlbalance import base, numerics
 from mtlbalance.hyperparameters import check_int, reject
-from mtlbalance.states import count_seen, init_seen_after
+from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 # Up to so many tasks the program sorts by comparisons written out one by one: each takes 1 to 2 ms to compile, and for
 # 128 tasks XLA no longer makes one pass of them.
@@ -17,7 +17,7 @@ _WRITTEN_OUT = 64
 
 
 @base.memoized
-def trimmed_mean(trim_number: int) -> base.Aggregator:
+def trimmed_mean(trim_number: int) -> base.Aggregator[SeenState]:
     r"""In every coordinate, the mean of the gradients without the k largest and the k smallest.
 
     .. math:: g = \frac{1}{m - 2k} \sum_{i = k + 1}^{m - k} g_{(i)}

@@ -6,14 +6,14 @@ Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, http
 from collections.abc import Hashable
 from functools import partial
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import NONNEGATIVE, check, preference
 from mtlbalance.solvers import dual_cone
-from mtlbalance.states import count_seen, init_seen_after
+from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 # Projections solved together. Each takes a few m x m matrices: all m at once would take m^3, and were not faster.
 _AT_ONCE = 16
@@ -21,12 +21,12 @@ _AT_ONCE = 16
 
 @base.memoized
 def upgrad(
-    pref_vector: chex.ArrayTree | None = None,
-    reg_eps: chex.Numeric = 1e-4,
-    norm_eps: chex.Numeric = 0.0,
+    pref_vector: PerTask | None = None,
+    reg_eps: Number = 1e-4,
+    norm_eps: Number = 0.0,
     *,
     axis_name: Hashable | None = None,
-) -> base.Aggregator:
+) -> base.Aggregator[SeenState]:
     r"""The sum, weighted by preference, of the gradients projected on the cone of directions that conflict with none.
 
     .. math:: g = \sum_i w_i g_i, \quad w = \sum_i \arg\min_{v \ge p_i e_i} v^\top \Big( \frac{G}{\mathrm{tr}\, G}

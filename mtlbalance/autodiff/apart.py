@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from functools import partial, reduce
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -86,7 +85,7 @@ def of_named_losses(losses_fn, params, args, kwargs, *, has_aux, totals=None) ->
     return _each_alone(values, pull, outputs, n_bytes(linear))
 
 
-def rows_apart(point: Point, n: int | str) -> tuple[Point, chex.Array]:
+def rows_apart(point: Point, n: int | str) -> tuple[Point, jax.Array]:
     """The point with all rows computed, which its pull-backs are made of; and the tasks of which all is finite.
 
     Args:
@@ -104,7 +103,7 @@ def rows_apart(point: Point, n: int | str) -> tuple[Point, chex.Array]:
     return Point(evaluated, lambda read: (evaluated, read(kept))), _agreed(finite, evaluated.values)
 
 
-def heads_apart(point: Point, restrict: Callable[..., Any], n: int | str | None) -> tuple[Point, chex.Array]:
+def heads_apart(point: Point, restrict: Callable[..., Any], n: int | str | None) -> tuple[Point, jax.Array]:
     """As :func:`rows_apart` for a trunk and heads, which are apart already.
 
     Args:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.autodiff.decide import read_present
 from mtlbalance.autodiff.options import check_losses_fn, check_per_task, check_state
 from mtlbalance.autodiff.start import GradFn, Problem, with_init
@@ -36,10 +36,10 @@ class AutoLambdaState(NamedTuple):
       inner: the state of the aggregator; ``()`` without one.
     """
 
-    raw_weights: chex.Array
-    seen: chex.Array
-    opt_state: chex.ArrayTree
-    inner: chex.ArrayTree
+    raw_weights: jax.Array
+    seen: jax.Array
+    opt_state: Any
+    inner: Any
 
 
 def auto_lambda(
@@ -47,7 +47,7 @@ def auto_lambda(
     optimizer: optax.GradientTransformation,
     primary: int | str | Sequence[int | str] | None = None,
     meta_optimizer: optax.GradientTransformation | None = None,
-    initial_weights: chex.ArrayTree | float | None = None,
+    initial_weights: ArrayTree | float | None = None,
     softmax: bool = False,
     aggregator: Aggregator | None = None,
     *,

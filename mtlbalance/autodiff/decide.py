@@ -156,7 +156,7 @@ def ones(like, present):
     return jnp.ones_like(like) if present is None else present.astype(like.dtype)
 
 
-def read_present(mask: chex.ArrayTree | None, evaluated: Evaluated) -> chex.Array | None:
+def read_present(mask: chex.ArrayTree | None, evaluated: Evaluated) -> jax.Array | None:
     """Which tasks are present, by the mask and the counts; ``None`` where neither says anything."""
     if mask is None:
         return evaluated.present

@@ -152,7 +152,7 @@ def value_and_gramian(
 
 def gramian_at(
     point: Point, restrict: Callable[..., Any], rows: int | str, *, requested: int | str | None
-) -> tuple[chex.Array, chex.ArrayTree | None]:
+) -> tuple[jax.Array, chex.ArrayTree | None]:
     """The Gramian; and the Jacobian if it was kept, if only because two passes turned out impossible.
 
     Args:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import numerics
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.autodiff.loops import map_rows
 from mtlbalance.autodiff.options import check_params
 from mtlbalance.autodiff.point import map_each, n_bytes, one_hot
@@ -109,7 +109,7 @@ def diag_ntk(
     return diagonal_fn
 
 
-def ntk_weights(diagonal: chex.ArrayTree, *, of_means: bool = False) -> chex.ArrayTree:
+def ntk_weights(diagonal: ArrayTree, *, of_means: bool = False) -> ArrayTree:
     r"""Loss weights of which all residuals are trained at the same pace, from the diagonal of their tangent kernel.
 
     .. math:: w_i = \frac{\sum_j \operatorname{tr} K_{jj}}{\operatorname{tr} K_{ii}}

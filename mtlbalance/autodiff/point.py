@@ -254,7 +254,7 @@ def present_only(gradients, present):
     return list(map(or_zero, present, gradients))
 
 
-def one_hot(i: chex.Numeric, values: chex.Array) -> chex.Array:
+def one_hot(i: chex.Numeric, values: chex.Array) -> jax.Array:
     """Weights of one for a task and zero for the others, shaped like the values."""
     return jnp.reshape(jnp.arange(values.size) == i, values.shape).astype(values.dtype)
 

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from mtlbalance.annotations import State, Tree
 from mtlbalance.autodiff.apart import is_one_for_each
 from mtlbalance.autodiff.options import LARGE, cheapest_rows, check_params, check_per_task, evaluate_at
 from mtlbalance.autodiff.point import Point, pair_of
@@ -67,17 +68,19 @@ class Problem(NamedTuple):
         return evaluate_at(self.losses_fn, params, args, kwargs, **forms)
 
 
-class GradFn(Protocol):
+class GradFn(Protocol[State]):
     """What :func:`value_and_grad` returns."""
 
-    init: Callable[..., Any]
+    init: Callable[..., State]
 
-    def __call__(self, params: Any, state: Any, /, *args: Any, mask: Any = None, refresh: Any = None, **kwargs: Any):
-        """One step: ``(losses, new_state), grads``."""
+    def __call__(
+        self, params: Tree, state: State, /, *args: Any, mask: Any = None, refresh: Any = None, **kwargs: Any
+    ) -> tuple[tuple[Any, ...], Tree]:
+        """One step: ``(losses, new_state), grads``; weights and auxiliary output follow the state."""
         ...
 
 
-def with_init(grad_fn: Any, problem: Problem, method: Scalarizer | Aggregator) -> GradFn:
+def with_init(grad_fn: Any, problem: Problem, method: Scalarizer[State] | Aggregator[State]) -> GradFn[State]:
     """The step with the function that makes its first state, also where it is wrapped in :func:`jax.jit`."""
     grad_fn.init = _initializer(problem, method)
     return grad_fn

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-import chex
 import jax.numpy as jnp
 
+from mtlbalance.annotations import ArrayTree, State
 from mtlbalance.autodiff.apart import heads_apart, rows_apart
 from mtlbalance.autodiff.decide import balanced, decide_by, decide_or_repeat, ones, read_present
 from mtlbalance.autodiff.groups import over_groups
@@ -28,8 +28,8 @@ from mtlbalance.numerics import all_finite
 
 
 def value_and_grad(
-    losses_fn: Callable[..., Any] | tuple[Callable[..., Any], chex.ArrayTree],
-    method: Scalarizer | Aggregator,
+    losses_fn: Callable[..., Any] | tuple[Callable[..., Any], ArrayTree],
+    method: Scalarizer[State] | Aggregator[State],
     *,
     has_aux: bool = False,
     return_weights: bool = False,
@@ -42,7 +42,7 @@ def value_and_grad(
     allow_int: bool = False,
     nonfinite: Literal["drop_task"] | None = None,
     hooks: bool = False,
-) -> GradFn:
+) -> GradFn[State]:
     r"""One training step's losses and balanced gradient, whatever the method.
 
     Reads as :func:`jax.value_and_grad`, and as that it is not jitted: call it inside your jitted step. ::
@@ -86,7 +86,8 @@ def value_and_grad(
 
       ``grad_fn.init(params, *args, **kwargs)`` is the method's first state, for these losses and what the method sees
       of the parameters, placed as these are. Arguments may be :class:`jax.ShapeDtypeStruct`: nothing is computed,
-      except where the losses' Python code branches on numbers. ``jax.jit(grad_fn)`` has it too.
+      except where the losses' Python code branches on numbers. ``jax.jit(grad_fn)`` has it too, where a type
+      checker does not see it.
 
     Raises:
       TypeError: if a parameter or a loss is not floating point, an option of the wrong type, or the state none of the
@@ -103,9 +104,9 @@ def value_and_grad(
       >>> def losses_fn(params, x):
       ...     return {"small": jnp.mean((params - x) ** 2), "large": 100 * jnp.mean((params + x) ** 2)}
       >>> method = aggregation.imtl_g()
-      >>> grad_fn = jax.jit(mtl.value_and_grad(losses_fn, method, return_weights=True))
+      >>> grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)
       >>> params, x = jnp.array([0.5, 0.0]), jnp.array([1.0, 2.0])
-      >>> (losses, state, weights), grads = grad_fn(params, grad_fn.init(params, x), x)
+      >>> (losses, state, weights), grads = jax.jit(grad_fn)(params, grad_fn.init(params, x), x)
       >>> print({name: f"{weight:.3f}" for name, weight in weights.items()})
       {'large': '0.008', 'small': '0.992'}
 

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.hyperparameters import reject
 
-Subset = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree]
+Subset = ArrayTree | Callable[[ArrayTree], ArrayTree]
 
 
-def subset(params: chex.ArrayTree, mask: Subset) -> chex.ArrayTree:
+def subset(params: ArrayTree, mask: Subset) -> ArrayTree:
     """The parameters that a mask selects, with :class:`optax.MaskedNode` in the place of the others.
 
     For the state of a method that sees some of the parameters: ``method.init((m, mtl.subset(params, shared)))``.
@@ -37,7 +37,7 @@ def subset(params: chex.ArrayTree, mask: Subset) -> chex.ArrayTree:
     return select_subset(params, read_subset("mask", mask, params))
 
 
-def read_subset(name: str, subset: Subset, params: chex.ArrayTree) -> chex.ArrayTree:
+def read_subset(name: str, subset: Subset, params: ArrayTree) -> ArrayTree:
     """A boolean for every leaf of the params."""
     is_function = callable(subset) and jax.tree_util.all_leaves([subset])  # a module of booleans may be callable too
     subset = subset(params) if is_function else subset
@@ -52,7 +52,7 @@ def read_subset(name: str, subset: Subset, params: chex.ArrayTree) -> chex.Array
     return full
 
 
-def read_option(name: str, subset: Subset | None, params: chex.ArrayTree) -> chex.ArrayTree | None:
+def read_option(name: str, subset: Subset | None, params: ArrayTree) -> ArrayTree | None:
     """The subset that an option asks for, which must not be empty: a predicate that met no name is a slip."""
     full = None if subset is None else read_subset(name, subset, params)
     leaves = jax.tree.leaves(full)
@@ -62,17 +62,17 @@ def read_option(name: str, subset: Subset | None, params: chex.ArrayTree) -> che
     return full
 
 
-def select_subset(tree: chex.ArrayTree, subset: chex.ArrayTree) -> chex.ArrayTree:
+def select_subset(tree: ArrayTree, subset: ArrayTree) -> ArrayTree:
     """The leaves that are in the subset."""
     return jax.tree.map(lambda selected, x: x if selected else optax.MaskedNode(), subset, tree)
 
 
-def join_subsets(subset: chex.ArrayTree, selected: chex.ArrayTree, others: chex.ArrayTree) -> chex.ArrayTree:
+def join_subsets(subset: ArrayTree, selected: ArrayTree, others: ArrayTree) -> ArrayTree:
     """``selected`` where a leaf is in the subset, which may have nothing elsewhere; else ``others``."""
     return jax.tree.map(lambda first, x, y: x if first else y, subset, selected, others)
 
 
-def with_float0(gradient: chex.ArrayTree, params: chex.ArrayTree, lead: tuple[int, ...] = ()) -> chex.ArrayTree:
+def with_float0(gradient: ArrayTree, params: ArrayTree, lead: tuple[int, ...] = ()) -> ArrayTree:
     """Zeros of dtype ``float0`` in the place of integers' gradients, as JAX has them."""
 
     def leaf(g, p):
@@ -83,6 +83,6 @@ def with_float0(gradient: chex.ArrayTree, params: chex.ArrayTree, lead: tuple[in
     return jax.tree.map(leaf, gradient, params)
 
 
-def whole(gradient: chex.ArrayTree) -> chex.ArrayTree:
+def whole(gradient: ArrayTree) -> ArrayTree:
     """All of a gradient counts."""
     return gradient

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.diagnostics.evidence import (
     angle,
     collect,
@@ -90,7 +90,7 @@ class Audit(NamedTuple):
 
 def audit(
     losses_fn: Callable[..., Any],
-    params: chex.ArrayTree,
+    params: ArrayTree,
     batches: Iterable[Any],
     *,
     has_aux: bool = False,

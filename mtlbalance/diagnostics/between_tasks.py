@@ -1,15 +1,16 @@
 """How the tasks' gradients relate to each other, from their inner products."""
 
-import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import numerics
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.diagnostics.reading import by_pair, by_task, clip_cosines, read_gramian_of
 
 
 def cosine_similarities(
-    gramian: chex.Array, losses: chex.ArrayTree | None = None, *, mask: chex.ArrayTree | None = None
-) -> chex.ArrayTree:
+    gramian: jax.Array, losses: ArrayTree | None = None, *, mask: ArrayTree | None = None
+) -> ArrayTree:
     r"""The cosine of the angle between every two tasks' gradients.
 
     .. math:: c_{ij} = \frac{g_i^\top g_j}{\lVert g_i \rVert \lVert g_j \rVert} \in [-1, 1]
@@ -43,9 +44,7 @@ def cosine_similarities(
     return by_pair(clip_cosines(cosines, jnp.isinf(norms[:, None]) | jnp.isinf(norms[None, :])), losses)
 
 
-def conflicts(
-    gramian: chex.Array, losses: chex.ArrayTree | None = None, *, mask: chex.ArrayTree | None = None
-) -> chex.ArrayTree:
+def conflicts(gramian: jax.Array, losses: ArrayTree | None = None, *, mask: ArrayTree | None = None) -> ArrayTree:
     r"""Which pairs of tasks conflict: a small step down either's gradient raises the other's loss.
 
     .. math:: g_i^\top g_j < 0
@@ -80,8 +79,8 @@ def conflicts(
 
 
 def magnitude_ratios(
-    gramian: chex.Array, losses: chex.ArrayTree | None = None, *, mask: chex.ArrayTree | None = None
-) -> chex.ArrayTree:
+    gramian: jax.Array, losses: ArrayTree | None = None, *, mask: ArrayTree | None = None
+) -> ArrayTree:
     r"""The norm of each task's gradient over the mean norm, as GradNorm compares them.
 
     .. math:: r_i = \lVert g_i \rVert \Big/ \frac{1}{m} \sum_j \lVert g_j \rVert
@@ -120,9 +119,7 @@ def magnitude_ratios(
     return by_task(norms / jnp.where(mean == 0, 1, mean), losses)
 
 
-def alignment(
-    gramian: chex.Array, losses: chex.ArrayTree | None = None, *, mask: chex.ArrayTree | None = None
-) -> chex.Array:
+def alignment(gramian: jax.Array, losses: ArrayTree | None = None, *, mask: ArrayTree | None = None) -> jax.Array:
     r"""How well all tasks' gradients agree on a direction, in one number: of two tasks the cosine of their angle.
 
     .. math:: a = 2 \, \Big\lVert \frac{1}{m} \sum_i \frac{g_i}{\lVert g_i \rVert} \Big\rVert^2 - 1 \in [-1, 1]

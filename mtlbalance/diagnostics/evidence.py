@@ -7,13 +7,13 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import betainc
 
 from mtlbalance import aggregation
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.autodiff import value_and_gramian
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import has_labels, is_counted, read_losses
@@ -46,8 +46,8 @@ class Evidence(NamedTuple):
 
 
 def collect(
-    losses_fn: Callable[..., Any], params: chex.ArrayTree, batches: Iterable[Any], **options: Any
-) -> tuple[Evidence, chex.ArrayTree]:
+    losses_fn: Callable[..., Any], params: ArrayTree, batches: Iterable[Any], **options: Any
+) -> tuple[Evidence, ArrayTree]:
     """What the batches show, and the losses of the last one for their structure."""
     gramian_fn = jax.jit(value_and_gramian(losses_fn, **options))
     method = aggregation.upgrad()

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import numerics
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.complex_parts import is_complex, split
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import (
@@ -22,9 +22,7 @@ from mtlbalance.losses import (
 from mtlbalance.parameters import check_params_like
 
 
-def read_gramian_of(
-    gramian: Any, losses: chex.ArrayTree | None, mask: chex.ArrayTree | None
-) -> tuple[chex.Array, chex.Array]:
+def read_gramian_of(gramian: Any, losses: ArrayTree | None, mask: ArrayTree | None) -> tuple[jax.Array, jax.Array]:
     """Which tasks are present, and the Gramian with zeros for the others."""
     if not hasattr(gramian, "shape"):
         reject("gramian", "an array (of a Jacobian: mtl.gramian.gramian(jacobian))", type(gramian).__name__, TypeError)
@@ -36,8 +34,8 @@ def read_gramian_of(
 
 
 def read_rows(
-    jacobian: chex.ArrayTree, updates: chex.ArrayTree, losses: chex.ArrayTree | None, mask: chex.ArrayTree | None
-) -> tuple[chex.Array, chex.ArrayTree, chex.ArrayTree]:
+    jacobian: ArrayTree, updates: ArrayTree, losses: ArrayTree | None, mask: ArrayTree | None
+) -> tuple[jax.Array, ArrayTree, ArrayTree]:
     """Which tasks are present, the Jacobian with zeros for the others, and the updates, both of reals."""
     leaves = jax.tree.leaves(jacobian)
     if not leaves or not jnp.shape(leaves[0]):
@@ -57,7 +55,7 @@ def _read_call(m, losses, mask):
     return Call(None, present, all_present)
 
 
-def read_present(m: int, losses: chex.ArrayTree | None, mask: chex.ArrayTree | None) -> tuple[chex.Array, bool]:
+def read_present(m: int, losses: ArrayTree | None, mask: ArrayTree | None) -> tuple[jax.Array, bool]:
     """Which of the m tasks are present, as one vector; and whether that is all of them, known while tracing."""
     labelled = None if losses is None else read_labelled(losses)
     present, shape = jnp.ones(m, bool) if labelled is None else jnp.ravel(labelled), (m,)
@@ -72,13 +70,13 @@ def read_present(m: int, losses: chex.ArrayTree | None, mask: chex.ArrayTree | N
     return present, mask is None and labelled is None
 
 
-def clip_cosines(cosines: chex.Array, overflown: chex.Array) -> chex.Array:
+def clip_cosines(cosines: jax.Array, overflown: jax.Array) -> jax.Array:
     """Cosines in their bounds; NaN where a norm has overflown."""
     # Over an infinite norm finite products would be 0, and look orthogonal; rounding leads beyond 1.
     return jnp.clip(numerics.nan_unless(~overflown, cosines), -1, 1)
 
 
-def by_task(vector: chex.Array, losses: chex.ArrayTree | None) -> chex.ArrayTree:
+def by_task(vector: jax.Array, losses: ArrayTree | None) -> ArrayTree:
     """One number per task by the losses' names: what a state has for each task stands in their sorted order.
 
     Args:
@@ -103,7 +101,7 @@ def by_task(vector: chex.Array, losses: chex.ArrayTree | None) -> chex.ArrayTree
     return vector if losses is None else like_losses(vector, losses)
 
 
-def by_pair(matrix: chex.Array, losses: chex.ArrayTree | None) -> chex.ArrayTree:
+def by_pair(matrix: jax.Array, losses: ArrayTree | None) -> ArrayTree:
     """One number per pair of tasks as a tree of trees like the losses, if there are losses."""
     if losses is None:
         return matrix

@@ -4,11 +4,11 @@ import collections
 import itertools
 from collections.abc import Sequence
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import gramian as gramians
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.diagnostics.between_tasks import alignment, conflicts, cosine_similarities
 from mtlbalance.diagnostics.reading import read_gramian_of, read_present
 from mtlbalance.hyperparameters import flatten, is_number, reject
@@ -19,15 +19,15 @@ _OWN = {"present", "loss", "weight", "norm", "cosine", "conflict", "alignment"}
 
 
 def report(
-    losses: chex.ArrayTree | None = None,
-    weights: chex.ArrayTree | None = None,
+    losses: ArrayTree | None = None,
+    weights: ArrayTree | None = None,
     *,
-    gramian: chex.Array | None = None,
-    jacobian: chex.ArrayTree | None = None,
-    mask: chex.ArrayTree | None = None,
+    gramian: jax.Array | None = None,
+    jacobian: ArrayTree | None = None,
+    mask: ArrayTree | None = None,
     prefix: str = "",
-    **per_task: chex.ArrayTree,
-) -> dict[str, chex.Array]:
+    **per_task: ArrayTree,
+) -> dict[str, jax.Array]:
     r"""One flat dict of named scalars, from whatever a step has at hand: for TensorBoard, W&B or a line of JSON.
 
     Which keys there are depends on which arguments are given and on the losses' names, and on nothing else: not on
@@ -146,7 +146,7 @@ def _masked(vector, present):
     return jnp.where(present, vector, 0)
 
 
-def _between_tasks(gramian: chex.Array, present: chex.Array, tasks: Sequence[str]):
+def _between_tasks(gramian: jax.Array, present: jax.Array, tasks: Sequence[str]):
     _, inner_products = read_gramian_of(gramian, None, present)
     norms = jnp.sqrt(jnp.diagonal(inner_products))
     pairs = list(itertools.combinations(range(len(tasks)), 2))

@@ -2,22 +2,22 @@
 
 from collections.abc import Hashable
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.diagnostics.reading import by_task, clip_cosines, read_rows
 from mtlbalance.gramian import gramian as inner_products
 
 
 def directional_derivatives(
-    jacobian: chex.ArrayTree,
-    updates: chex.ArrayTree,
-    losses: chex.ArrayTree | None = None,
+    jacobian: ArrayTree,
+    updates: ArrayTree,
+    losses: ArrayTree | None = None,
     *,
-    mask: chex.ArrayTree | None = None,
+    mask: ArrayTree | None = None,
     axis_name: Hashable | None = None,
-) -> chex.ArrayTree:
+) -> ArrayTree:
     r"""How much each loss changes, to first order, when an update is added to the parameters.
 
     .. math:: d_i = g_i^\top u
@@ -57,13 +57,13 @@ def directional_derivatives(
 
 
 def update_cosines(
-    jacobian: chex.ArrayTree,
-    updates: chex.ArrayTree,
-    losses: chex.ArrayTree | None = None,
+    jacobian: ArrayTree,
+    updates: ArrayTree,
+    losses: ArrayTree | None = None,
     *,
-    mask: chex.ArrayTree | None = None,
+    mask: ArrayTree | None = None,
     axis_name: Hashable | None = None,
-) -> chex.ArrayTree:
+) -> ArrayTree:
     r"""The cosine of the angle between an update and each task's gradient.
 
     .. math:: c_i = \frac{g_i^\top u}{\lVert g_i \rVert \lVert u \rVert} \in [-1, 1]

@@ -1,15 +1,14 @@
 """The weights that losses really have."""
 
-import chex
-
 from mtlbalance import base
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.contract import check_is_method, weights_of
 from mtlbalance.losses import like_losses, read_labelled, read_losses, read_mask
 
 
 def effective_weights(
-    scalarizer: base.Scalarizer, state: chex.ArrayTree, values: chex.ArrayTree, *, mask: chex.ArrayTree | None = None
-) -> chex.ArrayTree:
+    scalarizer: base.Scalarizer, state: ArrayTree, values: ArrayTree, *, mask: ArrayTree | None = None
+) -> ArrayTree:
     r"""The weights that a scalarizer gives the tasks' gradients, whatever its formula.
 
     .. math:: w_i = \frac{\partial \ell}{\partial L_i}, \qquad \nabla \ell = \sum_i w_i \nabla L_i

@@ -6,11 +6,11 @@ networks and deep operator networks", 2024, https://arxiv.org/abs/2407.01613
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import FRACTION, check
 from mtlbalance.states import count_seen, unbiased_rate, zero_counts
 
@@ -24,13 +24,13 @@ class BRDRState(NamedTuple):
       seen: int32, the calls in which the point was present.
     """
 
-    weights: chex.Array
-    averages: chex.Array
-    seen: chex.Array
+    weights: jax.Array
+    averages: jax.Array
+    seen: jax.Array
 
 
 @base.memoized
-def brdr(beta_c: chex.Numeric = 0.999, beta_w: chex.Numeric = 0.999) -> base.Scalarizer:
+def brdr(beta_c: Number = 0.999, beta_w: Number = 0.999) -> base.Scalarizer[BRDRState]:
     r"""Weights that follow each point's loss over the average that it has had.
 
     .. math:: \frac{1}{n} \sum_i w_i r_i^2, \qquad w_i \leftarrow \beta_w w_i + (1 - \beta_w) \frac{n c_i}{\sum_j c_j},

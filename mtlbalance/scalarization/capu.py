@@ -6,11 +6,11 @@ inverse problems", Computer Methods in Applied Mechanics and Engineering 456, 20
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.constraints import read_constraints
 from mtlbalance.hyperparameters import DECAY, NONNEGATIVE, POSITIVE_OR_INFINITE, check
 from mtlbalance.names import per_task_with_default
@@ -28,23 +28,23 @@ class CAPUState(NamedTuple):
       seen: int32, the calls in which the task was present.
     """
 
-    multipliers: chex.Array
-    penalties: chex.Array
-    squares: chex.Array
-    last: chex.Array
-    seen: chex.Array
+    multipliers: jax.Array
+    penalties: jax.Array
+    squares: jax.Array
+    last: jax.Array
+    seen: jax.Array
 
 
 @base.memoized
 def capu(
-    bounds: chex.ArrayTree,
-    eta: chex.ArrayTree | float = 0.01,
-    zeta: chex.Numeric = 0.99,
-    omega: chex.Numeric = 0.999,
-    initial_multipliers: chex.ArrayTree | float = 1.0,
-    initial_penalties: chex.ArrayTree | float = 1.0,
-    max_multiplier: chex.Numeric = 1e12,
-) -> base.Scalarizer:
+    bounds: PerTask,
+    eta: PerTask | float = 0.01,
+    zeta: Number = 0.99,
+    omega: Number = 0.999,
+    initial_multipliers: PerTask | float = 1.0,
+    initial_penalties: PerTask | float = 1.0,
+    max_multiplier: Number = 1e12,
+) -> base.Scalarizer[CAPUState]:
     r"""The sum of some losses, the objectives, while each of the others, the constraints, is to stay below its bound.
 
     .. math:: \mathcal{L} = \sum_{i \text{ an objective}} L_i + \sum_{i \text{ a constraint}} \lambda_i C_i +

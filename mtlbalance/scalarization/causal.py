@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, check, check_int, is_asking_for_shapes, reject
 from mtlbalance.names import known_names
 from mtlbalance.states import count_seen, zero_counts
@@ -29,18 +29,18 @@ class CausalState(NamedTuple):
       stage: int32, which of several ``tol`` is in force.
     """
 
-    seen: chex.Array
-    min_weight: chex.Array
-    stage: chex.Array
+    seen: jax.Array
+    min_weight: jax.Array
+    stage: jax.Array
 
 
 @base.memoized
 def causal(
-    tol: chex.Numeric | Sequence[chex.Numeric] = 1.0,
+    tol: Number | Sequence[Number] = 1.0,
     n_chunks: int = 32,
     n_components: int = 1,
-    threshold: chex.Numeric = 0.99,
-) -> base.Scalarizer:
+    threshold: Number = 0.99,
+) -> base.Scalarizer[CausalState]:
     r"""Weights of chunks of time, which fall exponentially with the residuals before them.
 
     .. math:: \frac{1}{K} \sum_{k=1}^{K} w_k \ell_k, \qquad

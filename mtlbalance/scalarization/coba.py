@@ -6,11 +6,11 @@ https://arxiv.org/abs/2410.06741
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import NONNEGATIVE, check, check_count, check_int
 from mtlbalance.states import count_seen, increment, zero_counts
 
@@ -28,17 +28,17 @@ class CoBaState(NamedTuple):
       worst_slopes: the slopes of ``worst_ratios``, shape ``[window]``.
     """
 
-    seen: chex.Array
-    first: chex.Array
-    ratios: chex.Array
-    slopes: chex.Array
-    worst_seen: chex.Array
-    worst_ratios: chex.Array
-    worst_slopes: chex.Array
+    seen: jax.Array
+    first: jax.Array
+    ratios: jax.Array
+    slopes: jax.Array
+    worst_seen: jax.Array
+    worst_ratios: jax.Array
+    worst_slopes: jax.Array
 
 
 @base.memoized
-def coba(tau: chex.Numeric = 5.0, window: int = 200, n_warmup_steps: int | chex.Array = 100) -> base.Scalarizer:
+def coba(tau: Number = 5.0, window: int = 200, n_warmup_steps: int | jax.Array = 100) -> base.Scalarizer[CoBaState]:
     r"""Weights that let the validation losses of all tasks converge together, and hold back those that diverge.
 
     .. math:: w = \mathrm{softmax} \big( m (D\,r + (1 - D)\,a) \big), \qquad

@@ -1,15 +1,15 @@
 """Constant: fixed weights chosen by the user."""
 
-import chex
 import jax.numpy as jnp
 
 from mtlbalance import base
+from mtlbalance.annotations import PerTask
 from mtlbalance.hyperparameters import FINITE, per_task
-from mtlbalance.states import count_seen, init_seen_after
+from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 
 @base.memoized
-def constant(weights: chex.ArrayTree) -> base.Scalarizer:
+def constant(weights: PerTask) -> base.Scalarizer[SeenState]:
     r"""The losses weighted by fixed numbers.
 
     .. math:: \sum_i w_i L_i

@@ -4,16 +4,16 @@ Ruchte and Grabocka, "Scalable Pareto Front Approximation for Deep Multi-Objecti
 https://arxiv.org/abs/2103.13392
 """
 
-import chex
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import NONNEGATIVE, check, per_task
-from mtlbalance.states import count_seen, init_seen_after
+from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 
 @base.memoized
-def cosmos(lambda_: chex.Numeric, weights: chex.ArrayTree) -> base.Scalarizer:
+def cosmos(lambda_: Number, weights: PerTask) -> base.Scalarizer[SeenState]:
     r"""The preferred sum of the losses, less a multiple of the cosine of their angle to the preference.
 
     .. math:: \sum_i r_i L_i - \lambda \frac{\sum_i r_i L_i}{\lVert r \rVert \, \lVert L \rVert}

@@ -6,11 +6,11 @@ https://arxiv.org/abs/2009.01717
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import FRACTION, check
 from mtlbalance.states import count_seen, select, zero_counts
 
@@ -27,14 +27,14 @@ class CoVWeightingState(NamedTuple):
       seen: int32, the calls in which the task was present.
     """
 
-    mean_loss: chex.Array
-    mean_ratio: chex.Array
-    deviation: chex.Array
-    seen: chex.Array
+    mean_loss: jax.Array
+    mean_ratio: jax.Array
+    deviation: jax.Array
+    seen: jax.Array
 
 
 @base.memoized
-def cov_weighting(decay: chex.Numeric | None = None) -> base.Scalarizer:
+def cov_weighting(decay: Number | None = None) -> base.Scalarizer[CoVWeightingState]:
     r"""Weights each loss by how much it varies, relative to its running mean.
 
     .. math:: \sum_i w_i L_i, \quad w_i \propto \frac{\sigma_i}{\mu_i}, \quad

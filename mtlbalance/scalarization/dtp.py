@@ -6,11 +6,12 @@ https://doi.org/10.1007/978-3-030-01270-0_17
 
 from typing import NamedTuple
 
-import chex
+import jax
 import jax.numpy as jnp
 import optax
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import NONNEGATIVE, RATE, check
 from mtlbalance.states import running_average, select, zero_counts
 
@@ -23,12 +24,12 @@ class DTPState(NamedTuple):
       observed: int32, how many were observed.
     """
 
-    kpi: chex.Array
-    observed: chex.Array
+    kpi: jax.Array
+    observed: jax.Array
 
 
 @base.memoized
-def dtp(gamma: chex.Numeric = 2.0, alpha: chex.Numeric = 0.1) -> base.Scalarizer:
+def dtp(gamma: Number = 2.0, alpha: Number = 0.1) -> base.Scalarizer[DTPState]:
     r"""Weights each loss by how badly its task is done: a focal loss of a performance indicator (KPI).
 
     .. math:: \sum_i w_i L_i, \quad w_i = -(1 - \bar\kappa_i)^\gamma \log \bar\kappa_i, \quad

@@ -6,11 +6,11 @@ https://arxiv.org/abs/1803.10704
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import POSITIVE_OR_INFINITE, check, check_count
 from mtlbalance.states import increment, mean_rate, zero_counts
 
@@ -25,14 +25,14 @@ class DWAState(NamedTuple):
       older: average of the epoch before that; 0 before there is one.
     """
 
-    average: chex.Array
-    count: chex.Array
-    newer: chex.Array
-    older: chex.Array
+    average: jax.Array
+    count: jax.Array
+    newer: jax.Array
+    older: jax.Array
 
 
 @base.memoized
-def dwa(temperature: chex.Numeric = 2.0, steps_per_epoch: int | chex.Array | None = None) -> base.Scalarizer:
+def dwa(temperature: Number = 2.0, steps_per_epoch: int | jax.Array | None = None) -> base.Scalarizer[DWAState]:
     r"""Weights each loss by its rate of change over the last two epochs.
 
     .. math:: \sum_i w_i L_i, \quad w = m\,\mathrm{softmax}(r / T), \quad

@@ -5,12 +5,12 @@ Liu et al., "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023, https://
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import NONNEGATIVE, check, per_task
 from mtlbalance.states import count_seen, select, zero_counts
 
@@ -27,21 +27,21 @@ class FAMOState(NamedTuple):
       count: int32, Adam's steps.
     """
 
-    logits: chex.Array
-    seen: chex.Array
-    previous: chex.Array
-    mu: chex.Array
-    nu: chex.Array
-    count: chex.Array
+    logits: jax.Array
+    seen: jax.Array
+    previous: jax.Array
+    mu: jax.Array
+    nu: jax.Array
+    count: jax.Array
 
 
 @base.memoized
 def famo(
-    min_losses: chex.ArrayTree | float = 0.0,
-    lr: chex.Numeric = 0.025,
-    weight_decay: chex.Numeric = 1e-3,
+    min_losses: PerTask | float = 0.0,
+    lr: Number = 0.025,
+    weight_decay: Number = 1e-3,
     delayed: bool = False,
-) -> base.Scalarizer:
+) -> base.Scalarizer[FAMOState]:
     r"""Weights that make all losses fall at one relative rate, learned from how they changed.
 
     .. math:: c \sum_i z_i \log d_i, \quad z = \mathrm{softmax}(w), \quad d_i = L_i - b_i + 10^{-8}, \quad

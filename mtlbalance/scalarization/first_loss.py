@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -18,12 +17,12 @@ class FirstLossState(NamedTuple):
       first: the magnitude of its first loss that was finite and not zero; 0 before.
     """
 
-    seen: chex.Array
-    first: chex.Array
+    seen: jax.Array
+    first: jax.Array
 
 
 @base.memoized
-def first_loss() -> base.Scalarizer:
+def first_loss() -> base.Scalarizer[FirstLossState]:
     r"""The losses relative to the first ones: each starts at 1, whatever its unit.
 
     .. math:: \sum_i w_i L_i, \qquad w_i = \frac{1}{|L_i^{(1)}|}

@@ -5,11 +5,11 @@ Rezende and Viola, "Taming VAEs", 2018, https://arxiv.org/abs/1810.00597
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.constraints import read_constraints
 from mtlbalance.hyperparameters import DECAY, NONNEGATIVE, POSITIVE, check
 from mtlbalance.names import per_task_with_default
@@ -25,20 +25,20 @@ class GECOState(NamedTuple):
       seen: int32, the calls in which the task was present.
     """
 
-    log_multipliers: chex.Array
-    average: chex.Array
-    seen: chex.Array
+    log_multipliers: jax.Array
+    average: jax.Array
+    seen: jax.Array
 
 
 @base.memoized
 def geco(
-    bounds: chex.ArrayTree,
-    lr: chex.ArrayTree | float = 1e-2,
-    alpha: chex.Numeric = 0.99,
-    initial_multipliers: chex.ArrayTree | float = 1.0,
-    min_multiplier: chex.Numeric = 1e-10,
-    max_multiplier: chex.Numeric = 1e10,
-) -> base.Scalarizer:
+    bounds: PerTask,
+    lr: PerTask | float = 1e-2,
+    alpha: Number = 0.99,
+    initial_multipliers: PerTask | float = 1.0,
+    min_multiplier: Number = 1e-10,
+    max_multiplier: Number = 1e10,
+) -> base.Scalarizer[GECOState]:
     r"""The sum of some losses, the objectives, while each of the others, the constraints, is to stay below its bound.
 
     .. math:: \sum_{i \text{ an objective}} L_i + \sum_{i \text{ a constraint}} \lambda_i C_i, \quad

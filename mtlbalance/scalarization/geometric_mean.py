@@ -7,11 +7,11 @@ Learning", CVPR Workshops 2019, https://arxiv.org/abs/1904.08492
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.states import SeenState, count_seen, init_seen
 
 
 @base.memoized
-def geometric_mean() -> base.Scalarizer:
+def geometric_mean() -> base.Scalarizer[SeenState]:
     r"""The geometric mean of the losses (geometric loss strategy, GLS).
 
     .. math:: \Big( \prod_i L_i \Big)^{1/m}

@@ -8,11 +8,11 @@ NeurIPS 2023, https://arxiv.org/abs/2305.10429
 import math
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import FRACTION, POSITIVE, check, per_task
 from mtlbalance.states import count_seen, mean_rate, zero_counts
 
@@ -27,17 +27,17 @@ class GroupDROState(NamedTuple):
       seen: int32, those calls.
     """
 
-    log_weights: chex.Array
-    average: chex.Array
-    seen: chex.Array
+    log_weights: jax.Array
+    average: jax.Array
+    seen: jax.Array
 
 
 @base.memoized
 def group_dro(
-    robust_step_size: chex.Numeric = 0.01,
-    reference: chex.ArrayTree | None = None,
-    smoothing: chex.Numeric = 0.0,
-) -> base.Scalarizer:
+    robust_step_size: Number = 0.01,
+    reference: PerTask | None = None,
+    smoothing: Number = 0.0,
+) -> base.Scalarizer[GroupDROState]:
     r"""Weights on the simplex that follow the largest losses by exponentiated gradient ascent.
 
     .. math:: \sum_i q_i L_i, \quad

@@ -5,10 +5,11 @@ Liu et al., "Towards Impartial Multi-Task Learning", ICLR 2021, https://openrevi
 
 from typing import NamedTuple
 
-import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import POSITIVE, check, per_task
 
 
@@ -19,11 +20,11 @@ class IMTLLState(NamedTuple):
       log_scale: the log-scales :math:`s`, one per task. Learned.
     """
 
-    log_scale: chex.Array
+    log_scale: jax.Array
 
 
 @base.memoized
-def imtl_l(initial_log_scale: chex.ArrayTree | float = 0.0, max_weight: chex.Numeric = 1e12) -> base.Scalarizer:
+def imtl_l(initial_log_scale: PerTask | float = 0.0, max_weight: Number = 1e12) -> base.Scalarizer[IMTLLState]:
     r"""Scales each loss towards 1 by a learned factor.
 
     .. math:: \sum_i e^{s_i} L_i - s_i

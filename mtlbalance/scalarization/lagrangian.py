@@ -6,11 +6,11 @@ https://proceedings.neurips.cc/paper/1987/hash/a87ff679a2f3e71d9181a67b7542122c-
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.constraints import check_equality, read_constraints
 from mtlbalance.hyperparameters import FINITE, NONNEGATIVE, POSITIVE_OR_INFINITE, Bound, check
 from mtlbalance.names import per_task_with_default
@@ -28,23 +28,23 @@ class LagrangianState(NamedTuple):
       seen: int32, the calls in which the task was present.
     """
 
-    multipliers: chex.Array
-    smoothed: chex.Array
-    seen: chex.Array
+    multipliers: jax.Array
+    smoothed: jax.Array
+    seen: jax.Array
 
 
 @base.memoized
 def lagrangian(
-    bounds: chex.ArrayTree,
-    lr: chex.ArrayTree | float = 1e-2,
-    damping: chex.ArrayTree | float = 0.0,
-    kappa_p: chex.Numeric = 0.0,
-    nu: chex.Numeric = 0.0,
-    initial_multipliers: chex.ArrayTree | float = 0.0,
-    max_multiplier: chex.Numeric = 1e12,
+    bounds: PerTask,
+    lr: PerTask | float = 1e-2,
+    damping: PerTask | float = 0.0,
+    kappa_p: Number = 0.0,
+    nu: Number = 0.0,
+    initial_multipliers: PerTask | float = 0.0,
+    max_multiplier: Number = 1e12,
     equality: tuple[str | int, ...] = (),
     simultaneous: bool = False,
-) -> base.Scalarizer:
+) -> base.Scalarizer[LagrangianState]:
     r"""The sum of some losses, the objectives, while each of the others, the constraints, is to stay below its bound.
 
     .. math:: \sum_{i \text{ an objective}} L_i + \sum_{i \text{ a constraint}} \lambda_i (L_i - c_i), \quad

@@ -6,10 +6,11 @@ https://doi.org/10.1609/aaai.v33i01.33019977
 
 from typing import NamedTuple
 
-import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import NONNEGATIVE, check, check_count
 from mtlbalance.states import increment, zero_counts
 
@@ -22,12 +23,12 @@ class LBTWState(NamedTuple):
       count: int32, the calls of the epoch so far in which the task was present.
     """
 
-    initial: chex.Array
-    count: chex.Array
+    initial: jax.Array
+    count: jax.Array
 
 
 @base.memoized
-def lbtw(alpha: chex.Numeric = 0.5, steps_per_epoch: int | chex.Array | None = None) -> base.Scalarizer:
+def lbtw(alpha: Number = 0.5, steps_per_epoch: int | jax.Array | None = None) -> base.Scalarizer[LBTWState]:
     r"""Weights each loss by its ratio to the first one of the epoch: what has been learned loses weight.
 
     .. math:: \sum_i w_i L_i, \quad w_i \propto \Big( \frac{L_i}{L_i^{(0)}} \Big)^\alpha

@@ -1,11 +1,11 @@
 """Mean: the average of the losses, the plainest baseline."""
 
 from mtlbalance import base, numerics
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.states import SeenState, count_seen, init_seen
 
 
 @base.memoized
-def mean() -> base.Scalarizer:
+def mean() -> base.Scalarizer[SeenState]:
     r"""The mean of the losses.
 
     .. math:: \frac{1}{m} \sum_i L_i

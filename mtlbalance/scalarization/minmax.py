@@ -6,11 +6,11 @@ Networks 136, 2021, https://arxiv.org/abs/2005.00615
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import PerTask
 from mtlbalance.hyperparameters import per_task
 
 
@@ -21,11 +21,11 @@ class MinMaxState(NamedTuple):
       logits: the logits of the weights, one per task. Learned, upwards.
     """
 
-    logits: chex.Array
+    logits: jax.Array
 
 
 @base.memoized
-def minmax(initial_logits: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
+def minmax(initial_logits: PerTask | float = 0.0) -> base.Scalarizer[MinMaxState]:
     r"""Weights that a gradient ascent moves towards the largest losses.
 
     .. math:: \min_\theta \max_a \sum_i w_i L_i(\theta), \quad w = m\,\mathrm{softmax}(a)

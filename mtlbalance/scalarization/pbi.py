@@ -4,17 +4,17 @@ Zhang and Li, "MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decompos
 Evolutionary Computation 11(6), 2007, https://doi.org/10.1109/TEVC.2007.892759
 """
 
-import chex
 import jax.numpy as jnp
 import numpy as np
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import NONNEGATIVE, Bound, check, per_task
-from mtlbalance.states import count_seen, init_seen_after
+from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 
 @base.memoized
-def pbi(theta: chex.Numeric, weights: chex.ArrayTree, reference: chex.ArrayTree | float = 0.0) -> base.Scalarizer:
+def pbi(theta: Number, weights: PerTask, reference: PerTask | float = 0.0) -> base.Scalarizer[SeenState]:
     r"""The losses' length along a preferred direction, plus a penalty on their distance from it.
 
     .. math:: d_1 + \theta \sqrt{d_2^2 + 10^{-12}}, \quad d_1 = (L - z) \cdot \hat w, \quad

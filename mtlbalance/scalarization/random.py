@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from mtlbalance import base
 from mtlbalance.hyperparameters import check_key, key_impl
-from mtlbalance.states import init_random, random_weights
+from mtlbalance.states import RandomState, init_random, random_weights
 
 
 @base.memoized
-def random(key: int | chex.PRNGKey) -> base.Scalarizer:
+def random(key: int | chex.PRNGKey) -> base.Scalarizer[RandomState]:
     r"""New random weights at every call (RLW).
 
     .. math:: \sum_i w_i L_i, \quad w = \mathrm{softmax}(z), \quad z_i \sim \mathcal{N}(0, 1)

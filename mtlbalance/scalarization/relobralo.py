@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import FRACTION, POSITIVE_OR_INFINITE, check, check_key, key_impl, new_key_data
 from mtlbalance.states import count_seen, split_key, zero_counts
 
@@ -26,20 +27,20 @@ class ReLoBRaLoState(NamedTuple):
       key: uint32, the data of the key for the next draw (:func:`jax.random.key_data`).
     """
 
-    weights: chex.Array
-    previous: chex.Array
-    initial: chex.Array
-    seen: chex.Array
-    key: chex.Array
+    weights: jax.Array
+    previous: jax.Array
+    initial: jax.Array
+    seen: jax.Array
+    key: jax.Array
 
 
 @base.memoized
 def relobralo(
-    temperature: chex.Numeric = 1.0,
-    alpha: chex.Numeric = 0.999,
-    rho: chex.Numeric = 1.0,
+    temperature: Number = 1.0,
+    alpha: Number = 0.999,
+    rho: Number = 1.0,
     key: int | chex.PRNGKey = 0,
-) -> base.Scalarizer:
+) -> base.Scalarizer[ReLoBRaLoState]:
     r"""Weights each loss by its progress since the last call and, where it looks back, since the first.
 
     .. math:: w(t) = \alpha \big( \varrho\, w(t-1) + (1 - \varrho)\, \hat w(t, 0) \big) + (1 - \alpha)\, \hat w(t, t-1),

@@ -6,10 +6,11 @@ Computer Methods in Applied Mechanics and Engineering 421, 2024, https://arxiv.o
 
 from typing import NamedTuple
 
-import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import DECAY, NONNEGATIVE, check, per_task
 
 
@@ -20,15 +21,15 @@ class ResidualAttentionState(NamedTuple):
       multipliers: :math:`\lambda`, the square roots of the weights, one per point.
     """
 
-    multipliers: chex.Array
+    multipliers: jax.Array
 
 
 @base.memoized
 def residual_attention(
-    decay: chex.Numeric = 0.999,
-    lr: chex.Numeric = 0.001,
-    initial_multipliers: chex.ArrayTree | float = 0.0,
-) -> base.Scalarizer:
+    decay: Number = 0.999,
+    lr: Number = 0.001,
+    initial_multipliers: PerTask | float = 0.0,
+) -> base.Scalarizer[ResidualAttentionState]:
     r"""Weights that add up, and forget, each point's part of the largest residual.
 
     .. math:: \frac{1}{n} \sum_i (\lambda_i r_i)^2, \qquad

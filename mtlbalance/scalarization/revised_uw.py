@@ -5,11 +5,11 @@ Liebel and Körner, "Auxiliary Tasks in Multi-task Learning", 2018, https://arxi
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import NONZERO, POSITIVE, check, per_task
 
 
@@ -20,11 +20,11 @@ class RevisedUWState(NamedTuple):
       sigma: the uncertainties :math:`\sigma`, one per task. Learned.
     """
 
-    sigma: chex.Array
+    sigma: jax.Array
 
 
 @base.memoized
-def revised_uw(initial_sigma: chex.ArrayTree | float = 1.0, max_weight: chex.Numeric = 1e8) -> base.Scalarizer:
+def revised_uw(initial_sigma: PerTask | float = 1.0, max_weight: Number = 1e8) -> base.Scalarizer[RevisedUWState]:
     r"""Weights each loss by a learned uncertainty, with a regularizer of at least zero.
 
     .. math:: \sum_i \frac{L_i}{2 \sigma_i^2} + \log(1 + \sigma_i^2)

@@ -3,16 +3,16 @@
 Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, https://arxiv.org/abs/2202.01017
 """
 
-import chex
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import PerTask
 from mtlbalance.hyperparameters import per_task
-from mtlbalance.states import count_seen, init_seen_after
+from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 
 @base.memoized
-def scale_invariant(weights: chex.ArrayTree | float = 1.0) -> base.Scalarizer:
+def scale_invariant(weights: PerTask | float = 1.0) -> base.Scalarizer[SeenState]:
     r"""The sum of the losses' logarithms (the baseline SI, also log-sum).
 
     .. math:: \sum_i w_i \log L_i

@@ -6,11 +6,11 @@ https://arxiv.org/abs/2009.04544
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import NONZERO, POSITIVE, check, per_task
 
 
@@ -21,13 +21,13 @@ class SelfAdaptiveState(NamedTuple):
       multipliers: the square roots of the weights, one per task. Learned, upwards.
     """
 
-    multipliers: chex.Array
+    multipliers: jax.Array
 
 
 @base.memoized
 def self_adaptive(
-    initial_multipliers: chex.ArrayTree | float = 1.0, max_weight: chex.Numeric = 1e12
-) -> base.Scalarizer:
+    initial_multipliers: PerTask | float = 1.0, max_weight: Number = 1e12
+) -> base.Scalarizer[SelfAdaptiveState]:
     r"""Weights that a gradient ascent raises for as long as their losses are not zero.
 
     .. math:: \min_\theta \max_\lambda \sum_i \lambda_i^2 L_i(\theta)

@@ -6,11 +6,11 @@ https://arxiv.org/abs/2109.08218
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import FRACTION, NONNEGATIVE, check
 from mtlbalance.states import count_seen, mean_rate, select, zero_counts
 
@@ -24,13 +24,13 @@ class SLAWState(NamedTuple):
       seen: int32, the calls in which the task was present.
     """
 
-    mean: chex.Array
-    deviation: chex.Array
-    seen: chex.Array
+    mean: jax.Array
+    deviation: jax.Array
+    seen: jax.Array
 
 
 @base.memoized
-def slaw(decay: chex.Numeric = 0.99, eps: chex.Numeric = 1e-5) -> base.Scalarizer:
+def slaw(decay: Number = 0.99, eps: Number = 1e-5) -> base.Scalarizer[SLAWState]:
     r"""Weights each loss by the inverse of its standard deviation, which estimates the length of its gradient.
 
     .. math:: \sum_i w_i L_i, \quad w_i = m \frac{1 / s_i}{\sum_j 1 / s_j}, \quad s_i = \sqrt{a_i - b_i^2}, \quad

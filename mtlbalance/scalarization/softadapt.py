@@ -7,11 +7,11 @@ Loss Functions", 2019, https://arxiv.org/abs/1912.12355
 import math
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import FINITE, check, check_int, reject
 from mtlbalance.states import increment, zero_counts
 
@@ -30,15 +30,15 @@ class SoftAdaptState(NamedTuple):
       recent: those losses, oldest first, along a last axis of length ``window``.
     """
 
-    slope: chex.Array
-    level: chex.Array
-    windows: chex.Array
-    count: chex.Array
-    recent: chex.Array
+    slope: jax.Array
+    level: jax.Array
+    windows: jax.Array
+    count: jax.Array
+    recent: jax.Array
 
 
 @base.memoized
-def softadapt(beta: chex.Numeric = 0.1, window: int = 5, variant: str = "original") -> base.Scalarizer:
+def softadapt(beta: Number = 0.1, window: int = 5, variant: str = "original") -> base.Scalarizer[SoftAdaptState]:
     r"""Weights each loss by how it moved over the last calls: a loss that rises, or falls slowly, gains.
 
     .. math:: \sum_i w_i L_i, \quad w_i \propto

@@ -6,11 +6,11 @@ https://arxiv.org/abs/2402.19078
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import POSITIVE, check, check_count, per_task, reject
 from mtlbalance.states import count_seen, increment, init_seen_after, mean_rate, zero_counts
 
@@ -24,18 +24,18 @@ class STCHState(NamedTuple):
       epoch: int32, the epochs closed.
     """
 
-    nadir: chex.Array
-    count: chex.Array
-    epoch: chex.Array
+    nadir: jax.Array
+    count: jax.Array
+    epoch: jax.Array
 
 
 @base.memoized
 def stch(
-    mu: chex.Numeric,
-    weights: chex.ArrayTree | None = None,
-    reference: chex.ArrayTree | None = None,
-    n_warmup_epochs: int | chex.Array | None = None,
-    steps_per_epoch: int | chex.Array | None = None,
+    mu: Number,
+    weights: PerTask | None = None,
+    reference: PerTask | None = None,
+    n_warmup_epochs: int | jax.Array | None = None,
+    steps_per_epoch: int | jax.Array | None = None,
 ) -> base.Scalarizer:
     r"""A smooth maximum of the losses: with a small mu, its minima for all preferences are the Pareto front.
 

@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 
 from mtlbalance import base
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.states import SeenState, count_seen, init_seen
 
 
 @base.memoized
-def sum() -> base.Scalarizer:
+def sum() -> base.Scalarizer[SeenState]:
     r"""The sum of the losses, what is called equal weighting (EW).
 
     .. math:: \sum_i L_i

@@ -6,11 +6,11 @@ Semantics", CVPR 2018, https://arxiv.org/abs/1705.07115
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import POSITIVE, check, per_task, reject
 
 
@@ -21,15 +21,15 @@ class UWState(NamedTuple):
       log_var: the log-variances :math:`s`, one per task. Learned.
     """
 
-    log_var: chex.Array
+    log_var: jax.Array
 
 
 @base.memoized
 def uw(
-    initial_log_var: chex.ArrayTree | float = 0.0,
-    classification: chex.ArrayTree | bool = False,
-    max_weight: chex.Numeric = 1e12,
-) -> base.Scalarizer:
+    initial_log_var: PerTask | float = 0.0,
+    classification: PerTask | bool = False,
+    max_weight: Number = 1e12,
+) -> base.Scalarizer[UWState]:
     r"""Weights each loss by a learned uncertainty.
 
     .. math:: \sum_i a_i e^{-s_i} L_i + \tfrac{1}{2} s_i

@@ -7,11 +7,11 @@ https://arxiv.org/abs/2408.07985
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.states import SeenState, count_seen, init_seen
 
 
 @base.memoized
-def uw_o() -> base.Scalarizer:
+def uw_o() -> base.Scalarizer[SeenState]:
     r"""Weights each loss by its inverse, the optimum of uncertainty weighting (UW-O).
 
     .. math:: \sum_i w_i L_i, \quad w_i = 1 / L_i

@@ -4,16 +4,16 @@ Kirchdorfer et al., "Analytical Uncertainty-Based Loss Weighting in Multi-Task L
 https://arxiv.org/abs/2408.07985
 """
 
-import chex
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import POSITIVE_OR_INFINITE, check
-from mtlbalance.states import count_seen, init_seen
+from mtlbalance.states import SeenState, count_seen, init_seen
 
 
 @base.memoized
-def uw_so(temperature: chex.Numeric = 1.0) -> base.Scalarizer:
+def uw_so(temperature: Number = 1.0) -> base.Scalarizer[SeenState]:
     r"""Weights each loss by a softmax over the inverse losses (UW-SO).
 
     .. math:: \sum_i w_i L_i, \quad w = \mathrm{softmax}\Big( \frac{1}{T L} \Big)

@@ -6,10 +6,11 @@ solvers and operator learning", 2025, https://arxiv.org/abs/2509.14198
 
 from typing import NamedTuple
 
-import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.hyperparameters import DECAY, FRACTION, NONNEGATIVE, POSITIVE, check, per_task
 from mtlbalance.states import increment
 
@@ -22,18 +23,18 @@ class VRBAState(NamedTuple):
       calls: int32, the calls so far.
     """
 
-    multipliers: chex.Array
-    calls: chex.Array
+    multipliers: jax.Array
+    calls: jax.Array
 
 
 @base.memoized
 def vrba(
-    decay: chex.Numeric = 0.999,
-    lr: chex.Numeric = 0.01,
-    c_log: chex.Numeric = 1.0,
-    phi: chex.Numeric = 1.0,
-    initial_multipliers: chex.ArrayTree | float = 0.1,
-) -> base.Scalarizer:
+    decay: Number = 0.999,
+    lr: Number = 0.01,
+    c_log: Number = 1.0,
+    phi: Number = 1.0,
+    initial_multipliers: PerTask | float = 0.1,
+) -> base.Scalarizer[VRBAState]:
     r"""Weights that add up, and forget, the exponentials of the residuals, which sharpen from call to call.
 
     .. math:: \frac{1}{n} \sum_i (\lambda_i r_i)^2, \qquad

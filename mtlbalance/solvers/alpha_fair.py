@@ -14,7 +14,7 @@ _ITERATIONS = 40
 _RIDGE = 4
 
 
-def alpha_fair(gramian: chex.Array, alpha: chex.Numeric, mask: chex.Array | None = None) -> chex.Array:
+def alpha_fair(gramian: chex.Array, alpha: chex.Numeric, mask: chex.Array | None = None) -> jax.Array:
     r"""Weights that share progress alpha-fairly: the positive solution of :math:`G w = w^{-1/\alpha}`.
 
     It is the stationary point of the convex :math:`w^\top G w / 2 + \sum_i w_i^{1 - 1/\alpha} / (1/\alpha - 1)`, with

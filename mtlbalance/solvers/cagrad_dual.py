@@ -14,7 +14,7 @@ _MOST_TRIALS = 18
 
 
 @jax.jit  # a bare call would compile the loops each time
-def cagrad_dual(gramian: chex.Array, c: chex.Numeric, mask: chex.Array | None = None) -> chex.Array:
+def cagrad_dual(gramian: chex.Array, c: chex.Numeric, mask: chex.Array | None = None) -> jax.Array:
     r"""Minimizes :math:`g_w^\top g_0 + c \|g_0\| \|g_w\|` over :math:`g_w = \sum_i w_i g_i`, :math:`w` on the simplex.
 
     :math:`g_0` is the mean gradient. As :math:`\|g_w\|` is the least :math:`\|g_w\|^2 / 2t + t / 2` over t > 0, it is a

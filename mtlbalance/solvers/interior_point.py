@@ -23,7 +23,7 @@ def nonnegative_qp(
     mask: chex.Array,
     coefficients: chex.Array | None = None,
     offset: chex.Array | None = None,
-) -> chex.Array:
+) -> jax.Array:
     r"""Minimizes :math:`\frac12 (b + x)^\top R (b + x) + q^\top x` over :math:`x \ge 0` and :math:`d^\top x = 1`.
 
     A ridge of a few rounding errors is added to R: about as far below zero as rounding moves the eigenvalues of a

@@ -24,7 +24,7 @@ class _Tableau(NamedTuple):
 @jax.jit  # a bare call would compile the loop each time
 def simplex_lp(
     objective: chex.Array, matrix: chex.Array, lower: chex.Array, mask: chex.Array | None = None
-) -> tuple[chex.Array, chex.Array]:
+) -> tuple[jax.Array, jax.Array]:
     r"""Maximizes :math:`c^\top w` over :math:`w \ge 0`, :math:`\sum_i w_i = 1`, :math:`A w \ge b`.
 
     The largest entry of c is the best corner without the rows of A; the dual simplex method goes from there through

@@ -1,9 +1,9 @@
 """Amortize: the last weights kept, for steps that do not decide anew."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
-import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base
@@ -20,9 +20,17 @@ class AmortizeState(NamedTuple):
       not_taken: int32 scalar: the calls that decided, but whose weights were not taken.
     """
 
-    last_weights: chex.Array
-    inner: chex.ArrayTree
-    not_taken: chex.Array
+    last_weights: jax.Array
+    inner: Any
+    not_taken: jax.Array
+
+
+@overload
+def amortize(method: base.Scalarizer[Any]) -> base.Scalarizer[AmortizeState]: ...
+
+
+@overload
+def amortize(method: base.Aggregator[Any]) -> base.Aggregator[AmortizeState]: ...
 
 
 @base.memoized

@@ -1,8 +1,7 @@
 """Chain: a scalarizer's weights on the gradients, then an aggregator."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -21,12 +20,12 @@ class ChainState(NamedTuple):
       aggregator: the state of the aggregator.
     """
 
-    scalarizer: chex.ArrayTree
-    aggregator: chex.ArrayTree
+    scalarizer: Any
+    aggregator: Any
 
 
 @base.memoized
-def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggregator:
+def chain(scalarizer: base.Scalarizer, aggregator: base.Aggregator) -> base.Aggregator[ChainState]:
     r"""Multiplies each gradient by the weight that a scalarizer gives its loss, and aggregates the products.
 
     .. math:: g = \mathrm{aggregator}(w_1 g_1, \ldots, w_m g_m), \qquad

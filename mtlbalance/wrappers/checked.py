@@ -1,6 +1,7 @@
 """Checked: errors that say which task's loss or gradient went bad, by :mod:`jax.experimental.checkify`."""
 
 from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,14 @@ from mtlbalance import base
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, check_is_method
 from mtlbalance.names import known_names
 from mtlbalance.states import among
-from mtlbalance.wrappers.plumbing import Method, state_after
+from mtlbalance.wrappers.plumbing import state_after
+
+# Of whatever state: it is that of the method inside.
+AnyMethod = TypeVar("AnyMethod", bound=Scalarizer[Any] | Aggregator[Any])
 
 
 @base.memoized
-def checked(method: Method) -> Method:
+def checked(method: AnyMethod) -> AnyMethod:
     """A method that says which task's loss or gradient is not finite, and what of its own is not.
 
     It computes what the method computes, with the same state. Its checks are those of

@@ -4,12 +4,13 @@ Zhou et al., "On the Convergence of Stochastic Multi-Objective Gradient Manipula
 https://openreview.net/forum?id=ScwfQ7hdwyP
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
+import jax
 import jax.numpy as jnp
 
 from mtlbalance import base
+from mtlbalance.annotations import Number, PerTask
 from mtlbalance.contract import check_is_method
 from mtlbalance.hyperparameters import FRACTION, check, per_task
 from mtlbalance.states import count_seen, running_average, zero_counts
@@ -26,16 +27,16 @@ class CRMOGMState(NamedTuple):
       not_taken: int32 scalar: the calls whose weights, or losses, were not finite, and so not averaged.
     """
 
-    seen: chex.Array
-    weights: chex.Array
-    inner: chex.ArrayTree
-    not_taken: chex.Array
+    seen: jax.Array
+    weights: jax.Array
+    inner: Any
+    not_taken: jax.Array
 
 
 @base.memoized
 def cr_mogm(
-    method: base.Aggregator, alpha: chex.Numeric = 0.9, initial_weights: chex.ArrayTree | None = None
-) -> base.Aggregator:
+    method: base.Aggregator, alpha: Number = 0.9, initial_weights: PerTask | None = None
+) -> base.Aggregator[CRMOGMState]:
     r"""Follows the weights of a method by a running average, which takes the noise of small batches out of them.
 
     .. math:: \lambda \leftarrow \alpha \lambda + (1 - \alpha) \hat\lambda

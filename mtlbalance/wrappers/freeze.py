@@ -2,22 +2,23 @@
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.contract import check_is_method, weights_of
 from mtlbalance.gramian import weights_of_groups
 from mtlbalance.hyperparameters import reject
 from mtlbalance.losses import like_losses, read_labelled, read_losses
 from mtlbalance.scalarization.constant import constant
-from mtlbalance.states import count_seen, init_seen_after
+from mtlbalance.states import SeenState, count_seen, init_seen_after
 
 
+@base.memoized
 def freeze(
-    method: base.Scalarizer | base.Aggregator, state: Any, losses: chex.ArrayTree | None = None
-) -> base.Scalarizer:
+    method: base.Scalarizer | base.Aggregator, state: Any, losses: ArrayTree | None = None
+) -> base.Scalarizer[SeenState]:
     r"""The sum of the losses with the weights that a method has now, which do not change any more.
 
     .. math:: \sum_i w_i L_i

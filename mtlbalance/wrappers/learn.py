@@ -1,8 +1,7 @@
 """Learn: a method's learned fields trained inside its own ``apply``."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import optax
 
@@ -21,12 +20,12 @@ class LearnState(NamedTuple):
       opt_state: the state of the optimizer of its learned fields.
     """
 
-    inner: chex.ArrayTree
-    opt_state: chex.ArrayTree
+    inner: Any
+    opt_state: Any
 
 
 @base.memoized
-def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> base.Scalarizer:
+def learn(method: base.Scalarizer, optimizer: optax.GradientTransformation) -> base.Scalarizer[LearnState]:
     """Trains a method's learned fields inside its own ``apply``, so that it threads like any other method.
 
     Each ``apply`` returns the scalar at the old fields and the state after one step of ``optimizer`` down the

@@ -1,9 +1,8 @@
 """Nested: groups of losses, each under a scalarizer of its own, and one method over the groups."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,9 +27,17 @@ class NestedState(NamedTuple):
       outer: the state of the method over the groups.
     """
 
-    seen: chex.Array
-    inner: dict[str, chex.ArrayTree]
-    outer: chex.ArrayTree
+    seen: jax.Array
+    inner: dict[str, Any]
+    outer: Any
+
+
+@overload
+def nested(outer: base.Scalarizer[Any], inner: Mapping[str, base.Scalarizer]) -> base.Scalarizer[NestedState]: ...
+
+
+@overload
+def nested(outer: base.Aggregator[Any], inner: Mapping[str, base.Scalarizer]) -> base.Aggregator[NestedState]: ...
 
 
 @base.memoized

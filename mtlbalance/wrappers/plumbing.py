@@ -6,11 +6,11 @@ A wrapper's state is a named tuple in whose field ``inner`` is the state of the 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.complex_parts import is_complex
 from mtlbalance.contract import Aggregator, Rowwise, Scalarizer, check_is_method, has_weights, weights_of
 from mtlbalance.hyperparameters import reject
@@ -30,7 +30,7 @@ def check_method(method: Any, usage: str, *, makes_weights: bool = False, argume
         reject(argument, makes_them, "one without a weighting")
 
 
-def all_of(state: Any, mask: chex.Array) -> chex.Array:
+def all_of(state: Any, mask: jax.Array) -> jax.Array:
     """The tasks that the wrapped method sees, in most wrappers: those present."""
     del state
     return mask
@@ -54,7 +54,7 @@ def needs_of(*methods: Any) -> tuple[str, ...]:
     return tuple(hook for hook in HOOKS if any(hook in method.needs for method in methods))
 
 
-def state_after(method: Any, old: Any, new: Any, finite: chex.Array, dropped: chex.Array | None = None) -> Any:
+def state_after(method: Any, old: Any, new: Any, finite: jax.Array, dropped: jax.Array | None = None) -> Any:
     """A method's state after a step: the new one, unless it has a guard, which is told how the gradient was."""
     return method.after_gradient(old, new, finite, dropped) if method.after_gradient else new
 
@@ -88,7 +88,7 @@ def visits_of(method: Aggregator, visible: Callable[..., Any] = all_of) -> Calla
     return lambda state, mask: visits(state.inner, mask=visible(state, mask))
 
 
-def nan_tree_unless(ok: chex.Array, output: chex.ArrayTree) -> chex.ArrayTree:
+def nan_tree_unless(ok: jax.Array, output: ArrayTree) -> ArrayTree:
     """What a method gives; NaN unless ``ok``, and in both parts of what is complex."""
     nan = numerics.nan_where(~ok)
     nan_like = lambda x: jax.lax.complex(nan, nan).astype(x.dtype) if is_complex(x) else nan

@@ -1,13 +1,14 @@
 """Prioritize: a user's prior on the weights of a method."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
-import chex
+import jax
 import jax.numpy as jnp
 import optax
 
 from mtlbalance import base
+from mtlbalance.annotations import PerTask
 from mtlbalance.hyperparameters import NONNEGATIVE, is_asking_for_shapes, per_task
 from mtlbalance.names import by_group, known_names, names_of
 from mtlbalance.wrappers.plumbing import Method, check_method, reweighted
@@ -23,13 +24,25 @@ class PrioritizeState(NamedTuple):
         ones before the first call, as inside, where the losses' names were not known yet.
     """
 
-    inner: chex.ArrayTree
-    count: chex.Array | None
-    last_weights: chex.Array | None
+    inner: Any
+    count: jax.Array | None
+    last_weights: jax.Array | None
+
+
+@overload
+def prioritize(
+    method: base.Scalarizer[Any], prior: PerTask | Callable[[jax.Array], PerTask]
+) -> base.Scalarizer[PrioritizeState]: ...
+
+
+@overload
+def prioritize(
+    method: base.Aggregator[Any], prior: PerTask | Callable[[jax.Array], PerTask]
+) -> base.Aggregator[PrioritizeState]: ...
 
 
 @base.memoized
-def prioritize(method: Method, prior: chex.ArrayTree | Callable[[chex.Array], chex.ArrayTree]) -> Method:
+def prioritize(method: Method, prior: PerTask | Callable[[jax.Array], PerTask]) -> Method:
     r"""Multiplies the weights of a method by what the user knows of the tasks' importance.
 
     .. math:: w_i = p_i \, \hat w_i

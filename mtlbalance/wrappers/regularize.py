@@ -1,15 +1,15 @@
 """Regularize: losses that are no tasks, with weights of their own."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import Number
 from mtlbalance.hyperparameters import FINITE, check, is_asking_for_shapes, reject
 from mtlbalance.names import check_task, known_names, positions_of
 from mtlbalance.wrappers.plumbing import Method, check_method, forward_after_gradient, hooks_of, reweighted
@@ -25,15 +25,25 @@ class RegularizeState(NamedTuple):
         ones before the first call, as inside, where the losses' names were not known yet.
     """
 
-    inner: chex.ArrayTree
-    count: chex.Array | None
-    last_weights: chex.Array | None
+    inner: Any
+    count: jax.Array | None
+    last_weights: jax.Array | None
+
+
+@overload
+def regularize(
+    method: base.Scalarizer[Any], terms: Mapping[str | int, Number | Callable[[jax.Array], Number]]
+) -> base.Scalarizer[RegularizeState]: ...
+
+
+@overload
+def regularize(
+    method: base.Aggregator[Any], terms: Mapping[str | int, Number | Callable[[jax.Array], Number]]
+) -> base.Aggregator[RegularizeState]: ...
 
 
 @base.memoized
-def regularize(
-    method: Method, terms: Mapping[str | int, chex.Numeric | Callable[[chex.Array], chex.Numeric]]
-) -> Method:
+def regularize(method: Method, terms: Mapping[str | int, Number | Callable[[jax.Array], Number]]) -> Method:
     r"""Adds losses that are no tasks, such as an entropy, a KL divergence or a weight penalty, beside the method.
 
     .. math:: L = \mathrm{method}(L_i,\ i \text{ a task}) + \sum_{k \text{ a term}} c_k L_k

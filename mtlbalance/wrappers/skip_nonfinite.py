@@ -2,9 +2,8 @@
 
 from collections.abc import Hashable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -32,9 +31,21 @@ class SkipNonfiniteState(NamedTuple):
       skipped: int32 scalar: the calls that left ``inner`` as it was, whatever the reason.
     """
 
-    inner: chex.ArrayTree
-    nonfinite: chex.Array
-    skipped: chex.Array
+    inner: Any
+    nonfinite: jax.Array
+    skipped: jax.Array
+
+
+@overload
+def skip_nonfinite(
+    method: base.Scalarizer[Any], *, axis_name: Hashable | None = None
+) -> base.Scalarizer[SkipNonfiniteState]: ...
+
+
+@overload
+def skip_nonfinite(
+    method: base.Aggregator[Any], *, axis_name: Hashable | None = None
+) -> base.Aggregator[SkipNonfiniteState]: ...
 
 
 @base.memoized

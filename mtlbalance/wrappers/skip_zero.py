@@ -1,9 +1,8 @@
 """Skip what is zero: a task without loss or gradient counts as absent."""
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -31,9 +30,17 @@ class SkipZeroState(NamedTuple):
       was_zero: booleans, one per task: whether it was so in the last of them.
     """
 
-    inner: chex.ArrayTree
-    zeros: chex.Array
-    was_zero: chex.Array
+    inner: Any
+    zeros: jax.Array
+    was_zero: jax.Array
+
+
+@overload
+def skip_zero(method: base.Scalarizer[Any], *, axis_name: Hashable | None = None) -> base.Scalarizer[SkipZeroState]: ...
+
+
+@overload
+def skip_zero(method: base.Aggregator[Any], *, axis_name: Hashable | None = None) -> base.Aggregator[SkipZeroState]: ...
 
 
 @base.memoized

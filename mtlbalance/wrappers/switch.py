@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -22,11 +21,19 @@ class SwitchState(NamedTuple):
       states: the states of all methods, in their order; those of the others stay as ``init`` made them.
     """
 
-    states: tuple[chex.ArrayTree, ...]
+    states: tuple[Any, ...]
+
+
+@overload
+def switch(methods: Sequence[base.Scalarizer[Any]]) -> Callable[[int | jax.Array], base.Scalarizer[SwitchState]]: ...
+
+
+@overload
+def switch(methods: Sequence[base.Aggregator[Any]]) -> Callable[[int | jax.Array], base.Aggregator[SwitchState]]: ...
 
 
 @base.memoized
-def switch(methods: Sequence[Method]) -> Callable[[int | chex.Array], Method]:
+def switch(methods: Sequence[Method]) -> Callable[[int | jax.Array], Method]:
     """Several methods in one program, chosen by an integer that may be traced.
 
     For comparing methods: ``jax.lax.map`` over the index trains the same network with each of them, one after the
@@ -74,14 +81,15 @@ def switch(methods: Sequence[Method]) -> Callable[[int | chex.Array], Method]:
       ['0.5 1.5', '0.9 0.3', '0.5 1.5']
     """
     methods = tuple(_checked(methods))
+    return lambda index: switched(methods, index)
+
+
+@base.memoized
+def switched(methods: tuple[Any, ...], index: int | jax.Array) -> Any:
+    """The method of this index; a function by itself, so that the method is printed with all that it may be."""
+    check_count("index", index, 0, len(methods) - 1)
     build = _scalarizer if isinstance(methods[0], base.Scalarizer) else _aggregator
-
-    @base.memoized
-    def choose(index: int | chex.Array) -> Method:
-        check_count("index", index, 0, len(methods) - 1)
-        return build(_Switch(methods, index))
-
-    return choose
+    return build(_Switch(methods, index))
 
 
 def _checked(methods):

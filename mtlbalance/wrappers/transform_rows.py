@@ -4,13 +4,13 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mtlbalance import base, numerics
+from mtlbalance.annotations import ArrayTree
 from mtlbalance.complex_parts import join, split
 from mtlbalance.contract import Rowwise, check_is_method
 from mtlbalance.hyperparameters import reject
@@ -37,12 +37,14 @@ class TransformRowsState(NamedTuple):
       transformation: the transformation's state, with a task axis in front of every leaf.
     """
 
-    inner: chex.ArrayTree
-    transformation: chex.ArrayTree
+    inner: Any
+    transformation: Any
 
 
 @base.memoized
-def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTransformation) -> base.Aggregator:
+def transform_rows(
+    aggregator: base.Aggregator, transformation: optax.GradientTransformation
+) -> base.Aggregator[TransformRowsState]:
     r"""Lets an optax transformation act on each task's gradient by itself, before the aggregator.
 
     .. math:: g = \mathrm{aggregator}(u_1, \ldots, u_m), \qquad u_i, s_i \leftarrow \mathrm{transformation}(g_i, s_i)
@@ -151,7 +153,7 @@ def transform_rows(aggregator: base.Aggregator, transformation: optax.GradientTr
     return forward_after_gradient(aggregator, method)
 
 
-def init_rows(transformation: Any, params: chex.ArrayTree, m: int) -> chex.ArrayTree:
+def init_rows(transformation: Any, params: ArrayTree, m: int) -> ArrayTree:
     """The transformation's state for each of m tasks, each leaf sharded as the one for the params, on every device."""
 
     def leaf(x):
@@ -166,8 +168,8 @@ def init_rows(transformation: Any, params: chex.ArrayTree, m: int) -> chex.Array
 
 
 def update_row(
-    transformation: Any, state: chex.ArrayTree, row: chex.ArrayTree, present: chex.Array, params: Any, **extra_args: Any
-) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    transformation: Any, state: ArrayTree, row: ArrayTree, present: jax.Array, params: Any, **extra_args: Any
+) -> tuple[ArrayTree, ArrayTree]:
     """What the transformation makes of one task's gradient, and the task's state: as it was where it is absent."""
     row, new = transformation.update(row, state, params, **extra_args)
     return row, jax.tree.map(lambda new, old: jnp.where(present, jnp.asarray(new, old.dtype), old), new, state)

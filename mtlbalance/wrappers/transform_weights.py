@@ -1,8 +1,7 @@
 """Transform weights: any optax transformation on the weights of a method."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -24,10 +23,22 @@ class TransformWeightsState(NamedTuple):
         ``None``.
     """
 
-    inner: chex.ArrayTree
-    transformation: chex.ArrayTree
-    not_taken: chex.Array
-    last_weights: chex.Array | None
+    inner: Any
+    transformation: Any
+    not_taken: jax.Array
+    last_weights: jax.Array | None
+
+
+@overload
+def transform_weights(
+    method: base.Scalarizer[Any], transformation: optax.GradientTransformation
+) -> base.Scalarizer[TransformWeightsState]: ...
+
+
+@overload
+def transform_weights(
+    method: base.Aggregator[Any], transformation: optax.GradientTransformation
+) -> base.Aggregator[TransformWeightsState]: ...
 
 
 @base.memoized
