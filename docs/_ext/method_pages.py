@@ -8,6 +8,7 @@ import toy
 from script_pages import write_if_new
 
 import mtlbalance as mtl
+from mtlbalance.references import entries_of
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 
 DOCS = pathlib.Path(__file__).parents[1]
@@ -155,11 +156,17 @@ def mentions(name):
     return "## Named in\n\n" + ", ".join(links) + "." if links else ""
 
 
+def bibtex(name):
+    """As ``mtl.cite`` has it."""
+    entries = "\n\n".join(entries_of(name.rpartition(".")[2]))
+    return f"## Citation\n\n```bibtex\n{entries}\n```" if entries else ""
+
+
 def page(name):
     line, citation = about(name)
     cited = f"```{{eval-rst}}\n{citation}\n```" if citation else ""
     parts = [f"# {name}", line, cited, facts(name), reference(name), behaviour(name)]
-    parts += [path_on_the_toy_problem(name), measured(name), mentions(name)]
+    parts += [path_on_the_toy_problem(name), measured(name), mentions(name), bibtex(name)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
