@@ -65,6 +65,7 @@ nitpicky = True
 OWN = r"mtlbalance\.|\w+State$|(Counted|Scalarizer|Aggregator|Weighting|Rowwise|Task|Audit|Estimate|ComplexParts)$"
 nitpick_ignore_regex = [
     ("py:class", rf"(?!{OWN}).*"),
-    ("py:class", r"mtlbalance\.(memo\.R|wrappers\.plumbing\.Method|annotations\.(State|NewState|Tree|Function))"),
+    # Type variables and aliases, which are no classes.
+    ("py:class", r"mtlbalance\.(memo\.R|wrappers\.(plumbing\.Method|checked\.AnyMethod)|annotations\.\w+)"),
     ("py:(func|meth|mod|data|obj|exc)", r"(jax|optax|flax|numpy|chex|orbax|typing)\..*"),
 ]
