@@ -55,10 +55,16 @@ def test_every_row_is_in_the_table_and_every_kind_in_the_short_one(script):
     assert whole[1][3:] == ["0.010", "0.080", "8.0", "7.9"]
     assert whole[4][3] == "not run: No module named 'cooper'"
     assert cells(tables.short(rows)) == [
-        ["training steps", "TorchJD", "4.0", "2.0 (a step / b: first), 8.0 (a step: second)"],
+        ["a step of a tiny MLP", "TorchJD", "4.0", "2.0 (a step / b: first), 8.0 (a step: second)"],
         ["one call of a method", "TorchJD", "3.0", ""],
         ["c", "Cooper", "not run: No module named 'cooper'", ""],
     ]
+
+
+def test_work_that_was_measured_in_two_ways_counts_as_users_get_it(script):
+    tables, row = script("tables"), script("interleave").Row
+    rows = [row(f"a step{way}", "x", "TorchJD", median=m, minima=m) for way, m in (("", 8.0), (tables.DEFAULT, 2.0))]
+    assert cells(tables.short(iter(rows))) == [["a step of a tiny MLP", "TorchJD", "2.0", ""]]
 
 
 def test_ratios_are_of_what_there_over_what_here(script):

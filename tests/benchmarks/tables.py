@@ -77,15 +77,18 @@ def whole(rows):
     return table(["work", "which", "against", *times], cells)
 
 
+# Of work that was measured with another setting of XLA too, what users get counts.
+DEFAULT = ", XLA's default scheduler"
 # What a step or a call is made of, which nobody runs alone.
 PIECES = re.compile("^a step on the sum|^a bare call|^the Gramian and the weighted sum|without the Gramian")
 
 
 def short(rows):
     """A line for each kind of work and peer: the geometric mean, and between what it lies."""
-    kinds = {}
+    rows = list(rows)
+    kinds, groups = {}, {row.group for row in rows}
     for row in rows:
-        if not PIECES.search(row.group):
+        if not PIECES.search(row.group) and row.group + DEFAULT not in groups:
             kinds.setdefault((kind(row), row.peer), []).append(row)
     cells = []
     for (work, peer), members in kinds.items():
@@ -103,12 +106,15 @@ def kind(row):
     """The README's word for what a row's group is one of: beside TorchJD whole steps, or calls of a method."""
     if row.peer != "TorchJD":
         return row.group.partition(",")[0]
-    return "training steps" if re.match("a |training|steps", row.group) else "one call of a method"
+    if row.group.startswith("a step balanced by UPGrad"):
+        return "a step of a wide MLP, by UPGrad"
+    return "a step of a tiny MLP" if re.match("a |training|steps", row.group) else "one call of a method"
 
 
 def end(row):
     """The ratio of a row, and what it is of its kind."""
-    which = ": ".join(filter(None, (row.group.removeprefix(kind(row)).strip(", "), row.what)))
+    group = row.group.removeprefix(kind(row)).removesuffix(DEFAULT).strip(", ")
+    which = ": ".join(filter(None, (group, row.what)))
     return f"{digits(row.median)} ({which})"
 
 
