@@ -61,6 +61,7 @@ intersphinx_mapping = {
 intersphinx_timeout = 5
 
 # Every reference to a name of this library must lead somewhere; those to others may be types without a page.
+napoleon_attr_annotations = False  # the class's signature has them
 nitpicky = True
 OWN = r"mtlbalance\.|\w+State$|(Counted|Scalarizer|Aggregator|Weighting|Rowwise|Task|Audit|Estimate|ComplexParts)$"
 nitpick_ignore_regex = [

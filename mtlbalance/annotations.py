@@ -5,6 +5,7 @@ The docstrings of the functions' types are the text of ``help(method.apply)``, t
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, NewType, Protocol, TypeAlias, TypeVar
 
 import jax
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 else:
     # A union is printed in full by help() and in the docs: by name it can be read.
     Number = NewType("Number", Any)
-    Number.__doc__ = "A real number: of Python, of NumPy, or an array without axes."
+    Number.__doc__ = "A real number, of Python or NumPy, or an array without axes."
     PerTask = NewType("PerTask", Any)
-    PerTask.__doc__ = "One number for each task: an array, or a tree with the losses' names."
+    PerTask.__doc__ = "One number for each task, as an array or a tree with the losses' names."
     ArrayTree = NewType("ArrayTree", Any)
     ArrayTree.__doc__ = "A tree of arrays."
 
@@ -160,8 +161,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def documented(function: Function, like: type, name: str = "apply") -> Function:
     """The function with the name, the signature and the help of a type above."""
     function.__name__ = name  # not the qualified one, by which a factory is told from a method's function
-    function.__doc__ = inspect.getdoc(like.__call__)
+    function.__doc__, function.__signature__ = _help_of(like)  # pyrefly: ignore[missing-attribute]
+    return function
+
+
+@cache
+def _help_of(like: type) -> tuple[str | None, inspect.Signature]:
     _, *parameters = inspect.signature(like.__call__).parameters.values()
     bare = [parameter.replace(annotation=parameter.empty) for parameter in parameters]
-    function.__signature__ = inspect.Signature(bare)  # pyrefly: ignore[missing-attribute]
-    return function
+    return inspect.getdoc(like.__call__), inspect.Signature(bare)

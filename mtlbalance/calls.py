@@ -7,6 +7,7 @@ every comparison would see. Its ``init`` has it, as an attribute: that function 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +24,12 @@ class Call(NamedTuple):
     Attributes:
       factory: the function that was called.
       arguments: what it was given, with its defaults.
+      before: the call whose method it has returned, if that is not its own.
     """
 
     factory: Callable[..., Any]
     arguments: inspect.BoundArguments
+    before: Any = None
 
     def __repr__(self) -> str:
         """The call as one writes it: arguments without a default by position, others by name unless at their default.
@@ -67,11 +70,25 @@ def made_in(functions: Iterable[Any], method: Any) -> Any:
 
 def named(method: Any, made_by: Call) -> Any:
     """The method, which says that it was made by this call."""
-    init = method.init
+    init, before = method.init, call_of(method)
     if not isinstance(getattr(init, "made_by", None), str):  # not made by a builder, or another call has returned it
         method = method._replace(init=wraps(init)(lambda *args, **kwargs: init(*args, **kwargs)))
-    method.init.made_by = made_by
+    kept = {name: _kept(value) for name, value in made_by.arguments.arguments.items()}
+    method.init.made_by = Call(made_by.factory, inspect.BoundArguments(made_by.arguments.signature, kept), before)
     return method
+
+
+def _kept(value: Any) -> Any:
+    """An argument for as long as the method lives: as it is now, and without numbers that are not shown."""
+    if hasattr(value, "dtype") and np.size(value) > _N_SHOWN:
+        return jax.ShapeDtypeStruct(np.shape(value), value.dtype)
+    if isinstance(value, Mapping):
+        return {key: _kept(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_kept, value))
+    if isinstance(value, tuple) and not hasattr(value, "needs"):  # a state
+        return SimpleNamespace(__name__=f"{type(value).__name__}(...)")
+    return value
 
 
 def call_of(method: Any) -> Call | None:
@@ -117,4 +134,5 @@ def _array(x: Any) -> str:
 def _is_same(value: Any, default: Any) -> bool:
     if value is default:
         return True
-    return isinstance(default, str | int | float | tuple) and type(value) is type(default) and bool(value == default)
+    is_plain = isinstance(default, str | int | float | tuple) and type(value) is type(default)
+    return is_plain and repr(value) == repr(default)

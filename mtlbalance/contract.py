@@ -78,7 +78,7 @@ class Scalarizer(NamedTuple, Generic[State]):
     needs: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """The call that made the method, as ``scalarization.uw(max_weight=100.0)``."""
+        """The call that made the method, as ``scalarization.uw(max_weight=100.0)``; it stays after ``_replace``."""
         return shown(self)
 
 
@@ -168,7 +168,7 @@ class Aggregator(NamedTuple, Generic[State]):
     needs: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """The call that made the method, as ``scalarization.uw(max_weight=100.0)``."""
+        """The call that made the method, as ``aggregation.cagrad(c=0.4)``; it stays after ``_replace``."""
         return shown(self)
 
 

@@ -6,7 +6,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from mtlbalance.calls import call_of
+from mtlbalance.calls import Call, call_of
 from mtlbalance.contract import Aggregator, Scalarizer, check_is_method
 
 _ENTRY = re.compile(r"^% (?P<methods>[\w, ]+)\n(?P<bibtex>@\w+\{\w+,\n.*?^\})$", re.MULTILINE | re.DOTALL)
@@ -16,7 +16,7 @@ def cite(method: Scalarizer | Aggregator) -> str:
     """The BibTeX of the papers from which a method is, and those of the methods that it wraps.
 
     Args:
-      method: of either family, made by the factories of this library, or by one of yours that takes such a method.
+      method: of either family, made by the factories of this library, or by a memoized one of yours.
 
     Returns:
       The entries, one after the other, each once; an empty text for a method without a paper, as the mean.
@@ -55,11 +55,12 @@ def _entries() -> tuple[tuple[tuple[str, ...], str], ...]:
 def _names_in(given: Any) -> Iterator[str]:
     """The names of this library's methods in a method, or in what a factory is given, the outermost first."""
     if isinstance(given, Scalarizer | Aggregator):
-        call = call_of(given)
-        if call is not None:
-            if call.factory.__module__.partition(".")[0] == "mtlbalance":
-                yield call.factory.__name__
-            yield from _names_in(call.arguments.arguments)
+        yield from _names_in(call_of(given))
+    elif isinstance(given, Call):
+        if given.factory.__module__.partition(".")[0] == "mtlbalance":
+            yield given.factory.__name__
+        yield from _names_in(given.before)
+        yield from _names_in(given.arguments.arguments)
     elif isinstance(given, dict):
         for each in given.values():
             yield from _names_in(each)

@@ -38,7 +38,7 @@ hypothesis.settings.register_profile("explore", derandomize=False)
 hypothesis.settings.register_profile("repeat", derandomize=True)
 hypothesis.settings.load_profile("repeat")
 
-collect_ignore_glob = ["benchmarks/*", "golden/record*.py"]
+collect_ignore_glob = ["benchmarks/*", "golden/record*.py", "typing/*"]
 finished = itertools.count(1)
 MOST_MAPS = 40_000  # of the 65530 pieces of memory that Linux lets a process map: each program takes a few
 

@@ -1,5 +1,6 @@
 """What a method says of itself: printed, by ``help``, and by the papers from which it is."""
 
+import gc
 import inspect
 import re
 
@@ -177,3 +178,30 @@ def test_a_wrapped_method_cites_what_it_wraps_once():
     assert mtl.cite(scalarization.mean()) == ""
     with pytest.raises(TypeError, match=r"^method: expected a Scalarizer or an Aggregator, found function uw: "):
         mtl.cite(scalarization.uw)
+
+
+def test_a_method_keeps_nothing_of_its_arguments_but_what_is_shown():
+    """A state that is frozen may be large, and a dict may change after the call."""
+    groups = {"a": scalarization.uw_o()}
+    nested = mtl.nested(scalarization.mean(), groups)
+    groups["b"] = scalarization.dwa(steps_per_epoch=2)
+    assert "dwa" not in repr(nested) and "Liu, Shikun" not in mtl.cite(nested)
+
+    amortized = mtl.amortize(aggregation.excess_mtl())
+    state = amortized.init((2, {"w": jnp.ones((50, 1000))}))
+    before = sum(x.nbytes for x in jax.live_arrays())
+    frozen = mtl.freeze(amortized, state)
+    del state
+    gc.collect()
+    assert sum(x.nbytes for x in jax.live_arrays()) < before - 300_000
+    assert repr(frozen).startswith("freeze(amortize(")
+
+
+def test_a_factory_around_ours_cites_what_it_returns():
+    @base.memoized
+    def mine(x=(1.0, 2.0)):
+        del x
+        return mtl.skip_nonfinite(scalarization.uw_o())
+
+    assert mtl.cite(mine()) == mtl.cite(scalarization.uw_o()) != ""
+    assert "mine" in repr(mine((jnp.ones(2), jnp.ones(2))))
