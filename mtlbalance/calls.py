@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _FAMILIES = "scalarization", "aggregation"
-_N_SHOWN = 8  # numbers of an array
+_N_SHOWN = 8  # numbers of an array, entries of a list or dict
 
 
 class Call(NamedTuple):
@@ -109,6 +109,8 @@ def _shown(value: Any) -> str:
         return f"Traced<{value.aval.str_short()}>"
     if hasattr(value, "dtype"):
         return _array(value)
+    if isinstance(value, Mapping | list) and len(value) > _N_SHOWN:
+        return f"{type(value).__name__}[{len(value)}]"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {_shown(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list):

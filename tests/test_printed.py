@@ -23,6 +23,7 @@ PRINTED = {
     "aggregation.mean()": aggregation.mean,
     "aggregation.upgrad(reg_eps=0.0, axis_name='model')": lambda: aggregation.upgrad(None, 0.0, axis_name="model"),
     "scalarization.constant({'cls': 1.0, 'box': [2, 3]})": lambda: scalarization.constant({"cls": 1.0, "box": [2, 3]}),
+    "scalarization.constant(list[5000])": lambda: scalarization.constant([0.5] * 5000),
     "scalarization.constant([0.5, 2. ])": lambda: scalarization.constant(jnp.array([0.5, 2.0])),
     "scalarization.constant(float32[2,50])": lambda: scalarization.constant(np.ones((2, 50), np.float32)),
     "scalarization.cosmos(0.1, [1.0, 2.0])": lambda: scalarization.cosmos(0.1, weights=[1.0, 2.0]),

@@ -9,7 +9,7 @@ from mtlbalance.diagnostics.reading import by_pair, by_task, clip_cosines, read_
 
 
 def cosine_similarities(
-    gramian: jax.Array, losses: ArrayTree | None = None, *, mask: ArrayTree | None = None
+    gramian: ArrayTree, losses: ArrayTree | None = None, *, mask: ArrayTree | None = None
 ) -> ArrayTree:
     r"""The cosine of the angle between every two tasks' gradients.
 
@@ -44,7 +44,7 @@ def cosine_similarities(
     return by_pair(clip_cosines(cosines, jnp.isinf(norms[:, None]) | jnp.isinf(norms[None, :])), losses)
 
 
-def conflicts(gramian: jax.Array, losses: ArrayTree | None = None, *, mask: ArrayTree | None = None) -> ArrayTree:
+def conflicts(gramian: ArrayTree, losses: ArrayTree | None = None, *, mask: ArrayTree | None = None) -> ArrayTree:
     r"""Which pairs of tasks conflict: a small step down either's gradient raises the other's loss.
 
     .. math:: g_i^\top g_j < 0
@@ -79,7 +79,7 @@ def conflicts(gramian: jax.Array, losses: ArrayTree | None = None, *, mask: Arra
 
 
 def magnitude_ratios(
-    gramian: jax.Array, losses: ArrayTree | None = None, *, mask: ArrayTree | None = None
+    gramian: ArrayTree, losses: ArrayTree | None = None, *, mask: ArrayTree | None = None
 ) -> ArrayTree:
     r"""The norm of each task's gradient over the mean norm, as GradNorm compares them.
 
@@ -119,7 +119,7 @@ def magnitude_ratios(
     return by_task(norms / jnp.where(mean == 0, 1, mean), losses)
 
 
-def alignment(gramian: jax.Array, losses: ArrayTree | None = None, *, mask: ArrayTree | None = None) -> jax.Array:
+def alignment(gramian: ArrayTree, losses: ArrayTree | None = None, *, mask: ArrayTree | None = None) -> jax.Array:
     r"""How well all tasks' gradients agree on a direction, in one number: of two tasks the cosine of their angle.
 
     .. math:: a = 2 \, \Big\lVert \frac{1}{m} \sum_i \frac{g_i}{\lVert g_i \rVert} \Big\rVert^2 - 1 \in [-1, 1]

@@ -76,7 +76,7 @@ def clip_cosines(cosines: jax.Array, overflown: jax.Array) -> jax.Array:
     return jnp.clip(numerics.nan_unless(~overflown, cosines), -1, 1)
 
 
-def by_task(vector: jax.Array, losses: ArrayTree | None) -> ArrayTree:
+def by_task(vector: ArrayTree, losses: ArrayTree | None) -> ArrayTree:
     """One number per task by the losses' names: what a state has for each task stands in their sorted order.
 
     Args:
@@ -101,7 +101,7 @@ def by_task(vector: jax.Array, losses: ArrayTree | None) -> ArrayTree:
     return vector if losses is None else like_losses(vector, losses)
 
 
-def by_pair(matrix: jax.Array, losses: ArrayTree | None) -> ArrayTree:
+def by_pair(matrix: ArrayTree, losses: ArrayTree | None) -> ArrayTree:
     """One number per pair of tasks as a tree of trees like the losses, if there are losses."""
     if losses is None:
         return matrix

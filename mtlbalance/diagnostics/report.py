@@ -22,7 +22,7 @@ def report(
     losses: ArrayTree | None = None,
     weights: ArrayTree | None = None,
     *,
-    gramian: jax.Array | None = None,
+    gramian: ArrayTree | None = None,
     jacobian: ArrayTree | None = None,
     mask: ArrayTree | None = None,
     prefix: str = "",

@@ -70,6 +70,8 @@ twice = mtl.chain(scalarization.geometric_mean(), mtl.amortize(aggregation.mgda(
 grouped = mtl.nested(
     mtl.prioritize(aggregation.mean(), [1.0, 2.0]), {"a": mtl.learn(uw, optax.sgd(0.1)), "b": scalarization.sum()}
 )
+several: dict[str, mtl.Scalarizer] = {"uw": scalarization.uw_o(), "dwa": scalarization.dwa(steps_per_epoch=2)}
+print([each.apply(each.init(2), jnp.ones(2))[0] for each in several.values()])
 frozen = mtl.freeze(uw, state, losses).init(losses).seen
 
 
