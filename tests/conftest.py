@@ -79,6 +79,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid):
+            if "test_long_runs" in nodeid:  # with all optimizations: no other check has a use for its programs
+                return nodeid
             method = re.match(
                 r"tests/conformance/.*\b((scalarization|aggregation)-((skip|amortize|chain)-)*\w+)", nodeid
             )

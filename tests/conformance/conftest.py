@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(config, items):
     """All checks of a method next to each other and in one process: what one compiles serves the next.
 
     After all other tests: there are many of these groups and each is small, so that two workers end together. What is
-    compiled with all optimizations comes first: where that changes all programs are forgotten.
+    compiled with all optimizations stands in the middle: where that changes all programs are forgotten.
     """
     found = [(method_of(item), item) for item in items]
     # A check for which a user's catalogue has no case would be reported as skipped.
@@ -82,8 +82,8 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
     order = {None: -1} | {built: i for i, built in enumerate(config.built)}
     is_optimized = lambda item: item.get_closest_marker("unoptimized") is None
-    by_method = lambda pair: (pair[0] is not None, not is_optimized(pair[1]), order[pair[0]])
-    items[:] = [item for _, item in sorted(found, key=by_method)]
+    place = lambda built, item: (built is not None, is_optimized(item) == (built is None), order[built])
+    items[:] = [item for _, item in sorted(found, key=lambda pair: place(*pair))]
 
 
 def mark_slow(found):

@@ -69,7 +69,7 @@ class Built:
 
     def losses(self, x):
         """Losses that belong to a Jacobian, for the aggregators that read them; ``None`` for the others."""
-        return 0.5 + jnp.abs(x["scale"].astype(jnp.float32)) if self.case.reads_losses else None
+        return 0.5 + abs(x["scale"].astype(np.float32)) if self.case.reads_losses else None
 
     def apply(self, state, x, mask=None, method=None):
         """``apply`` with the losses, where the method reads them."""
@@ -94,7 +94,7 @@ class Built:
     def sample(self, seed, n_tasks=3, dtype=jnp.float32):
         """Losses that span two orders of magnitude, or a Jacobian tree whose rows do."""
         rng = np.random.default_rng([seed, n_tasks])
-        cast = lambda x: jnp.asarray(np.asarray(x, dtype))
+        cast = lambda x: jnp.array(np.asarray(x, dtype))  # unlike `asarray` it compiles nothing
         scale = np.exp(rng.normal(size=n_tasks))
         if self.is_scalarizer:
             return cast(scale)
@@ -104,7 +104,7 @@ class Built:
     def stack(self, n_steps, seed=0, **kwargs):
         """Inputs of several steps along a leading axis."""
         samples = [self.sample(seed + i, **kwargs) for i in range(n_steps)]
-        return jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs)), *samples)
+        return jax.tree.map(lambda *xs: jnp.array(np.stack(xs)), *samples)
 
     def restrict(self, x, tasks):
         """The same inputs of some tasks only."""

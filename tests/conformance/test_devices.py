@@ -5,6 +5,7 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -48,13 +49,14 @@ def assert_lies_as(tree, shardings):
 def sharded_init(built, mesh):
     if built.is_scalarizer:
         return built.method.init(place(built, mesh, built.sample(0)))
-    return built.init(params=on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), SPECS))
+    return built.init(params=on(mesh, jax.tree.map(lambda p: np.ones(p.shape, np.float32), PARAMS), SPECS))
 
 
 @functools.cache
 def n_sums_of_a_gramian(mesh):
     """One for the parameters that are split over the same axes; for those split twice XLA adds up axis by axis."""
-    jacobian = on(mesh, jax.tree.map(lambda p: jnp.ones((3, *p.shape)), PARAMS), jax.tree.map(rows_spec, SPECS))
+    rows = jax.tree.map(lambda p: np.ones((3, *p.shape), np.float32), PARAMS)
+    jacobian = on(mesh, rows, jax.tree.map(rows_spec, SPECS))
     return len(collectives_of(jax.jit(mtl.gramian.gramian).lower(jacobian).compile().as_text()))
 
 
@@ -133,7 +135,7 @@ def test_a_split_state_is_scanned_saved_and_restored_to_where_it_lay(aggregator,
 @pytest.mark.cases(lambda built: built.method.jacobian_shaped)
 def test_init_inside_jit_follows_an_explicit_sharding(aggregator):
     mesh = MESHES["Explicit"]
-    params = on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), SPECS)
+    params = on(mesh, jax.tree.map(lambda p: np.ones(p.shape, np.float32), PARAMS), SPECS)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda params: aggregator.init(params=params))(params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, aggregator.init())
@@ -223,7 +225,7 @@ def split_by_tasks(mesh, tree, *rest):
 
 def calls_of_four_tasks(built, mesh, mask):
     """What takes something of each task: functions, their arguments, and these with the tasks on several devices."""
-    method, x = built.method_for(jnp.arange(4)), built.sample(0, n_tasks=4)
+    method, x = built.method_for(np.arange(4)), built.sample(0, n_tasks=4)
     state = built.init(method, 4)
     if built.is_scalarizer:
 
@@ -233,7 +235,7 @@ def calls_of_four_tasks(built, mesh, mask):
             return scalar, gradient, built.hooks(new_state, x, mask, method)
 
         def counted(state, x, mask):
-            return method.apply(state, mtl.Counted(x, jnp.ones(4)), mask=mask)
+            return method.apply(state, mtl.Counted(x, np.ones(4, np.float32)), mask=mask)
 
         split = split_by_tasks(mesh, x)
         return [step, counted], (state, x, mask), (method.init(split), split, split_by_tasks(mesh, mask))
@@ -245,12 +247,12 @@ def calls_of_four_tasks(built, mesh, mask):
         calls.append(lambda state, x, gramian, given: method.weighting.apply(state, x, **given))
     if method.gramian_weighting:
         calls.append(lambda state, x, gramian, given: method.gramian_weighting.apply(state, gramian, **given))
-    placed = built.init(method, 4, on(mesh, jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS), OTHERS))
+    placed = built.init(method, 4, on(mesh, jax.tree.map(lambda p: np.ones(p.shape, np.float32), PARAMS), OTHERS))
     split = placed, rows, split_by_tasks(mesh, gramian, "x"), split_by_tasks(mesh, given)
     return calls, (state, x, gramian, given), split
 
 
-THREE_OF_FOUR = jnp.array([True, True, False, True])
+THREE_OF_FOUR = np.array([True, True, False, True])
 
 
 @pytest.mark.one_of_a_kind("boundary")
@@ -267,6 +269,6 @@ def test_tasks_may_lie_on_several_devices_of_an_explicit_mesh(built, mask):
 @pytest.mark.one_of_a_kind("engine")
 def test_tasks_on_several_devices_give_what_they_give_on_one(built, kind):
     functions, arguments, split = calls_of_four_tasks(built, MESHES[kind], THREE_OF_FOUR)
-    for function in functions:
-        found, expected = (jax.jit(function)(*given) for given in (split, arguments))
-        chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), **SAME)
+    all_of_them = jax.jit(lambda *given: [function(*given) for function in functions])
+    found, expected = (jax.device_get(all_of_them(*given)) for given in (split, arguments))
+    chex.assert_trees_all_close(found, expected, **SAME)

@@ -28,7 +28,7 @@ def per_task_leaves(state, n_tasks=3):
 
 def differs(new, old):
     """For each task, whether its part of a leaf differs."""
-    return np.reshape(new != old, (3, -1)).any(1)
+    return np.reshape(np.asarray(new) != np.asarray(old), (3, -1)).any(1)
 
 
 def test_all_true_mask_is_no_mask(built):
@@ -152,53 +152,63 @@ def test_paths_of_an_aggregator_agree_under_a_mask(aggregator):
 
 @pytest.mark.one_of_a_kind("boundary")
 def test_counted_losses_are_value_and_mask(scalarizer):
-    state, values = warmed_up(scalarizer), scalarizer.sample(0)
-    counts = jnp.array([4, 0, 7])
-    sums = jnp.where(counts > 0, values * counts, jnp.nan)
-
-    def counted(sums):
-        return scalarizer.method.apply(state, mtl.Counted(sums, counts))
-
-    masked = scalarizer.method.apply(state, values, mask=SOME)
-    chex.assert_trees_all_close(counted(sums), masked, **SAME)
-    gradient, _ = jax.grad(counted, has_aux=True)(sums)
-    expected, _ = jax.grad(lambda v: scalarizer.method.apply(state, v, mask=SOME), has_aux=True)(values)
-    chex.assert_trees_all_close(gradient, expected / jnp.maximum(counts, 1), **SAME)
-    not_a_count = mtl.Counted(values, jnp.array([4.0, jnp.nan, 7.0]))
-    assert jnp.isnan(scalarizer.method.apply(state, not_a_count)[0])
-    absent = mtl.Counted(sums, jnp.zeros(3, int))
-    chex.assert_trees_all_equal(scalarizer.method.apply(state, absent), (jnp.zeros(()), state))
+    state, values = warmed_up(scalarizer), np.asarray(scalarizer.sample(0))
+    counts = np.array([4, 0, 7], np.int32)
+    sums = np.where(counts > 0, values * counts, np.nan)
+    apply = lambda sums, counts: scalarizer.method.apply(state, mtl.Counted(sums, counts))
+    of_sums = jax.jit(jax.value_and_grad(apply, has_aux=True))
+    counted, gradient = of_sums(sums, counts)
+    masked, expected = scalar_and_gradient(scalarizer.method)(state, values, mask=SOME)
+    chex.assert_trees_all_close(counted, masked, **SAME)
+    chex.assert_trees_all_close(gradient, expected / np.maximum(counts, 1), **SAME)
+    (not_a_count, _), _ = of_sums(values, np.array([4.0, np.nan, 7.0], np.float32))
+    assert np.isnan(not_a_count)
+    absent, _ = of_sums(sums, np.zeros(3, np.int32))
+    chex.assert_trees_all_equal(absent, (np.float32(0), state))
 
 
 @pytest.mark.one_of_a_kind("engine")
 def test_counted_and_masked_values_reach_an_aggregator(aggregator):
     state, x = warmed_up(aggregator), aggregator.sample(0)
-    apply = jax.jit(aggregator.method.apply)
-    masked = apply(state, x, values=jnp.array([0.5, 9.0, 3.0]), mask=SOME)
-    counted = mtl.Counted(jnp.array([1.0, jnp.nan, 15.0]), jnp.array([2, 0, 5]))
-    chex.assert_trees_all_close(apply(state, x, values=counted), masked, **SAME)
-    names = {"b": mtl.Counted(jnp.array([1.0, jnp.nan]), jnp.array([2, 0])), "c": jnp.array(3.0)}
     by_name = aggregator.method_for({"b": np.arange(2), "c": 2})
-    chex.assert_trees_all_close(jax.jit(by_name.apply)(state, x, values=names), masked, **SAME)
+
+    @jax.jit
+    def all_forms(values, counted, named):
+        masked = aggregator.method.apply(state, x, values=values, mask=SOME)
+        return masked, aggregator.method.apply(state, x, values=counted), by_name.apply(state, x, values=named)
+
+    counted = mtl.Counted(np.array([1.0, np.nan, 15.0]), np.array([2, 0, 5], np.int32))
+    named = {"b": mtl.Counted(np.array([1.0, np.nan]), np.array([2, 0], np.int32)), "c": np.array(3.0)}
+    masked, *others = all_forms(np.array([0.5, 9.0, 3.0]), counted, named)
+    for other in others:
+        chex.assert_trees_all_close(other, masked, **SAME)
 
 
 @pytest.mark.one_of_a_kind("boundary")
 @pytest.mark.cases(lambda built: not built.case.own_names)
 def test_named_losses_are_the_array(scalarizer):
-    names = {"left": jnp.array(0.7), "right": jnp.array(1.9), "sum": jnp.array(31.0)}
-    array = jnp.array([0.7, 1.9, 31.0])
+    array = np.array([0.7, 1.9, 31.0], np.float32)
+    names = dict(zip(("left", "right", "sum"), array, strict=True))
     method, by_name = scalarizer.method, scalarizer.method_for({"left": 0, "right": 1, "sum": 2})
     named_state, state = by_name.init(names), method.init(3)
     chex.assert_trees_all_equal(named_state, state)
-    for mask in None, {"left": True, "right": False, "sum": True}:
-        flat_mask = None if mask is None else SOME
-        grad_fn = partial(jax.value_and_grad, argnums=1, has_aux=True)
-        (named, named_state), named_gradient = grad_fn(by_name.apply)(named_state, names, mask=mask)
-        (scalar, state), gradient = grad_fn(method.apply)(state, array, mask=flat_mask)
-        chex.assert_trees_all_equal((named, named_state), (scalar, state))
-        chex.assert_trees_all_equal(named_gradient, dict(zip(names, gradient, strict=True)))
-        observed = by_name.observe(named_state, names, mask=mask), method.observe(state, array, mask=flat_mask)
-        chex.assert_trees_all_equal(*observed)
+    present = {"left": True, "right": False, "sum": True}
+    named, named_gradients = jax.jit(partial(two_calls, by_name, (None, present)))(named_state, names)
+    plain, gradients = jax.jit(partial(two_calls, method, (None, SOME)))(state, array)
+    chex.assert_trees_all_equal(named, plain)
+    for by_task, gradient in zip(named_gradients, gradients, strict=True):
+        chex.assert_trees_all_equal(by_task, dict(zip(names, np.asarray(gradient), strict=True)))
+
+
+def two_calls(method, masks, state, losses):
+    """Scalars, states and what is observed of each call; and the gradients."""
+    found, gradients = [], []
+    for mask in masks:
+        step = jax.value_and_grad(method.apply, argnums=1, has_aux=True)
+        (scalar, state), gradient = step(state, losses, mask=mask)
+        found.append((scalar, state, method.observe(state, losses, mask=mask)))
+        gradients.append(gradient)
+    return found, gradients
 
 
 @pytest.mark.one_of_a_kind("boundary")
