@@ -4,7 +4,6 @@ Scripts that need torch are run by hand, not collected.
 """
 
 import collections
-import contextlib
 import fnmatch
 import functools
 import gc
@@ -32,9 +31,9 @@ if EMITTERS not in os.environ.get("XLA_FLAGS", "") and jaxlib.version.__version_
 gc.set_threshold(50_000, 10, 10)
 jax.config.update("jax_traceback_in_locations_limit", 0)
 
-# JAX makes an MLIR context for each program, which is half the time of a small one that is compiled already (3.8 of
-# 7.4 ms). One serves for all. It is private to JAX: where it has another name only time is lost.
-with contextlib.suppress(ImportError, AttributeError):
+# JAX before 0.12 makes an MLIR context for each program, which is half the time of a small one that is compiled already
+# (3.8 of 7.4 ms). One serves for all.
+if jax.__version_info__ < (0, 12):
     from jax._src.interpreters import mlir
 
     mlir.make_ir_context = functools.cache(mlir.make_ir_context)
