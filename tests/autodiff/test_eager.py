@@ -124,7 +124,7 @@ def test_losses_may_look_at_numbers():
         x, _ = batch
         return squared_errors(params, batch) * (2.0 if jnp.sum(x) > 0 else 3.0)
 
-    factor = 2.0 if np.sum(BATCH[0]) > 0 else 3.0
+    factor = 2.0 if np.sum(np.asarray(BATCH[0])) > 0 else 3.0
     expected = factor * np.asarray(jax.jit(squared_errors)(PARAMS, BATCH))
     for method in upgrad, aggregation.m_config():
         grad_fn = mtl.value_and_grad(losses_fn, method, rows=None if method.gramian_weighting is None else 1)

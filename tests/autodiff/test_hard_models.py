@@ -261,7 +261,8 @@ def _assert_same_gramian(found, expected, tolerance=1e-5):
 def _assert_same_gradient(found, expected, tolerance=1e-5):
     """Relative to the expected gradient's norm."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
-    found, expected = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (found, expected))
+    trees = jax.device_get((found, expected))
+    found, expected = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in trees)
     assert 0 <= np.linalg.norm(found - expected) < tolerance * np.linalg.norm(expected)
 
 
@@ -272,7 +273,8 @@ def _gramians(losses, params, ways):
 
 def _by_jax(losses, params):
     """The losses, and the Gramian of their Jacobian."""
-    return jax.jit(lambda params: (losses(params), gramian(jax.jacrev(losses)(params))))(params)
+    both = lambda params: (losses(params), gramian(jax.jacrev(losses)(params)))
+    return jax.device_get(jax.jit(both)(params))
 
 
 def _by_hand(losses, params, method):

@@ -186,7 +186,7 @@ def test_weights_of_the_paper_and_of_jaxpi():
     assert_close(with_zero, {"ics": 24 / 4, "res": 24 / 20, "frozen": 1.0})
     large = np.array([3e38], np.float32)
     assert_close(weights({"ics": large, "res": large}), {"ics": 2.0, "res": 2.0})
-    gradient = jax.jit(jax.grad(lambda diagonal: mtl.ntk_weights(diagonal)["res"]))(DIAGONAL)
+    gradient = jax.device_get(jax.jit(jax.grad(lambda diagonal: mtl.ntk_weights(diagonal)["res"]))(DIAGONAL))
     assert not any(np.any(x) for x in jax.tree.leaves(gradient))
 
 

@@ -64,7 +64,8 @@ def _by_jax(losses, params):
 
 
 def _gramian(jacobian):
-    rows = np.concatenate([np.reshape(x, (len(x), -1)) for x in jax.tree.leaves(jacobian)], axis=1)
+    leaves = jax.tree.leaves(jax.device_get(jacobian))
+    rows = np.concatenate([np.reshape(x, (len(x), -1)) for x in leaves], axis=1)
     return rows @ rows.T
 
 

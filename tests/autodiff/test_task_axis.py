@@ -108,7 +108,7 @@ def poisoned(batch):
 
 
 def which_are_finite(rows):
-    return np.all(np.isfinite(np.reshape(rows, (4, -1))), axis=1)
+    return np.all(np.isfinite(np.asarray(rows).reshape(4, -1)), axis=1)
 
 
 @pytest.mark.parametrize("rows", ["vmap", 1, 3])
