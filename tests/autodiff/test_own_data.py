@@ -119,9 +119,10 @@ def test_counts_keywords_and_auxiliary_outputs():
     batch = [BATCH["cls"], BATCH["reg"]["near"]]
     grad_fn = partial(mtl.value_and_grad, [counted, plain], method, has_aux=True, return_weights=True)
     state = jax.jit(grad_fn().init)(PARAMS, batch, scale=2.0)
-    step = lambda refresh=None, **options: jax.jit(partial(grad_fn(**options), scale=2.0, refresh=refresh))(
-        PARAMS, state, batch
-    )
+
+    def step(refresh=None, **options):
+        return jax.jit(partial(grad_fn(**options), scale=2.0, refresh=refresh))(PARAMS, state, batch)
+
     (losses, new_state, weights, (count, first)), gradient = step()
     assert losses[0].count == count == np.sum(batch[0][1][:, 0] > 0)
     np.testing.assert_array_equal(first, batch[1][0][0])

@@ -180,6 +180,15 @@ def test_gramian(container):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.max(expected))
 
 
+def test_gramian_of_a_python_float_not_compiled():
+    """Where it is not an array yet."""
+    params, losses, _, jacobian = _made(of_scalars)
+    expected = _gramian(jacobian)
+    for rows in (None, 1, "two_pass"):
+        _, found = mtl.value_and_gramian(losses, rows=rows)(params)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.max(expected))
+
+
 @pytest.mark.parametrize("make", [scalarization.geometric_mean, aggregation.excess_mtl])
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.by_default("*-geometric_mean", "of_list_with_none-*", "of_scalars-*")
@@ -570,7 +579,7 @@ def test_rows_that_the_method_cannot_use(make, rows):
         ({"x": True}, ValueError, "expected booleans in the params' structure, or in a prefix of it"),
         ({"w": True, "b": True, "heads": [True]}, ValueError, "expected booleans in the params' structure"),
         ({"w": True, "b": 1, "heads": True}, TypeError, "expected booleans, known while tracing, found int"),
-        (np.array(True), TypeError, "expected booleans, known while tracing"),
+        (jnp.array(True), TypeError, "expected booleans, known while tracing"),
         (lambda params: {"x": True}, ValueError, "expected booleans in the params' structure"),
     ],
 )

@@ -188,7 +188,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"refresh: expected a method .* mtl.amortize"):
         jax.eval_shape(lambda: mtl.value_and_grad(squared_errors, plain)(PARAMS, init(plain), BATCH, refresh=True))
     grad_fn = mtl.value_and_grad(squared_errors, amortized)
-    for refresh in 1, np.array([True]), "yes":
+    for refresh in 1, jnp.array([True]), "yes":
         with pytest.raises(TypeError, match="refresh: expected one boolean"):
             jax.eval_shape(lambda refresh=refresh: grad_fn(PARAMS, init(amortized), BATCH, refresh=refresh))
     with pytest.raises(ValueError, match="learned"):
