@@ -21,7 +21,7 @@ def _normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-X, TARGETS = _normal(1, 8, 4), _normal(2, 8, N_TASKS)
+X, TARGETS = jax.device_put((_normal(1, 8, 4), _normal(2, 8, N_TASKS)))  # `custom_root` takes no array of NumPy
 
 
 def _mlp_params():
@@ -524,7 +524,7 @@ def test_computing_in_bfloat16_costs_two_passes_what_it_costs_rows():
 def test_float64(rows):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(np.float64), _mlp_params())
-        x, targets = X.astype(np.float64), TARGETS.astype(np.float64)
+        x, targets = np.asarray(X, np.float64), np.asarray(TARGETS, np.float64)
 
         def losses(params):
             return jnp.mean((jnp.tanh(x @ params["w"] + params["b"][None]) @ params["heads"] - targets) ** 2, axis=0)
