@@ -8,13 +8,20 @@ import numpy as np
 
 
 def layers(key, sizes):
-    """Weights and biases of a fully connected network."""
+    """Weights and biases of a fully connected network, drawn on the device."""
     keys = jax.random.split(key, len(sizes) - 1)
     shapes = list(itertools.pairwise(sizes))
     return [
         {"w": jax.random.normal(k, shape) / np.sqrt(shape[0]), "b": jnp.zeros(shape[1])}
         for k, shape in zip(keys, shapes, strict=True)
     ]
+
+
+def normal_layers(seed, sizes):
+    """The same of NumPy: JAX would compile a program for every shape."""
+    rng = np.random.default_rng(seed)
+    of = lambda shape: (rng.normal(size=shape) / np.sqrt(shape[0])).astype(np.float32)
+    return [{"w": of(shape), "b": np.zeros(shape[1], np.float32)} for shape in itertools.pairwise(sizes)]
 
 
 def affine(x, layer):
@@ -42,8 +49,8 @@ def squared_error(params, batch):
 
 
 def normal_batch(seed, *shape, n_in, n_out):
-    keys = jax.random.split(jax.random.key(seed))
-    return jax.random.normal(keys[0], (*shape, n_in)), jax.random.normal(keys[1], (*shape, n_out))
+    rng = np.random.default_rng(seed)
+    return tuple(rng.normal(size=(*shape, n)).astype(np.float32) for n in (n_in, n_out))
 
 
 def assert_close(found, expected, rtol=1e-5, atol=1e-6):

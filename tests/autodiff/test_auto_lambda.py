@@ -8,51 +8,58 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation
-from tests.autodiff.models import layers, normal_batch, squared_errors
+from tests.autodiff.models import normal_batch, normal_layers, squared_errors
 
 pytestmark = pytest.mark.unoptimized
 
 NAMES = ("depth", "edges", "seg")
 BATCH, OTHER = (normal_batch(seed, 8, n_in=4, n_out=3) for seed in (1, 2))
-PARAMS = layers(jax.random.key(0), (4, 5, 3))
+PARAMS = normal_layers(0, (4, 5, 3))
 ADAM = optax.adam(0.05)
 # In the middle of a training.
-OPT_STATE = ADAM.update(PARAMS, ADAM.init(PARAMS), PARAMS)[1]
+OPT_STATE = jax.jit(lambda params: ADAM.update(params, ADAM.init(params), params)[1])(PARAMS)
 
 
 def losses_fn(params, batch):
     return dict(zip(NAMES, squared_errors(params, batch), strict=True))
 
 
-def plain_hypergradient(weights, primary):
-    """By differentiating a step that has a gradient in it, of an array of weights."""
+@jax.jit
+def plain_gradient(weights):
+    return jax.grad(lambda params: jnp.sum(weights * squared_errors(params, BATCH)))(PARAMS)
+
+
+@jax.jit
+def plain_hypergradients(weights):
+    """By differentiating a step that has a gradient in it, of an array of weights; and the losses after that step."""
 
     def after(weights):
-        gradient = jax.grad(lambda params: jnp.sum(weights * squared_errors(params, BATCH)))(PARAMS)
-        updates, _ = ADAM.update(gradient, OPT_STATE, PARAMS)
-        return squared_errors(optax.apply_updates(PARAMS, updates), OTHER)[jnp.array(primary)]
+        updates, _ = ADAM.update(plain_gradient(weights), OPT_STATE, PARAMS)
+        return squared_errors(optax.apply_updates(PARAMS, updates), OTHER)
 
-    return np.asarray(jax.jit(jax.jacrev(after))(weights))
+    return jax.jacrev(after)(weights), after(weights)
 
 
 def step(grad_fn, **kwargs):
-    state = grad_fn.init(PARAMS, BATCH)
     given = {"validation": (OTHER,), "opt_state": OPT_STATE} | kwargs
-    return jax.jit(lambda state: grad_fn(PARAMS, state, BATCH, **given))(state)
+    start_and_step = lambda params, batch, given: grad_fn(params, grad_fn.init(params, batch), batch, **given)
+    return jax.device_get(jax.jit(start_and_step)(PARAMS, BATCH, given))
 
 
 @pytest.mark.parametrize(("primary", "at"), [("seg", [2]), (("depth", "seg"), [0, 2]), (None, [0, 1, 2])])
 def test_the_hypergradient_is_exact_through_any_optimizer(primary, at):
     """Adam's: what it makes of a gradient is not linear in the weights."""
     (_, state), _ = step(mtl.auto_lambda(losses_fn, ADAM, primary, optax.sgd(1.0)))
-    expected = np.sum(plain_hypergradient(jnp.full(3, 0.1), at), axis=0)
+    rows, _ = jax.device_get(plain_hypergradients(np.full(3, 0.1, np.float32)))
+    expected = np.sum(rows[at], axis=0)
     np.testing.assert_allclose(0.1 - state.raw_weights, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_an_optimizer_that_reads_the_value_is_differentiated_by_it():
     """Polyak's step: as long as the weighted losses are large."""
     losses_fn = lambda x, target: jnp.stack([jnp.sum((x - target) ** 2), 1.0 + jnp.sum((x + 1) ** 2)])
-    optimizer, x, raw = optax.polyak_sgd(max_learning_rate=100.0), jnp.array([0.3, -0.2]), jnp.array([0.5, 0.2])
+    optimizer = optax.polyak_sgd(max_learning_rate=100.0)
+    x, raw = np.array([0.3, -0.2], np.float32), np.array([0.5, 0.2], np.float32)
 
     def after(weights):
         value, gradient = jax.value_and_grad(lambda x: jnp.sum(weights * losses_fn(x, 1.0)))(x)
@@ -60,52 +67,59 @@ def test_an_optimizer_that_reads_the_value_is_differentiated_by_it():
         return losses_fn(x + updates, 2.0)[0]
 
     grad_fn = mtl.auto_lambda(losses_fn, optimizer, 0, optax.sgd(1.0), initial_weights=raw)
-    (_, state), _ = grad_fn(x, grad_fn.init(x, 1.0), 1.0, validation=(2.0,), opt_state=optimizer.init(x))
-    np.testing.assert_allclose(raw - state.raw_weights, jax.grad(after)(raw), rtol=1e-5)
+
+    @jax.jit
+    def new_weights(x):
+        return grad_fn(x, grad_fn.init(x, 1.0), 1.0, validation=(2.0,), opt_state=optimizer.init(x))[0][1].raw_weights
+
+    np.testing.assert_allclose(raw - np.asarray(new_weights(x)), jax.jit(jax.grad(after))(raw), rtol=1e-5)
 
 
 def test_parameters_without_any_gradient_move_no_weight():
     """As of a pixel that is always black: Adam's derivative by a gradient of zero is none at its first step."""
     losses_fn = lambda x, scale: {"main": jnp.sum((scale * x - 1) ** 2), "other": jnp.sum((scale * x + 1) ** 2)}
-    states = []
-    for n in 1, 2:
-        x, scale, validation = jnp.full(n, 0.3), jnp.eye(n)[0], jnp.ones(n)
-        grad_fn = mtl.auto_lambda(losses_fn, optax.adam(0.1, eps=0.1), "main", optax.sgd(1.0))
+    grad_fn = mtl.auto_lambda(losses_fn, optax.adam(0.1, eps=0.1), "main", optax.sgd(1.0))
+
+    @jax.jit
+    def new_weights(x, scale, validation):
         opt_state = optax.adam(0.1).init(x)
         (_, state), _ = grad_fn(x, grad_fn.init(x, scale), scale, validation=(validation,), opt_state=opt_state)
-        states.append(state.raw_weights)
-    assert np.all(states[0] != 0.1)
-    np.testing.assert_allclose(states[1], states[0], rtol=1e-6)
+        return state.raw_weights
+
+    of = lambda n: np.asarray(new_weights(*np.array([n * [0.3], np.eye(n)[0], n * [1]], np.float32)))
+    assert np.all(of(1) != 0.1)
+    np.testing.assert_allclose(of(2), of(1), rtol=1e-6)
 
 
 def test_the_gradient_is_that_of_the_new_weights():
     grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg", optax.sgd(1.0), return_weights=True)
     (losses, state, weights), grads = step(grad_fn)
     assert tuple(weights) == tuple(losses) == NAMES
-    np.testing.assert_array_equal(jnp.stack(list(weights.values())), state.raw_weights)
-    weighted = lambda params: jnp.sum(state.raw_weights * squared_errors(params, BATCH))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), grads, jax.grad(weighted)(PARAMS))
+    np.testing.assert_array_equal(list(weights.values()), state.raw_weights)
+    expected = plain_gradient(state.raw_weights)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), grads, expected)
     np.testing.assert_array_equal(state.seen, 1)
 
 
 def test_an_aggregator_of_the_primary_tasks_hypergradients():
     """MOML: the shortest combination of what each validation loss asks of the logits."""
+    method, raw = aggregation.mgda(), np.array([0.3, -0.2, 0.1], np.float32)
     grad_fn = mtl.auto_lambda(
         squared_errors,
         ADAM,
         meta_optimizer=optax.sgd(1.0),
         softmax=True,
-        aggregator=aggregation.mgda(),
-        initial_weights=jnp.array([0.3, -0.2, 0.1]),
+        aggregator=method,
+        initial_weights=raw,
         return_weights=True,
     )
     (_, state, weights), _ = step(grad_fn)
-    raw = jnp.array([0.3, -0.2, 0.1])
-    rows = plain_hypergradient(jax.nn.softmax(raw), [0, 1, 2]) @ np.asarray(jax.jacobian(jax.nn.softmax)(raw))
-    method = aggregation.mgda()
-    combined, _ = method.apply(method.init(rows.shape), jnp.asarray(rows))
+    softmax = np.exp(raw) / np.sum(np.exp(raw))
+    of_weights, _ = jax.device_get(plain_hypergradients(softmax))
+    rows = of_weights @ (np.diag(softmax) - np.outer(softmax, softmax))
+    combined, _ = jax.jit(lambda rows: method.apply(method.init(rows.shape), rows))(rows)
     np.testing.assert_allclose(raw - state.raw_weights, combined, rtol=2e-3, atol=2e-6)
-    np.testing.assert_allclose(jnp.sum(weights), 1, rtol=1e-6)
+    np.testing.assert_allclose(np.sum(weights), 1, rtol=1e-6)
     np.testing.assert_array_equal(state.inner.seen, 1)
 
 
@@ -121,19 +135,17 @@ def test_the_aggregator_goes_by_the_names_of_the_primary_tasks(names, primary, m
     grad_fn = mtl.auto_lambda(losses_fn if names else squared_errors, ADAM, primary, optax.sgd(1.0), aggregator=method)
     (_, state), _ = step(grad_fn)
     at = [0, 1, 2] if primary is None else [0, 2]
-    rows = jnp.asarray(plain_hypergradient(jnp.full(3, 0.1), at))
-    gradient = jax.grad(lambda params: 0.1 * jnp.sum(squared_errors(params, BATCH)))(PARAMS)
-    updates, _ = ADAM.update(gradient, OPT_STATE, PARAMS)
-    values = squared_errors(optax.apply_updates(PARAMS, updates), OTHER)[jnp.array(at)]
+    rows, values = jax.device_get(plain_hypergradients(np.full(3, 0.1, np.float32)))
     plain = aggregation.bloop(2, 2.0) if primary is None else aggregation.epo([1.0, 3.0])
-    expected, _ = plain.apply(plain.init(rows.shape), rows, values=values)
+    apply = lambda rows, values: plain.apply(plain.init(rows.shape), rows, values=values)
+    expected, _ = jax.jit(apply)(rows[at], values[at])
     np.testing.assert_allclose(0.1 - state.raw_weights, expected, rtol=2e-3, atol=2e-6)
 
 
 def test_an_absent_task_is_as_if_it_did_not_exist():
     mask = {"depth": True, "edges": False, "seg": True}
     grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg", optax.adam(0.1), softmax=True, return_weights=True)
-    (_, state, weights), grads = step(grad_fn, mask=jax.tree.map(jnp.array, mask))
+    (_, state, weights), grads = step(grad_fn, mask=jax.tree.map(np.array, mask))
 
     two = lambda params, batch: {name: loss for name, loss in losses_fn(params, batch).items() if mask[name]}
     alone = mtl.auto_lambda(two, ADAM, "seg", optax.adam(0.1), softmax=True, return_weights=True)
@@ -148,9 +160,9 @@ def test_an_absent_task_is_as_if_it_did_not_exist():
 
 def test_without_any_task_nothing_changes():
     grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg")
-    (_, state), grads = step(grad_fn, mask=jnp.zeros(3, bool))
-    jax.tree.map(np.testing.assert_array_equal, state, grad_fn.init(PARAMS, BATCH))
-    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(grads))
+    (_, state), grads = step(grad_fn, mask=np.zeros(3, bool))
+    jax.tree.map(np.testing.assert_array_equal, state, jax.jit(grad_fn.init)(PARAMS, BATCH))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
 def test_without_labels_for_the_primary_task_the_weights_stay():
@@ -161,13 +173,20 @@ def test_without_labels_for_the_primary_task_the_weights_stay():
         return losses | {"seg": mtl.Counted(n_labels * losses["seg"], n_labels)}
 
     grad_fn = mtl.auto_lambda(counted, ADAM, "seg", optax.adam(0.1))
-    state = grad_fn.init(PARAMS, BATCH, 4.0)
-    moved = []
-    for n_labels in (0.0, 4.0):
+
+    @jax.jit
+    def weights(n_labels):
+        """Before the step and after it."""
+        state = grad_fn.init(PARAMS, BATCH, 4.0)
         given = {"validation": (OTHER, n_labels), "opt_state": OPT_STATE}
         (_, new), _ = grad_fn(PARAMS, state, BATCH, 4.0, **given)
-        moved.append(np.any(new.raw_weights != state.raw_weights))
-        assert np.all(np.isfinite(new.raw_weights))
+        return state.raw_weights, new.raw_weights
+
+    moved = []
+    for n_labels in (0.0, 4.0):
+        old, new = jax.device_get(weights(n_labels))
+        moved.append(np.any(new != old))
+        assert np.all(np.isfinite(new))
     assert moved == [False, True]
 
 
@@ -178,10 +197,10 @@ def test_vmap_over_hyperparameters_is_a_loop():
         state = grad_fn.init(PARAMS, BATCH)
         return grad_fn(PARAMS, state, BATCH, validation=(OTHER,), opt_state=OPT_STATE)[0][1].raw_weights
 
-    starts, rates = jnp.array([0.1, 0.5]), jnp.array([1.0, 0.3])
-    mapped = jax.vmap(weights)(starts, rates)
+    starts, rates = np.array([0.1, 0.5], np.float32), np.array([1.0, 0.3], np.float32)
+    mapped, alone = np.asarray(jax.jit(jax.vmap(weights))(starts, rates)), jax.jit(weights)
     for found, start, rate in zip(mapped, starts, rates, strict=True):
-        np.testing.assert_allclose(found, jax.jit(weights)(start, rate), rtol=1e-5)
+        np.testing.assert_allclose(found, alone(start, rate), rtol=1e-5)
 
 
 def test_auxiliary_outputs_are_of_the_training_data():
@@ -203,10 +222,12 @@ def test_a_task_that_harms_loses_its_weight_and_one_that_helps_gains():
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state, state), state.raw_weights
 
-    params = jnp.zeros(2)
-    carry = params, optimizer.init(params), grad_fn.init(params)
-    _, weights = jax.lax.scan(step, carry, length=40)
-    harms, helps, main = weights[-1]
+    @jax.jit
+    def last_weights(params):
+        carry = params, optimizer.init(params), grad_fn.init(params)
+        return jax.lax.scan(step, carry, length=40)[1][-1]
+
+    harms, helps, main = np.asarray(last_weights(np.zeros(2, np.float32)))
     assert harms < 0.1 < min(helps, main)
 
 
@@ -214,14 +235,13 @@ def test_a_validation_loss_that_is_not_finite_can_be_left_out():
     poisoned = lambda params, x: {"a": jnp.sum(params**2) * x, "b": jnp.sum(params)}
     for meta_optimizer, is_finite in ((optax.adam(0.1), False), (optax.apply_if_finite(optax.adam(0.1), 5), True)):
         grad_fn = mtl.auto_lambda(poisoned, optax.sgd(0.1), "a", meta_optimizer)
-        state = grad_fn.init(jnp.ones(2), 1.0)
-        (_, state), _ = grad_fn(jnp.ones(2), state, 1.0, validation=(jnp.nan,))
-        assert np.all(np.isfinite(state.raw_weights)) == is_finite
+        new = lambda x, grad_fn=grad_fn: grad_fn(x, grad_fn.init(x, 1.0), 1.0, validation=(jnp.nan,))[0][1].raw_weights
+        assert np.all(np.isfinite(jax.jit(new)(np.ones(2, np.float32)))) == is_finite
 
 
 def test_errors_say_what_is_missing():
     grad_fn = mtl.auto_lambda(losses_fn, ADAM, "seg")
-    state = grad_fn.init(PARAMS, BATCH)
+    state = jax.jit(grad_fn.init)(PARAMS, BATCH)
     with pytest.raises(TypeError, match=r"opt_state: expected the state of the parameters' optimizer.*found None"):
         grad_fn(PARAMS, state, BATCH, validation=(OTHER,))
     for wrong in (OTHER, list(OTHER), OTHER[0]):

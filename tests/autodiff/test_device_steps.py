@@ -126,7 +126,8 @@ def make(name, **options):
 @functools.cache
 def on_one_device(name, rows):
     grad_fn = mtl.value_and_grad(losses, make(name), rows=rows, hooks=True)
-    return jax.device_get(jax.jit(grad_fn)(START, grad_fn.init(START, *BATCH), *BATCH))
+    step = lambda params, *batch: grad_fn(params, grad_fn.init(params, *batch), *batch)
+    return jax.device_get(jax.jit(step)(START, *BATCH))
 
 
 def check(name, way, kind, rows, n_rows):

@@ -72,7 +72,7 @@ CASES = [(name, rows) for name in METHODS for rows in ROWS.get(name, ["vmap", 1,
 def test_a_whole_parameter_counts_once(name, rows):
     one = mtl.value_and_grad(losses, METHODS[name](), rows=rows)
     parts = mtl.value_and_grad(losses_of_parts, METHODS[name](axis_name="x"), rows=rows)
-    state = one.init(PARAMS, *BATCH)
+    state = jax.jit(one.init)(PARAMS, *BATCH)
     expected, found = jax.jit(one)(PARAMS, state, *BATCH), on_eight_devices(parts, state)(PARAMS, state, *BATCH)
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), **SAME)
 
@@ -80,14 +80,14 @@ def test_a_whole_parameter_counts_once(name, rows):
 @pytest.mark.parametrize(("name", "rows"), [("upgrad", "vmap"), ("upgrad", "two_pass"), ("excess_mtl", "stream")])
 def test_what_types_do_not_tell_is_refused(name, rows):
     parts = mtl.value_and_grad(losses_of_parts, METHODS[name](axis_name="x"), rows=rows)
-    state = mtl.value_and_grad(losses, METHODS[name]()).init(PARAMS, *BATCH)
+    state = jax.eval_shape(mtl.value_and_grad(losses, METHODS[name]()).init, PARAMS, *BATCH)
     with pytest.raises(ValueError, match=r"axis_name: expected .*check_vma=True.*parameter \['scale'\], if whole"):
         jax.eval_shape(on_eight_devices(parts, state, check_vma=False), PARAMS, state, *BATCH)
 
 
 @pytest.mark.parametrize("rows", ["vmap", "two_pass"])
 def test_the_gramian_is_that_of_all_parts(rows):
-    expected = mtl.value_and_gramian(losses)(PARAMS, *BATCH)
+    expected = jax.jit(mtl.value_and_gramian(losses))(PARAMS, *BATCH)
     found = on_eight_devices(mtl.value_and_gramian(losses_of_parts, rows=rows))(PARAMS, *BATCH)
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), **SAME)
 
@@ -144,14 +144,14 @@ WAYS = {
 def test_each_device_trains_as_one_of_many(way):
     make, options = WAYS[way]
     train = on_their_own(make(), **options)
-    expected, found = jax.vmap(train)(OWN, *MANY_BATCHES), one_on_each(train)(OWN, *MANY_BATCHES)
+    expected, found = jax.jit(jax.vmap(train))(OWN, *MANY_BATCHES), one_on_each(train)(OWN, *MANY_BATCHES)
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=1e-3, atol=1e-5)
 
 
 def test_micro_batches_of_parts():
     one = mtl.value_and_grad(losses, aggregation.upgrad(), microbatches=3)
     parts = mtl.value_and_grad(losses_of_parts, aggregation.upgrad(axis_name="x"), microbatches=3)
-    state = one.init(PARAMS, *BATCH)
+    state = jax.jit(one.init)(PARAMS, *BATCH)
     expected, found = jax.jit(one)(PARAMS, state, *BATCH), on_eight_devices(parts, state)(PARAMS, state, *BATCH)
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), **SAME)
 
@@ -194,7 +194,7 @@ def test_tasks_on_several_devices(name, kind):
     put = lambda x, *spec: jax.device_put(x, NamedSharding(MESHES[kind], PartitionSpec(*spec)))
     losses_fn = loss_of_one if "task_axis" in options else losses_of_tasks
     grad_fn = mtl.value_and_grad(losses_fn, make(), hooks=True, **options)
-    expected = jax.jit(grad_fn)(PARAMS, grad_fn.init(PARAMS, DATA), DATA)
+    expected = jax.jit(grad_fn)(PARAMS, jax.jit(grad_fn.init)(PARAMS, DATA), DATA)
     params, data = jax.tree.map(put, PARAMS), put(DATA, "tasks")
     found = jax.jit(grad_fn)(params, grad_fn.init(params, data), data)
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), **SAME)
@@ -205,7 +205,7 @@ def test_microbatches_of_tasks_on_several_devices():
     batches = RNG.normal(size=(4, 6, 16)).astype(np.float32)
     loss = lambda params, x: jnp.mean(jax.vmap(lambda one: loss_of_one(params, one))(x))
     grad_fn = mtl.value_and_grad(loss, aggregation.upgrad(), task_axis=0, microbatches=2)
-    expected = jax.jit(grad_fn)(PARAMS, grad_fn.init(PARAMS, batches), batches)
+    expected = jax.jit(grad_fn)(PARAMS, jax.jit(grad_fn.init)(PARAMS, batches), batches)
     put = lambda x, *spec: jax.device_put(x, NamedSharding(MESHES["Explicit"], PartitionSpec(*spec)))
     params, data = jax.tree.map(put, PARAMS), put(batches, "tasks")
     found = jax.jit(grad_fn)(params, grad_fn.init(params, data), data)

@@ -7,15 +7,16 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, gramian, scalarization
-from tests.autodiff.models import layers, normal_batch, squared_error, squared_errors
+from tests.autodiff.models import normal_batch, normal_layers, squared_error, squared_errors
 from tests.events import compilations, recorded
 
 pytestmark = pytest.mark.unoptimized
 
-PARAMS = layers(jax.random.key(0), [5, 4, 3])
-BATCH = normal_batch(1, 4, n_in=5, n_out=3)
-OWN_BATCHES = normal_batch(2, 3, 4, n_in=5, n_out=3)
-MASK = jnp.array([True, False, True])
+# On the device, as users' are: of NumPy's arrays some operations would be NumPy's.
+PARAMS = jax.device_put(normal_layers(0, [5, 4, 3]))
+BATCH = jax.device_put(normal_batch(1, 4, n_in=5, n_out=3))
+OWN_BATCHES = jax.device_put(normal_batch(2, 3, 4, n_in=5, n_out=3))
+MASK, YES, NO = jax.device_put((np.array([True, False, True]), np.array(True), np.array(False)))
 
 
 def rectified(params, batch):
@@ -37,11 +38,11 @@ HEADS = [
     lambda params, features, batch, i=i: jnp.mean((features @ params["w"] + params["b"] - batch[1][:, i]) ** 2)
     for i in range(3)
 ]
-PAIR = PARAMS[0], [{"w": PARAMS[1]["w"][:, i], "b": PARAMS[1]["b"][i]} for i in range(3)]
+PAIR = PARAMS[0], jax.device_put([{"w": w, "b": np.float32(0)} for w in np.asarray(PARAMS[1]["w"]).T])
 TWO = trunk, HEADS
 SKIPPED = mtl.skip_nonfinite(aggregation.cr_mogm(mtl.chain(scalarization.scale_invariant(), aggregation.mgda())))
 upgrad, excess_mtl = aggregation.upgrad(), aggregation.excess_mtl()
-AGAIN, ANEW = {"refresh": jnp.array(False)}, {"refresh": jnp.array(True)}
+AGAIN, ANEW = {"refresh": NO}, {"refresh": YES}
 
 # The losses, the method, and the keywords of the function and of the call.
 WAYS = {
@@ -75,13 +76,13 @@ WAYS = {
 }
 
 
-def assert_second_call_compiles_nothing(function, *args, **kwargs):
+def assert_second_call_compiles_nothing(function, compiled, *args, **kwargs):
     """And that it is as in one program."""
     function(*args, **kwargs)
     with recorded() as events:
         found = function(*args, **kwargs)
     assert compilations(events) == 0
-    expected = jax.jit(function)(*args, **kwargs)
+    expected = compiled(*args, **kwargs)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found, expected)
     types = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
     assert types(found) == types(expected)
@@ -94,8 +95,9 @@ def test_a_step(way):
     params = PAIR if losses_fn is TWO else PARAMS
     batch = OWN_BATCHES if "task_axis" in keywords else BATCH
     grad_fn = mtl.value_and_grad(losses_fn, method, **keywords)
-    (_, state), _ = grad_fn(params, grad_fn.init(params, batch), batch)
-    assert_second_call_compiles_nothing(grad_fn, params, state, batch, **given)
+    compiled = jax.jit(grad_fn)
+    (_, state), _ = compiled(params, jax.jit(grad_fn.init)(params, batch), batch)
+    assert_second_call_compiles_nothing(grad_fn, compiled, params, state, batch, **given)
 
 
 def wide(params, scale):
@@ -106,13 +108,13 @@ def wide(params, scale):
 @pytest.mark.parametrize("rows", ["vmap", 1, 2, "two_pass"])
 @pytest.mark.by_default("1", "two_pass")
 def test_jacobian_and_gramian(rows):
-    params = jnp.linspace(-1.0, 2.0, 3 * gramian._CHUNK)  # of which nothing cancels
+    params = jax.device_put(np.linspace(-1, 2, 3 * gramian._CHUNK, dtype=np.float32))  # of which nothing cancels
+    calls = [(mtl.value_and_gramian(wide, rows=rows), params, 2.0)]
     if rows != "two_pass":
-        assert_second_call_compiles_nothing(mtl.value_and_jac(rectified, rows=rows), PARAMS, BATCH)
-        assert_second_call_compiles_nothing(
-            mtl.value_and_jac(squared_error, rows=rows, task_axis=0), PARAMS, OWN_BATCHES
-        )
-    assert_second_call_compiles_nothing(mtl.value_and_gramian(wide, rows=rows), params, 2.0)
+        calls.append((mtl.value_and_jac(rectified, rows=rows), PARAMS, BATCH))
+        calls.append((mtl.value_and_jac(squared_error, rows=rows, task_axis=0), PARAMS, OWN_BATCHES))
+    for function, *args in calls:
+        assert_second_call_compiles_nothing(function, jax.jit(function), *args)
 
 
 def test_losses_may_look_at_numbers():
@@ -122,17 +124,18 @@ def test_losses_may_look_at_numbers():
         x, _ = batch
         return squared_errors(params, batch) * (2.0 if jnp.sum(x) > 0 else 3.0)
 
-    factor = 2.0 if jnp.sum(BATCH[0]) > 0 else 3.0
+    factor = 2.0 if np.sum(np.asarray(BATCH[0])) > 0 else 3.0
+    expected = factor * np.asarray(jax.jit(squared_errors)(PARAMS, BATCH))
     for method in upgrad, aggregation.m_config():
         grad_fn = mtl.value_and_grad(losses_fn, method, rows=None if method.gramian_weighting is None else 1)
         (losses, _), _ = grad_fn(PARAMS, grad_fn.init(PARAMS, BATCH), BATCH)
-        np.testing.assert_allclose(losses, factor * squared_errors(PARAMS, BATCH), rtol=1e-6)
+        np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("way", ["rows=1", "stream", "microbatches"])
 def test_inside_of_a_transformation_a_loop_is_one_operation(way):
     losses_fn, method, keywords, _ = WAYS[way]
     grad_fn = mtl.value_and_grad(losses_fn, method, **keywords)
-    state = grad_fn.init(PARAMS, BATCH)
+    state = jax.eval_shape(grad_fn.init, PARAMS, BATCH)
     text = str(jax.make_jaxpr(grad_fn)(PARAMS, state, BATCH))
     assert " scan[" in text

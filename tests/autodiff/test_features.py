@@ -1,20 +1,23 @@
 """A trunk and heads: the gradients of the shared part through the features."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, base, scalarization
 from mtlbalance.gramian import combine
 from mtlbalance.states import SeenState, count_seen
-from tests.autodiff.models import assert_close, layers, network, normal_batch
+from tests.autodiff.models import assert_close, network, normal_batch, normal_layers
 
 pytestmark = pytest.mark.unoptimized
 
 NAMES = "count", "depth", "label"
-TRUNK = layers(jax.random.key(0), [5, 16, 8])
-HEADS = {name: layers(jax.random.key(i + 1), [8, 4, 1]) for i, name in enumerate(NAMES)}
+TRUNK = normal_layers(0, [5, 16, 8])
+HEADS = {name: normal_layers(i + 1, [8, 4, 1]) for i, name in enumerate(NAMES)}
 BATCH = normal_batch(9, 32, n_in=5, n_out=3)
 MASK = (True, False)
 
@@ -57,6 +60,7 @@ METHODS = {
 }
 
 
+@partial(jax.jit, static_argnums=0)
 def init(method, params):
     return method.init(3) if isinstance(method, mtl.Scalarizer) else method.init((3, params))
 
@@ -79,22 +83,25 @@ def test_step_is_that_of_one_function_with_a_mask(method):
 @pytest.mark.by_default("excess_mtl", "dwa")
 def test_at_the_features(method):
     """The method sees the Jacobian of the features; its gradient is pulled back from there."""
-    params, features = (TRUNK, HEADS), trunk(TRUNK, BATCH)
-    of_features = lambda features: [HEAD_FNS[name](HEADS[name], features, BATCH) for name in NAMES]
-    jacobian = jax.jit(jax.jacrev(lambda features: jnp.stack(of_features(features))))(features)
-    state = init(method, features)
-    values = jnp.stack(of_features(features))
-    if isinstance(method, mtl.Scalarizer):
-        weights, _ = jax.grad(lambda values: method.apply(state, values), has_aux=True)(values)
-        gradient = combine(weights, jacobian)
-    else:
-        gradient, _ = method.apply(state, jacobian, values=values)
-    (of_trunk,) = jax.vjp(lambda params: trunk(params, BATCH), TRUNK)[1](gradient)
-    of_heads = jax.grad(lambda params: sum(losses((TRUNK, params), BATCH).values()))(HEADS)
+
+    @jax.jit
+    def by_hand(trunk_params, head_params, batch):
+        features, pull_back = jax.vjp(lambda params: trunk(params, batch), trunk_params)
+        of_features = lambda features: jnp.stack([HEAD_FNS[n](head_params[n], features, batch) for n in NAMES])
+        values, jacobian, state = of_features(features), jax.jacrev(of_features)(features), init(method, features)
+        if isinstance(method, mtl.Scalarizer):
+            weights, _ = jax.grad(lambda values: method.apply(state, values), has_aux=True)(values)
+            gradient = combine(weights, jacobian)
+        else:
+            gradient, _ = method.apply(state, jacobian, values=values)
+        of_heads = jax.grad(lambda params: sum(losses((trunk_params, params), batch).values()))(head_params)
+        return state, values, (*pull_back(gradient), of_heads)
+
+    state, values, expected = by_hand(TRUNK, HEADS, BATCH)
     step = mtl.value_and_grad((trunk, HEAD_FNS), method, at="features")
-    (found, _), gradient = jax.jit(step)(params, state, BATCH)
-    assert_close(gradient, (of_trunk, of_heads))
-    assert_close(found, dict(zip(NAMES, values, strict=True)))
+    (found, _), gradient = jax.jit(step)((TRUNK, HEADS), state, BATCH)
+    assert_close(gradient, expected)
+    assert_close(found, dict(zip(NAMES, np.asarray(values), strict=True)))
 
 
 def test_the_trunk_is_run_once_and_heads_are_differentiated_for_their_own_loss():
@@ -102,7 +109,7 @@ def test_the_trunk_is_run_once_and_heads_are_differentiated_for_their_own_loss()
     method = aggregation.mgda()
     heads = {str(i): HEAD_FNS["count"] for i in range(8)}
     params = TRUNK, dict.fromkeys(heads, HEADS["count"])
-    state = method.init((8, trunk(TRUNK, BATCH)))
+    state = jax.eval_shape(lambda: method.init((8, trunk(TRUNK, BATCH))))
     step = jax.jit(mtl.value_and_grad((trunk, heads), method, at="features"))
     flops = step.lower(params, state, BATCH).compile().cost_analysis()["flops"]
     plain = jax.jit(
@@ -115,25 +122,32 @@ def test_auxiliary_outputs_keyword_arguments_and_weights():
     traced = lambda params, batch, *, gain: (jax.tree.map(lambda x: gain * x, trunk(params, batch)), "trunk's")
     heads = {n: (lambda *args, f=f, n=n, gain: (f(*args), jnp.float32(len(n)))) for n, f in HEAD_FNS.items()}
     method = aggregation.upgrad()
-    step = mtl.value_and_grad((traced, heads), method, has_aux=True, return_weights=True)
-    (found, _, weights, aux), _ = step((TRUNK, HEADS), method.init((3, TRUNK)), BATCH, gain=1.0)
-    assert_close(found, losses((TRUNK, HEADS), BATCH))
-    assert aux == ("trunk's", {"count": 5, "depth": 5, "label": 5})
+    grad_fn = mtl.value_and_grad((traced, heads), method, has_aux=True, return_weights=True)
+
+    @jax.jit
+    def step(params, batch):
+        (found, _, weights, (of_trunk, of_heads)), _ = grad_fn(params, init(method, params[0]), batch, gain=1.0)
+        assert of_trunk == "trunk's"
+        return found, losses(params, batch), weights, of_heads
+
+    found, expected, weights, of_heads = step((TRUNK, HEADS), BATCH)
+    assert_close(found, expected)
+    assert of_heads == {"count": 5, "depth": 5, "label": 5}
     assert weights.keys() == set(NAMES)
 
 
 def test_counted_losses_and_absent_tasks():
     """Heads of absent tasks get no gradient, and the trunk nothing from them."""
     counted = dict(HEAD_FNS)
-    counted["depth"] = lambda *args: mtl.Counted(HEAD_FNS["depth"](*args) + jnp.nan, jnp.array(0))
+    counted["depth"] = lambda *args: mtl.Counted(HEAD_FNS["depth"](*args) + jnp.nan, np.int32(0))
     method = aggregation.upgrad()
-    given = (TRUNK, HEADS), method.init((3, mtl.subset((TRUNK, HEADS), MASK))), BATCH
-    (_, state), gradient = mtl.value_and_grad((trunk, counted), method)(*given)
+    given = (TRUNK, HEADS), init(method, mtl.subset((TRUNK, HEADS), MASK)), BATCH
+    (_, state), gradient = jax.jit(mtl.value_and_grad((trunk, counted), method))(*given)
     mask = {"count": True, "depth": False, "label": True}
-    mask = jax.tree.map(jnp.array, mask)
-    (_, expected_state), expected = mtl.value_and_grad((trunk, HEAD_FNS), method)(*given, mask=mask)
+    mask = jax.tree.map(np.array, mask)
+    (_, expected_state), expected = jax.jit(mtl.value_and_grad((trunk, HEAD_FNS), method))(*given, mask=mask)
     assert_close((state, gradient), (expected_state, expected))
-    assert all(not leaf.any() for leaf in jax.tree.leaves(gradient[1]["depth"]))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.device_get(gradient[1]["depth"])))
 
 
 @pytest.mark.parametrize("at", ["parameters", "features"])
@@ -144,9 +158,10 @@ def test_an_absent_head_may_have_any_gradient(method, at):
     rooted = HEAD_FNS | {
         "depth": lambda params, features, batch: jnp.sqrt(0 * HEAD_FNS["depth"](params, features, batch))
     }
-    mask = jnp.array([True, False, True])
+    mask = np.array([True, False, True])
     params = TRUNK, HEADS
-    state = init(method, trunk(TRUNK, BATCH) if at == "features" else mtl.subset(params, MASK))
+    seen = jax.eval_shape(trunk, TRUNK, BATCH) if at == "features" else mtl.subset(params, MASK)
+    state = jax.jit(lambda: init(method, seen))()
     steps = [jax.jit(mtl.value_and_grad((trunk, heads), method, at=at)) for heads in (rooted, HEAD_FNS)]
     (_, found), (_, expected) = (step(params, state, BATCH, mask=mask) for step in steps)
     assert_close(found, expected)
@@ -154,7 +169,7 @@ def test_an_absent_head_may_have_any_gradient(method, at):
 
 def test_errors():
     method = aggregation.upgrad()
-    state = method.init((3, TRUNK))
+    state = init(method, TRUNK)
     step = mtl.value_and_grad((trunk, HEAD_FNS), method)
     with pytest.raises(ValueError, match="params: expected a pair"):
         step({"trunk": TRUNK, "heads": HEADS}, state, BATCH)

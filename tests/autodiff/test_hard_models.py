@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax import lax
 
@@ -19,10 +18,10 @@ N_TASKS = 3
 
 
 def _normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-X, TARGETS = _normal(1, 8, 4), _normal(2, 8, N_TASKS)
+X, TARGETS = jax.device_put((_normal(1, 8, 4), _normal(2, 8, N_TASKS)))  # `custom_root` takes no array of NumPy
 
 
 def _mlp_params():
@@ -187,7 +186,7 @@ def conditional():
 
 def embedding():
     params = {"table": _normal(3, 7, 5), "heads": _normal(5, 5, N_TASKS)}
-    tokens = jnp.array([[0, 3], [3, 3], [5, 1], [0, 6], [2, 2], [1, 1], [6, 0], [5, 3]])
+    tokens = np.array([[0, 3], [3, 3], [5, 1], [0, 6], [2, 2], [1, 1], [6, 0], [5, 3]])
     return params, lambda params: _read_out(params, jnp.tanh(jnp.mean(params["table"][tokens], axis=1)))
 
 
@@ -251,6 +250,7 @@ def _maybe_jit(fun, jit):
 
 def _assert_same_gramian(found, expected, tolerance=1e-5):
     """Relative to the geometric means of the diagonal's entries."""
+    found, expected = np.asarray(found), np.asarray(expected)
     norms = np.sqrt(np.diag(expected))
     assert np.all(norms > 0)
     assert found.dtype == expected.dtype
@@ -261,24 +261,46 @@ def _assert_same_gramian(found, expected, tolerance=1e-5):
 def _assert_same_gradient(found, expected, tolerance=1e-5):
     """Relative to the expected gradient's norm."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
-    error = optax.tree.norm(optax.tree.sub(found, expected))
-    assert 0 <= error < tolerance * optax.tree.norm(expected)
+    trees = jax.device_get((found, expected))
+    found, expected = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in trees)
+    assert 0 <= np.linalg.norm(found - expected) < tolerance * np.linalg.norm(expected)
+
+
+def _gramians(losses, params, ways):
+    """With the losses, by each way; all in one program, which compiles fast."""
+    return jax.jit(lambda params: [mtl.value_and_gramian(losses, rows=rows)(params) for rows in ways])(params)
+
+
+def _by_jax(losses, params):
+    """The losses, and the Gramian of their Jacobian."""
+    both = lambda params: (losses(params), gramian(jax.jacrev(losses)(params)))
+    return jax.device_get(jax.jit(both)(params))
 
 
 def _by_hand(losses, params, method):
-    jacobian = jax.jit(jax.jacrev(losses))(params)
-    return method.apply(method.init((N_TASKS, params)), jacobian, values=losses(params))[0]
+    """The losses, and what the method makes of their Jacobian: weights, and a gradient."""
+
+    def by_hand(params):
+        values, jacobian, state = losses(params), jax.jacrev(losses)(params), method.init((N_TASKS, params))
+        weights, _ = method.weighting.apply(state, jacobian, values=values)
+        return values, weights, method.apply(state, jacobian, values=values)[0]
+
+    return jax.jit(by_hand)(params)
+
+
+def _first_step(losses, method, n_tasks=N_TASKS, **options):
+    grad_fn = mtl.value_and_grad(losses, method, **options)
+    return lambda params: grad_fn(params, method.init((n_tasks, params)))
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.by_default("shared_twice", "custom_vjp", "conditional", "forces")
 def test_gramian(model):
-    """Compiled; all ways in one program, which compiles fast."""
+    """Compiled."""
     params, losses = model()
-    expected = gramian(jax.jit(jax.jacrev(losses))(params))
-    fun = jax.jit(lambda params: [mtl.value_and_gramian(losses, rows=rows)(params) for rows in WAYS])
-    for values, found in fun(params):
-        np.testing.assert_allclose(values, losses(params), rtol=1e-5)
+    expected_values, expected = _by_jax(losses, params)
+    for values, found in _gramians(losses, params, WAYS):
+        np.testing.assert_allclose(values, expected_values, rtol=1e-5)
         _assert_same_gramian(found, expected)
 
 
@@ -286,8 +308,9 @@ def test_gramian(model):
 def test_gramian_not_compiled(model):
     params, losses = model()
     values, found = mtl.value_and_gramian(losses, rows="two_pass")(params)
-    np.testing.assert_allclose(values, losses(params), rtol=1e-5)
-    _assert_same_gramian(found, gramian(jax.jit(jax.jacrev(losses))(params)))
+    expected_values, expected = _by_jax(losses, params)
+    np.testing.assert_allclose(values, expected_values, rtol=1e-5)
+    _assert_same_gramian(found, expected)
 
 
 @pytest.mark.parametrize("model", [batch_norm, custom_vjp, conditional, forces])
@@ -295,11 +318,10 @@ def test_gramian_not_compiled(model):
 def test_gradient(model):
     params, losses = model()
     method = aggregation.upgrad()
-    state = method.init((N_TASKS, params))
-    expected = _by_hand(losses, params, method)
-    fun = jax.jit(lambda *args: [mtl.value_and_grad(losses, method, rows=rows)(*args) for rows in (1, "two_pass")])
-    for (values, _), found in fun(params, state):
-        np.testing.assert_allclose(values, losses(params), rtol=1e-5)
+    expected_values, _, expected = _by_hand(losses, params, method)
+    fun = jax.jit(lambda params: [_first_step(losses, method, rows=rows)(params) for rows in (1, "two_pass")])
+    for (values, _), found in fun(params):
+        np.testing.assert_allclose(values, expected_values, rtol=1e-5)
         _assert_same_gradient(found, expected)
 
 
@@ -361,18 +383,16 @@ def test_untransposable_two_pass_is_refused(backward):
     params, losses = _wide_model(backward)
     with pytest.raises(ValueError, match=r"^rows: .*transpose"):
         mtl.value_and_gramian(losses, rows="two_pass")(params)
-    method = aggregation.upgrad()
-    grad_fn = mtl.value_and_grad(losses, method, rows="two_pass")
     with pytest.raises(ValueError, match=r"^rows: .*transpose"):
-        jax.jit(grad_fn)(params, method.init((N_TASKS, params)))
+        jax.jit(_first_step(losses, aggregation.upgrad(), rows="two_pass"))(params)
 
 
-@pytest.mark.parametrize("rows", ["vmap", 1])
 @pytest.mark.parametrize("backward", UNTRANSPOSABLE)
-def test_untransposable_by_rows(backward, rows):
+def test_untransposable_by_rows(backward):
     params, losses = _wide_model(backward)
-    expected = gramian(jax.jit(jax.jacrev(losses))(params))
-    _assert_same_gramian(jax.jit(mtl.value_and_gramian(losses, rows=rows))(params)[1], expected)
+    _, expected = _by_jax(losses, params)
+    for _, found in _gramians(losses, params, ["vmap", 1]):
+        _assert_same_gramian(found, expected)
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
@@ -381,17 +401,17 @@ def test_two_passes_are_the_wide_models_default(two_passes, jit):
     """What the fallback's tests need in order to mean something."""
     params, losses = _wide_model(_double)
     _, found = _maybe_jit(mtl.value_and_gramian(losses), jit)(params)
-    _assert_same_gramian(found, gramian(jax.jacrev(losses)(params)))
+    _assert_same_gramian(found, _by_jax(losses, params)[1])
     method = aggregation.upgrad()
-    (_, _), gradient = _maybe_jit(mtl.value_and_grad(losses, method), jit)(params, method.init((N_TASKS, params)))
-    _assert_same_gradient(gradient, _by_hand(losses, params, method))
+    (_, _), gradient = _maybe_jit(_first_step(losses, method), jit)(params)
+    _assert_same_gradient(gradient, _by_hand(losses, params, method)[2])
     assert two_passes == [True, True]
 
 
 @pytest.mark.parametrize(("backward", "jit"), [(_halve_thrice, False), *((b, True) for b in UNTRANSPOSABLE)])
 def test_untransposable_gramian_falls_back(two_passes, backward, jit):
     params, losses = _wide_model(backward)
-    expected = gramian(jax.jacrev(losses)(params))
+    _, expected = _by_jax(losses, params)
     with pytest.warns(UserWarning, match="rows=1") as seen:
         _, found = _maybe_jit(mtl.value_and_gramian(losses), jit)(params)
     assert len(seen) == 1
@@ -405,22 +425,21 @@ def test_untransposable_gradient_falls_back(two_passes, backward, jit):
     """The weights are right; where the backward pass clips, the gradient depends on the way, and is not checked."""
     params, losses = _wide_model(backward)
     method = aggregation.upgrad()
-    state = method.init((N_TASKS, params))
-    expected, _ = method.weighting.apply(state, jax.jit(jax.jacrev(losses))(params), values=losses(params))
+    _, expected_weights, expected = _by_hand(losses, params, method)
     with pytest.warns(UserWarning, match="rows=1") as seen:
-        grad_fn = _maybe_jit(mtl.value_and_grad(losses, method, return_weights=True), jit)
-        (_, state, weights), found = grad_fn(params, state)
+        first_step = _maybe_jit(_first_step(losses, method, return_weights=True), jit)
+        (_, _, weights), found = first_step(params)
         if jit:  # compiled, it does not warn again
-            grad_fn(params, state)
+            first_step(params)
     assert len(seen) == 1
     assert two_passes == [False]
-    np.testing.assert_allclose(weights, expected, rtol=1e-4)
-    _assert_same_gradient(found, _by_hand(losses, params, method))
+    np.testing.assert_allclose(weights, expected_weights, rtol=1e-4)
+    _assert_same_gradient(found, expected)
 
 
 def test_rows_that_are_asked_for_do_not_warn(two_passes):
     params, losses = _wide_model(_halve_thrice)
-    mtl.value_and_gramian(losses, rows=1)(params)
+    jax.eval_shape(mtl.value_and_gramian(losses, rows=1), params)
     assert two_passes == []
 
 
@@ -433,7 +452,7 @@ def _narrow_model(dtype):
     """Some gradients have a squared norm that float16 cannot hold."""
     params = {"w": 0.5 * _normal(3, 4, 5), "heads": _normal(5, 5, N_TASKS)}
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    scales = jnp.array([1.0, 30.0, 200.0])
+    scales = np.array([1.0, 30.0, 200.0])
 
     def losses(params):
         x, targets = X.astype(params["w"].dtype), TARGETS.astype(params["w"].dtype)
@@ -443,17 +462,16 @@ def _narrow_model(dtype):
     return params, losses
 
 
-@pytest.mark.parametrize("rows", [None, 1])
 @pytest.mark.parametrize("dtype", NARROW)
-def test_narrow_gramian(dtype, rows):
+def test_narrow_gramian(dtype):
     params, losses = _narrow_model(dtype)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    expected = gramian(jax.jacrev(losses)(wide))
-    assert jnp.max(expected) > jnp.finfo(jnp.float16).max
-    _, found = jax.jit(mtl.value_and_gramian(losses, rows=rows))(params)
-    assert found.dtype == jnp.float32
-    assert jnp.all(jnp.isfinite(found))
-    _assert_same_gramian(found, expected, 2e-2)
+    wide = jax.tree.map(lambda x: x.astype(np.float32), params)
+    _, expected = _by_jax(losses, wide)
+    assert np.max(expected) > np.finfo(np.float16).max
+    for _, found in _gramians(losses, params, [None, 1]):
+        assert found.dtype == jnp.float32
+        assert np.all(np.isfinite(found))
+        _assert_same_gramian(found, expected, 2e-2)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -463,16 +481,16 @@ def test_narrow_default_is_never_two_passes(two_passes, dtype):
     params, losses = _narrow_model(dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jacobian, "cheapest_rows", lambda *args: "two_pass")
-        _, found = mtl.value_and_gramian(losses)(params)
+        _, found = jax.jit(mtl.value_and_gramian(losses))(params)
     assert two_passes == [False]
-    _assert_same_gramian(found, gramian(jax.jacrev(losses)(params)), 1e-2)
+    _assert_same_gramian(found, _by_jax(losses, params)[1], 1e-2)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_narrow_two_pass_is_refused(dtype):
     params, losses = _narrow_model(dtype)
     with pytest.raises(ValueError, match=f"^rows: .*{jnp.dtype(dtype).name}"):
-        mtl.value_and_gramian(losses, rows="two_pass")(params)
+        jax.eval_shape(mtl.value_and_gramian(losses, rows="two_pass"), params)
 
 
 @pytest.mark.parametrize("rows", [None, 1])
@@ -481,16 +499,13 @@ def test_narrow_two_pass_is_refused(dtype):
 @pytest.mark.by_default("bfloat16-*-None")
 def test_narrow_gradient(dtype, make, rows):
     params, losses = _narrow_model(dtype)
-    method = make()
-    grad_fn = jax.jit(mtl.value_and_grad(losses, method, rows=rows))
-    (_, _), gradient = grad_fn(params, method.init((N_TASKS, params)))
+    _, gradient = jax.device_get(jax.jit(_first_step(losses, make(), rows=rows))(params))
     assert jax.tree.map(lambda x: x.dtype, gradient) == jax.tree.map(lambda x: x.dtype, params)
-    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gradient))
-    assert optax.tree.norm(gradient) > 0
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradient))
+    assert any(np.any(x != 0) for x in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("rows", WAYS)
-def test_computing_in_bfloat16_costs_two_passes_what_it_costs_rows(rows):
+def test_computing_in_bfloat16_costs_two_passes_what_it_costs_rows():
     """The usual mixed precision: parameters and losses in float32."""
     params = _mlp_params()
 
@@ -499,28 +514,28 @@ def test_computing_in_bfloat16_costs_two_passes_what_it_costs_rows(rows):
         outputs = jnp.tanh(X.astype(dtype) @ w + b[None]) @ heads
         return jnp.mean((outputs.astype(jnp.float32) - TARGETS) ** 2, axis=0)
 
-    _, found = jax.jit(mtl.value_and_gramian(losses, rows=rows))(params)
-    _assert_same_gramian(found, gramian(jax.jit(jax.jacrev(lambda p: losses(p, jnp.float32)))(params)), 1e-2)
+    _, expected = _by_jax(lambda params: losses(params, jnp.float32), params)
+    for _, found in _gramians(losses, params, WAYS):
+        _assert_same_gramian(found, expected, 1e-2)
 
 
 @pytest.mark.parametrize("rows", ["vmap", "two_pass"])
 @pytest.mark.slow
 def test_float64(rows):
     with jax.enable_x64(True):
-        params = jax.tree.map(lambda x: x.astype(jnp.float64), _mlp_params())
-        x, targets = X.astype(jnp.float64), TARGETS.astype(jnp.float64)
+        params = jax.tree.map(lambda x: x.astype(np.float64), _mlp_params())
+        x, targets = np.asarray(X, np.float64), np.asarray(TARGETS, np.float64)
 
         def losses(params):
             return jnp.mean((jnp.tanh(x @ params["w"] + params["b"][None]) @ params["heads"] - targets) ** 2, axis=0)
 
-        expected = gramian(jax.jacrev(losses)(params))
+        _, expected = _by_jax(losses, params)
         assert expected.dtype == jnp.float64
         _, found = jax.jit(mtl.value_and_gramian(losses, rows=rows))(params)
         _assert_same_gramian(found, expected, 1e-12)
         method = aggregation.upgrad()
-        grad_fn = jax.jit(mtl.value_and_grad(losses, method, rows=rows))
-        (_, _), gradient = grad_fn(params, method.init((N_TASKS, params)))
-        _assert_same_gradient(gradient, _by_hand(losses, params, method), 1e-11)
+        _, gradient = jax.jit(_first_step(losses, method, rows=rows))(params)
+        _assert_same_gradient(gradient, _by_hand(losses, params, method)[2], 1e-11)
 
 
 # Corner cases.
@@ -529,40 +544,37 @@ METHODS_AND_WAYS = [(aggregation.upgrad, rows) for rows in (1, "two_pass")]
 METHODS_AND_WAYS += [(aggregation.excess_mtl, rows) for rows in ("vmap", "stream")]
 
 
-@pytest.mark.parametrize("rows", [1, "two_pass"])
-def test_gramian_of_zero_gradients(rows):
+def test_gramian_of_zero_gradients():
     params = _mlp_params()
-    losses = lambda params: _read_out({"heads": jnp.zeros((5, N_TASKS))}, X @ params["w"])
-    _, found = jax.jit(mtl.value_and_gramian(losses, rows=rows))(params)
-    np.testing.assert_array_equal(found, np.zeros((N_TASKS, N_TASKS)))
+    losses = lambda params: _read_out({"heads": np.zeros((5, N_TASKS), np.float32)}, X @ params["w"])
+    for _, found in _gramians(losses, params, [1, "two_pass"]):
+        np.testing.assert_array_equal(found, np.zeros((N_TASKS, N_TASKS)))
 
 
 @pytest.mark.parametrize(("make", "rows"), METHODS_AND_WAYS)
 @pytest.mark.by_default("upgrad-two_pass", "excess_mtl-stream")
 def test_gradient_of_zero_gradients(make, rows):
-    params, method = _mlp_params(), make()
-    losses = lambda params: _read_out({"heads": jnp.zeros((5, N_TASKS))}, X @ params["w"])
-    grad_fn = jax.jit(mtl.value_and_grad(losses, method, rows=rows))
-    (values, state), gradient = grad_fn(params, method.init((N_TASKS, params)))
-    np.testing.assert_allclose(values, losses(params), rtol=1e-6)
-    jax.tree.map(lambda x, p: np.testing.assert_array_equal(x, jnp.zeros_like(p)), gradient, params)
+    params = _mlp_params()
+    losses = lambda params: _read_out({"heads": np.zeros((5, N_TASKS), np.float32)}, X @ params["w"])
+    (values, state), gradient = jax.jit(_first_step(losses, make(), rows=rows))(params)
+    np.testing.assert_allclose(values, jax.jit(losses)(params), rtol=1e-6)
+    jax.tree.map(lambda x, p: np.testing.assert_array_equal(x, np.zeros_like(p)), gradient, params)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("rows", [1, "two_pass"])
-def test_gramian_of_losses_that_ignore_the_parameters(rows):
+def test_gramian_of_losses_that_ignore_the_parameters():
     losses = lambda params: jnp.arange(3.0)
-    _, found = jax.jit(mtl.value_and_gramian(losses, rows=rows))(_mlp_params())
-    np.testing.assert_array_equal(found, np.zeros((N_TASKS, N_TASKS)))
+    for _, found in _gramians(losses, _mlp_params(), [1, "two_pass"]):
+        np.testing.assert_array_equal(found, np.zeros((N_TASKS, N_TASKS)))
 
 
-@pytest.mark.parametrize("rows", [1, "two_pass"])
-def test_gramian_of_one_task(rows):
+def test_gramian_of_one_task():
     params, losses = batch_norm()
     first = lambda params: losses(params)[:1]
-    _, found = jax.jit(mtl.value_and_gramian(first, rows=rows))(params)
-    expected = optax.tree.norm(jax.grad(lambda params: losses(params)[0])(params)) ** 2
-    np.testing.assert_allclose(found, [[expected]], rtol=1e-5)
+    gradient = jax.device_get(jax.jit(jax.grad(lambda params: losses(params)[0]))(params))
+    expected = sum(np.sum(x**2) for x in jax.tree.leaves(gradient))
+    for _, found in _gramians(first, params, [1, "two_pass"]):
+        np.testing.assert_allclose(found, [[expected]], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("make", "rows"), METHODS_AND_WAYS)
@@ -570,7 +582,6 @@ def test_gramian_of_one_task(rows):
 def test_gradient_of_one_task(make, rows):
     """There is nothing to balance."""
     params, losses = batch_norm()
-    method = make()
     first = lambda params: losses(params)[:1]
-    (_, _), found = jax.jit(mtl.value_and_grad(first, method, rows=rows))(params, method.init((1, params)))
-    _assert_same_gradient(found, jax.grad(lambda params: losses(params)[0])(params))
+    _, found = jax.jit(_first_step(first, make(), n_tasks=1, rows=rows))(params)
+    _assert_same_gradient(found, jax.jit(jax.grad(lambda params: losses(params)[0]))(params))

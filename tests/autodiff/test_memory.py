@@ -4,12 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation
-from tests.autodiff.models import layers, normal_batch, squared_errors
+from tests.autodiff.models import normal_batch, normal_layers, squared_errors
 
 # With tanh the plain gradient keeps half as much, and two passes the same: 3 to 5 times as much.
 LOSSES = partial(squared_errors, activation=jax.nn.relu)
@@ -17,8 +18,12 @@ SIZES = {(2, 512, 256), (8, 512, 256), (32, 512, 256), (8, 1024, 64)}  # tasks, 
 
 
 def problem(m, width, batch_size):
-    params = layers(jax.random.key(0), [64, width, width, width, m])
+    params = normal_layers(0, [64, width, width, width, m])
     return params, normal_batch(1, batch_size, n_in=64, n_out=m)
+
+
+def like_state(method, m, params):
+    return jax.eval_shape(lambda: method.init((m, params)))
 
 
 def temporaries(step, *args, donate=(), **kwargs):
@@ -34,7 +39,7 @@ def two_pass_temporaries(m, width, batch_size):
     params, batch = problem(m, width, batch_size)
     method = aggregation.upgrad()
     step = mtl.value_and_grad(LOSSES, method, rows="two_pass")
-    return temporaries(step, params, method.init((m, params)), batch)
+    return temporaries(step, params, like_state(method, m, params), batch)
 
 
 @pytest.mark.parametrize("size", sorted(SIZES))
@@ -55,7 +60,7 @@ def test_streamed_rows_keep_three_times_the_parameters_at_most(size, wrap):
     """Beside the state, which is donated, and what the plain gradient keeps; also inside an outer scan."""
     params, batch = problem(*size)
     method = wrap(aggregation.excess_mtl())
-    state = method.init((size[0], params))
+    state = like_state(method, size[0], params)
     grad_fn = mtl.value_and_grad(LOSSES, method, rows="stream")
     allowed = 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     kept = temporaries(grad_fn, params, state, batch, donate=1)
@@ -75,7 +80,7 @@ def test_streamed_rows_keep_three_times_the_parameters_at_most(size, wrap):
         step = lambda params, batch: (descend(params, plain_step(params, batch)), None)
         return jax.lax.scan(step, params, batches)
 
-    batches = jax.tree.map(lambda x: jnp.stack([x] * 3), batch)
+    batches = jax.tree.map(lambda x: np.stack([x] * 3), batch)
     kept = temporaries(train, params, state, batches, donate=(0, 1))
     assert kept <= temporaries(train_plainly, params, batches, donate=0) + allowed
 
@@ -95,7 +100,7 @@ def test_others_that_stream_rows_keep_as_little(method):
     """As above, at one size: what is remembered is changed in place, also by a single visit."""
     params, batch = problem(8, 512, 256)
     step = mtl.value_and_grad(LOSSES, method, rows="stream")
-    kept = temporaries(step, params, method.init((8, params)), batch, donate=1)
+    kept = temporaries(step, params, like_state(method, 8, params), batch, donate=1)
     allowed = 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert kept <= temporaries(plain_step, params, batch) + allowed
 
@@ -104,9 +109,9 @@ def test_others_that_stream_rows_keep_as_little(method):
 def test_a_single_visit_keeps_as_little_under_vmap():
     """Three seeds: the loop's condition is the same for all, or each would select between whole states."""
     params, batch = problem(8, 512, 256)
-    repeated = lambda tree: jax.tree.map(lambda x: jnp.stack([x] * 3), tree)
+    repeated = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), tree)
     method = aggregation.m_config()
-    params, state = repeated(params), repeated(method.init((8, params)))
+    params, state = jax.tree.map(lambda x: np.stack([x] * 3), params), repeated(like_state(method, 8, params))
     step = jax.vmap(mtl.value_and_grad(LOSSES, method), in_axes=(0, 0, None))
     kept = temporaries(step, params, state, batch, donate=1)
     allowed = 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -117,14 +122,16 @@ def test_a_single_visit_keeps_as_little_under_vmap():
 @pytest.mark.by_default("excess_mtl")
 def test_a_mask_or_a_guard_writes_out_no_rows(of):
     """Of a wide Jacobian: beside what the bare call keeps, a sum of its rows or two."""
-    m, jacobian = 4, {"w": jnp.ones((4, 64, 1024)), "b": jnp.ones((4, 1024))}
+    m, jacobian = 4, {"w": np.ones((4, 64, 1024), np.float32), "b": np.ones((4, 1024), np.float32)}
     params = jax.tree.map(lambda x: x[0], jacobian)
     bare = getattr(aggregation, of)()
 
     def kept(method, mask):
-        given = jax.eval_shape(lambda: method.init((m, params))), jacobian
-        return temporaries(partial(method.apply, values=jnp.ones(m)), *given, donate=0, mask=mask)
+        values = np.ones(m, np.float32)
+        return temporaries(
+            partial(method.apply, values=values), like_state(method, m, params), jacobian, donate=0, mask=mask
+        )
 
     allowed = kept(bare, None) + 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    for method, mask in (bare, jnp.ones(m, bool)), (mtl.skip_nonfinite(bare), jnp.ones(m, bool)):
+    for method, mask in (bare, np.ones(m, bool)), (mtl.skip_nonfinite(bare), np.ones(m, bool)):
         assert kept(method, mask) <= allowed

@@ -10,7 +10,7 @@ import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
 from mtlbalance.autodiff.options import cheapest_rows
 from mtlbalance.autodiff.point import Evaluated, Point, Pullback
-from tests.autodiff.models import layers, normal_batch, squared_error, squared_errors
+from tests.autodiff.models import normal_batch, normal_layers, squared_error, squared_errors
 
 pytestmark = pytest.mark.unoptimized
 
@@ -43,7 +43,7 @@ def test_default(possible, m, parameters, kept, own_data, expected):
 
 def test_what_feeds_weights_is_multiplied_in_full_precision():
     """The transposed pass of two; the other is the model's own."""
-    params, batch = layers(jax.random.key(0), [5, 16, 3]), normal_batch(1, 8, n_in=5, n_out=3)
+    params, batch = normal_layers(0, [5, 16, 3]), normal_batch(1, 8, n_in=5, n_out=3)
     text = str(jax.make_jaxpr(mtl.value_and_gramian(squared_errors, rows="two_pass"))(params, batch))
     assert text.count("Precision.HIGHEST") >= 4
     assert "Precision.HIGHEST" not in str(jax.make_jaxpr(jax.grad(lambda p: squared_errors(p, batch).sum()))(params))
@@ -64,13 +64,13 @@ def test_a_method_that_needs_one_row_takes_one_backward_pass(keywords):
         return (cotangent,)
 
     counted.defvjp(lambda x: (x, None), backward)
-    params = layers(jax.random.key(0), [5, 16, 1 if "task_axis" in keywords else 8])
+    params = normal_layers(0, [5, 16, 1 if "task_axis" in keywords else 8])
     batch = normal_batch(1, 8, 4, n_in=5, n_out=1) if "task_axis" in keywords else normal_batch(1, 8, n_in=5, n_out=8)
     losses_fn = squared_error if "task_axis" in keywords else squared_errors
     method = aggregation.m_config()
     step = jax.jit(mtl.value_and_grad(lambda p, batch: losses_fn(jax.tree.map(counted, p), batch), method, **keywords))
     one_pass = len(jax.tree.leaves(params))
-    (_, state), _ = step(params, method.init((8, params)), batch)
+    (_, state), _ = step(params, jax.jit(lambda: method.init((8, params)))(), batch)
     jax.effects_barrier()
     assert len(passes) == one_pass
     np.testing.assert_array_equal(state.turns, [1, 0, 0, 0, 0, 0, 0, 0])
@@ -90,7 +90,7 @@ METHODS = {
 def test_eight_devices_take_the_step_that_one_takes(method, kind):
     """The batch split over them; on the Auto mesh the parameters too."""
     mesh = MESHES[kind]
-    params, batch = layers(jax.random.key(0), [8, 16, 4]), normal_batch(1, 32, n_in=8, n_out=4)
+    params, batch = normal_layers(0, [8, 16, 4]), normal_batch(1, 32, n_in=8, n_out=4)
     place = lambda tree, *axes: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
     there = place(params) if kind == "Explicit" else place(params, "y")
     spread = place(batch, "x")
@@ -109,18 +109,17 @@ def test_eight_devices_take_the_step_that_one_takes(method, kind):
 def test_micro_batches_of_sharded_parameters_on_an_explicit_mesh():
     mesh = jax.make_mesh((8,), ("d",), (AxisType.Explicit,))
     sharded, everywhere = NamedSharding(mesh, PartitionSpec("d")), NamedSharding(mesh, PartitionSpec())
-    params, x = jnp.arange(16.0), jax.random.normal(jax.random.key(0), (32, 16))
+    params, x = np.arange(16, dtype=np.float32), np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
     losses = lambda params, x: jnp.stack([jnp.mean((x @ jax.reshard(params, everywhere) - i) ** 2) for i in range(2)])
     method = scalarization.sum()
+    state = jax.jit(method.init, static_argnums=0)(2)
     step = jax.jit(mtl.value_and_grad(losses, method, microbatches=2))
-    _, found = step(jax.device_put(params, sharded), method.init(2), jax.device_put(x, everywhere))
-    _, expected = jax.jit(mtl.value_and_grad(lambda p, x: losses_on_one(p, x), method))(params, method.init(2), x)
+    _, found = step(jax.device_put(params, sharded), state, jax.device_put(x, everywhere))
+    _, expected = jax.jit(mtl.value_and_grad(losses_on_one, method))(params, state, x)
     np.testing.assert_allclose(jax.device_get(found), expected, rtol=1e-5)
     with pytest.raises(ValueError, match="microbatches: expected at most as many as each device has examples"):
         split = jax.device_put(x, sharded)
-        mtl.value_and_grad(losses_on_one, method, microbatches=16)(
-            jax.device_put(params, everywhere), method.init(2), split
-        )
+        mtl.value_and_grad(losses_on_one, method, microbatches=16)(jax.device_put(params, everywhere), state, split)
 
 
 def losses_on_one(params, x):
@@ -130,10 +129,11 @@ def losses_on_one(params, x):
 def test_own_data_on_eight_devices():
     """The tasks split over them."""
     mesh = MESHES["Auto"]
-    params, batch = layers(jax.random.key(0), [8, 16, 4]), normal_batch(1, 4, 8, n_in=8, n_out=4)
+    params, batch = normal_layers(0, [8, 16, 4]), normal_batch(1, 4, 8, n_in=8, n_out=4)
     method = aggregation.imtl_g()
     step = jax.jit(mtl.value_and_grad(squared_error, method, task_axis=0))
-    expected = step(params, method.init((4, params)), batch)
+    state = jax.jit(lambda: method.init((4, params)))()
+    expected = step(params, state, batch)
     spread = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("x"))), batch)
-    found = step(params, method.init((4, params)), spread)
+    found = step(params, state, spread)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(jax.device_get(x), y, rtol=1e-5, atol=1e-6), found, expected)

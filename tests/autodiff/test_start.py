@@ -5,22 +5,29 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
-from tests.autodiff.models import layers, normal_batch, squared_error, squared_errors
+from tests.autodiff.models import normal_batch, normal_layers, squared_error
 from tests.catalogue import AGGREGATORS, SCALARIZERS
 
 pytestmark = pytest.mark.unoptimized
 
-PARAMS = layers(jax.random.key(0), [5, 4, 3])
+PARAMS = jax.device_put(normal_layers(0, [5, 4, 3]))
 BATCH = normal_batch(1, 4, n_in=5, n_out=3)
 OWN_BATCHES = normal_batch(2, 3, 4, n_in=5, n_out=3)
 NAMES = "depth", "normal", "seg"
 SHARED = [True, False]
+
+
+def squared_errors(params, batch):
+    """Of few operations: hardly a test here computes them, and each traces them anew."""
+    x, y = batch
+    return jnp.mean((x @ params[0]["w"] @ params[1]["w"] - y) ** 2, axis=0)
 
 
 def named(params, batch):
@@ -56,7 +63,7 @@ def test_the_state_of_every_method(case):
     method = case.make()
     method = mtl.learn(method, optax.adam(1e-2)) if method.learned else method
     grad_fn = mtl.value_and_grad(squared_errors, method, hooks=True)
-    expected = of(method, squared_errors(PARAMS, BATCH), PARAMS)
+    expected = of(method, np.ones(3, np.float32), PARAMS)
     assert_same_state(grad_fn.init(PARAMS, BATCH), expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(grad_fn.init, PARAMS, BATCH), structs(expected))
 
@@ -69,7 +76,7 @@ HEADS = {
     name: lambda params, features, batch, i=i: jnp.mean((features["one"] @ params - batch[1][:, i]) ** 2)
     for i, name in enumerate(NAMES)
 }
-PAIR = PARAMS[0], {name: jnp.ones(4) for name in NAMES}
+PAIR = PARAMS[0], {name: np.ones(4, np.float32) for name in NAMES}
 FORMS = {
     "names": (named, {}, PARAMS, BATCH, PARAMS),
     "counted": (counted, {}, PARAMS, BATCH, PARAMS),
@@ -82,7 +89,7 @@ FORMS = {
         mtl.subset(PARAMS, [False, True]),
     ),
     "heads": ((trunk, HEADS), {}, PAIR, BATCH, mtl.subset(PAIR, (True, False))),
-    "features": ((trunk, HEADS), {"at": "features"}, PAIR, BATCH, {"one": jnp.ones((4, 4))}),
+    "features": ((trunk, HEADS), {"at": "features"}, PAIR, BATCH, {"one": np.ones((4, 4), np.float32)}),
     "task_axis": (squared_error, {"task_axis": 0}, PARAMS, OWN_BATCHES, PARAMS),
     "microbatches": (counted, {"microbatches": 2}, PARAMS, BATCH, PARAMS),
     "has_aux": (lambda *args: (named(*args), jnp.ones(2)), {"has_aux": True}, PARAMS, BATCH, PARAMS),
@@ -101,8 +108,8 @@ def test_the_state_in_every_form(form):
     losses_fn, keywords, params, batch, seen = FORMS[form]
     for method in METHODS.values():
         grad_fn = mtl.value_and_grad(losses_fn, method, **keywords)
-        losses = jnp.ones(3) if form == "task_axis" else dict.fromkeys(NAMES, 1.0)
-        state = grad_fn.init(params, batch, mask=jnp.array([True, True, False]))
+        losses = np.ones(3, np.float32) if form == "task_axis" else dict.fromkeys(NAMES, 1.0)
+        state = grad_fn.init(params, batch, mask=np.array([True, True, False]))
         assert_same_state(state, of(method, losses, seen))
         assert_same_state(grad_fn.init(structs(params), structs(batch)), state)
         step = jax.eval_shape(grad_fn, params, state, batch)
@@ -111,15 +118,16 @@ def test_the_state_in_every_form(form):
 
 def test_losses_of_two_axes():
     losses_fn = lambda params: jnp.ones((2, 3)) * params
-    assert mtl.value_and_grad(losses_fn, scalarization.dwa(steps_per_epoch=100)).init(1.0).count.shape == (2, 3)
-    assert mtl.value_and_grad(losses_fn, aggregation.upgrad()).init(1.0).seen.shape == (6,)
+    init = lambda method: jax.eval_shape(mtl.value_and_grad(losses_fn, method).init, 1.0)
+    assert init(scalarization.dwa(steps_per_epoch=100)).count.shape == (2, 3)
+    assert init(aggregation.upgrad()).seen.shape == (6,)
 
 
 def test_dtypes_are_those_of_the_losses_and_parameters():
     params, batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (PARAMS, BATCH))
     for method in METHODS.values():
         grad_fn = mtl.value_and_grad(named, method)
-        assert_same_state(grad_fn.init(params, batch), of(method, named(params, batch), params))
+        assert_same_state(grad_fn.init(params, batch), of(method, jax.eval_shape(named, params, batch), params))
 
 
 def test_nothing_is_computed():
@@ -137,9 +145,9 @@ def test_under_jit_and_vmap_and_from_the_compiled_step():
     state = grad_fn.init(PARAMS, BATCH)
     assert_same_state(jax.jit(grad_fn.init)(PARAMS, BATCH), state)
     assert_same_state(jax.jit(grad_fn).init(PARAMS, BATCH), state)
-    three = jax.tree.map(lambda x: jnp.stack([x] * 3), PARAMS)
-    mapped = jax.vmap(grad_fn.init, (0, None))(three, BATCH)
-    chex.assert_trees_all_equal_shapes(mapped, jax.tree.map(lambda x: jnp.stack([x] * 3), state))
+    three = lambda tree: jax.tree.map(lambda x: np.stack([x] * 3), tree)
+    mapped = jax.vmap(grad_fn.init, (0, None))(three(PARAMS), BATCH)
+    chex.assert_trees_all_equal_shapes(mapped, three(state))
 
 
 def test_arguments_and_outputs_that_are_no_arrays():
@@ -148,12 +156,13 @@ def test_arguments_and_outputs_that_are_no_arrays():
         return squared_errors(params, batch) ** power * (-1 if flip else 1), "text"
 
     grad_fn = mtl.value_and_grad(losses_fn, scalarization.dwa(steps_per_epoch=100), has_aux=True)
-    assert grad_fn.init(PARAMS, BATCH, "squared", power=2, flip=jnp.array(True)).count.shape == (3,)
+    assert grad_fn.init(PARAMS, BATCH, "squared", power=2, flip=np.array(True)).count.shape == (3,)
 
 
 def test_losses_that_look_at_numbers_are_computed():
     def losses_fn(params, batch):
-        return squared_errors(params, batch) if jnp.sum(batch[0]) > 1e9 else named(params, batch)
+        total = jnp.sum(batch[0])
+        return squared_errors(params, batch) if total > 1e9 else dict.fromkeys(NAMES, total * params[0]["w"][0, 0])
 
     grad_fn = mtl.value_and_grad(losses_fn, scalarization.constant(dict.fromkeys(NAMES, 1.0)))
     assert grad_fn.init(PARAMS, BATCH).seen.shape == (3,)
@@ -166,9 +175,10 @@ def test_the_state_lies_where_the_parameters_do(kind):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,))
     losses_fn = lambda params: {"a": jnp.sum(params["w"] ** 2), "b": jnp.sum(jnp.sin(params["w"]))}
     with jax.set_mesh(mesh):
-        params = {"w": jax.device_put(jnp.arange(8.0), NamedSharding(mesh, PartitionSpec("x")))}
+        params = {"w": jax.device_put(np.arange(8, dtype=np.float32), NamedSharding(mesh, PartitionSpec("x")))}
+        losses = jax.jit(losses_fn)(params)
         for method in METHODS.values():
-            found, expected = mtl.value_and_grad(losses_fn, method).init(params), of(method, losses_fn(params), params)
+            found, expected = mtl.value_and_grad(losses_fn, method).init(params), of(method, losses, params)
             assert_same_state(found, expected)
             shardings = lambda state: [leaf.sharding for leaf in jax.tree.leaves(state)]
             assert shardings(found) == shardings(expected)
@@ -208,7 +218,7 @@ def test_a_task_is_one_of_the_losses(method):
 def test_parameters_are_looked_at_before_the_losses():
     for method in METHODS.values():
         with pytest.raises(TypeError, match=r"params\['n'\]: expected real or complex floating point numbers"):
-            mtl.value_and_grad(lambda params: params["n"] * jnp.arange(2), method).init({"n": jnp.array(3)})
+            mtl.value_and_grad(lambda params: params["n"] * jnp.arange(2), method).init({"n": np.array(3)})
 
 
 def test_pointwise_losses_are_not_taken_for_a_network():
@@ -241,7 +251,7 @@ WITHOUT_STATE = {
     "heads": ((trunk, HEADS), {}, PAIR, (BATCH,)),
     "features": ((trunk, HEADS), {"at": "features"}, PAIR, (BATCH,)),
     "with a default": (lambda params, batch=BATCH: named(params, batch), {}, PARAMS, (BATCH,)),
-    "none needed": (lambda params: named(params, BATCH), {}, PARAMS, (jnp.ones(7),)),
+    "none needed": (lambda params: named(params, BATCH), {}, PARAMS, (np.ones(7, np.float32),)),
     "compiled": (jax.jit(named), {}, PARAMS, (BATCH,)),
 }
 
@@ -261,17 +271,17 @@ def test_another_slip_keeps_its_own_error():
         with pytest.raises(TypeError, match="missing 1 required positional argument: 'batch'"):
             grad_fn(PARAMS, grad_fn.init(PARAMS, BATCH))
         with pytest.raises(ValueError, match=r"values: expected .*\(2,\)"):
-            grad_fn(PARAMS, of(method, jnp.ones(2), PARAMS), BATCH)
+            jax.eval_shape(grad_fn, PARAMS, of(method, np.ones(2, np.float32), PARAMS), BATCH)
 
 
 # Where the auxiliary output is taken for losses.
 
 AUX = {
-    "dict": {"logits": jnp.ones((4, 3))},
-    "scalars": {"accuracy": jnp.float32(0.5)},
-    "tuple": (jnp.ones(4), 1),
+    "dict": {"logits": np.ones((4, 3), np.float32)},
+    "scalars": {"accuracy": np.float32(0.5)},
+    "tuple": (np.ones(4, np.float32), 1),
     "none": None,
-    "ints": jnp.arange(3),
+    "ints": np.arange(3),
     "text": "logits",
 }
 
@@ -285,19 +295,20 @@ def test_an_auxiliary_output_is_not_taken_for_losses(aux):
     for call in (
         lambda: grad_fn(PARAMS, method.init(3), BATCH),
         lambda: grad_fn.init(PARAMS, BATCH),
-        lambda: mtl.value_and_jac(losses_fn)(PARAMS, BATCH),
-        lambda: mtl.value_and_gramian(losses_fn)(PARAMS, BATCH),
+        lambda: jax.eval_shape(mtl.value_and_jac(losses_fn), PARAMS, BATCH),
+        lambda: jax.eval_shape(mtl.value_and_gramian(losses_fn), PARAMS, BATCH),
     ):
         with pytest.raises(TypeError, match=message):
             call()
 
 
 def test_an_auxiliary_array_shows_in_the_number_of_losses():
-    for aux in jnp.ones(()), jnp.ones((4, 3)):
+    for aux in np.float32(1), np.ones((4, 3), np.float32):
         losses_fn = lambda params, batch, aux=aux: (squared_errors(params, batch), aux)
         for method in METHODS.values():
             with pytest.raises(ValueError, match=r"shape \(3,\), or has_aux=True, found a pair"):
-                mtl.value_and_grad(losses_fn, method)(PARAMS, of(method, jnp.ones(3), PARAMS), BATCH)
+                state = of(method, np.ones(3, np.float32), PARAMS)
+                jax.eval_shape(mtl.value_and_grad(losses_fn, method), PARAMS, state, BATCH)
 
 
 def test_a_pair_of_losses_stays_one():
@@ -362,9 +373,9 @@ def by_position(params, batch, mask, refresh=None, /):
 
 def test_by_position_there_is_no_clash():
     grad_fn = mtl.value_and_grad(by_position, scalarization.dwa(steps_per_epoch=100))
-    state, of_losses = grad_fn.init(PARAMS, BATCH, False), jnp.array([True, False, True])
+    state, of_losses = grad_fn.init(PARAMS, BATCH, False), np.array([True, False, True])
     (losses, state), _ = jax.jit(grad_fn)(PARAMS, state, BATCH, False, mask=of_losses)
-    chex.assert_trees_all_equal((losses, state.count), (jnp.zeros(3), of_losses.astype(jnp.int32)))
+    chex.assert_trees_all_equal((losses, state.count), (np.zeros(3, np.float32), of_losses.astype(np.int32)))
 
 
 @pytest.mark.parametrize("losses_fn", [partial(of_mask, mask=None), lambda mask, batch: named(mask, batch)])

@@ -1,5 +1,7 @@
 """Tasks that have their own data."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,16 +9,22 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
-from tests.autodiff.models import layers, normal_batch, squared_error
+from tests.autodiff.models import normal_batch, normal_layers, squared_error
 
 pytestmark = pytest.mark.unoptimized
 
-PARAMS = layers(jax.random.key(0), [5, 16, 3])
+PARAMS = normal_layers(0, [5, 16, 3])
 BATCH = normal_batch(1, 4, 8, n_in=5, n_out=3)
 
 
 def all_losses(params, batch):
     return jnp.stack([squared_error(params, jax.tree.map(lambda x, i=i: x[i], batch)) for i in range(4)])
+
+
+@jax.jit
+def losses_and_rows(params, batch):
+    """By hand."""
+    return all_losses(params, batch), jax.jacrev(all_losses)(params, batch)
 
 
 def assert_close(found, expected, **kwargs):
@@ -26,18 +34,26 @@ def assert_close(found, expected, **kwargs):
 @pytest.mark.parametrize("rows", [None, "vmap", 1, 3])
 @pytest.mark.by_default("None", "1")
 def test_rows_are_those_of_one_hot_weights(rows):
-    losses, jacobian = mtl.value_and_jac(squared_error, rows=rows, task_axis=0)(PARAMS, BATCH)
-    assert_close(losses, all_losses(PARAMS, BATCH), rtol=1e-6)
-    assert_close(jacobian, jax.jacrev(all_losses)(PARAMS, BATCH), atol=1e-6)
-    losses, products = mtl.value_and_gramian(squared_error, rows=rows, task_axis=0)(PARAMS, BATCH)
-    assert_close(products, mtl.gramian.gramian(jacobian), rtol=1e-6)
+    of_rows = mtl.value_and_jac(squared_error, rows=rows, task_axis=0)
+    of_products = mtl.value_and_gramian(squared_error, rows=rows, task_axis=0)
+
+    @jax.jit
+    def found(params, batch):
+        losses, jacobian = of_rows(params, batch)
+        return losses, jacobian, mtl.gramian.gramian(jacobian), of_products(params, batch)[1]
+
+    losses, jacobian, expected_products, products = found(PARAMS, BATCH)
+    expected_losses, expected = losses_and_rows(PARAMS, BATCH)
+    assert_close(losses, expected_losses, rtol=1e-6)
+    assert_close(jacobian, expected, atol=1e-6)
+    assert_close(products, expected_products, rtol=1e-6)
 
 
 @pytest.mark.parametrize("axis", [1, -1])
 def test_the_task_axis_may_be_any(axis):
-    moved = jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), BATCH)
-    _, jacobian = mtl.value_and_jac(squared_error, task_axis=axis)(PARAMS, moved)
-    assert_close(jacobian, jax.jacrev(all_losses)(PARAMS, BATCH), atol=1e-6)
+    moved = jax.tree.map(lambda x: np.moveaxis(x, 0, axis), BATCH)
+    _, jacobian = jax.jit(mtl.value_and_jac(squared_error, task_axis=axis))(PARAMS, moved)
+    assert_close(jacobian, losses_and_rows(PARAMS, BATCH)[1], atol=1e-6)
 
 
 METHODS = [
@@ -48,6 +64,7 @@ METHODS = [
 ]
 
 
+@partial(jax.jit, static_argnums=0)
 def init(method, params):
     return method.init(4) if isinstance(method, mtl.Scalarizer) else method.init((4, params))
 
@@ -67,7 +84,7 @@ def test_shared_and_decisive_parameters():
     method = aggregation.upgrad()
     for keyword in "shared", "decide_on":
         mask = {keyword: [True, False]}
-        given = PARAMS, method.init((4, PARAMS)), BATCH
+        given = PARAMS, init(method, PARAMS), BATCH
         expected = jax.jit(mtl.value_and_grad(all_losses, method, **mask))(*given)
         step = jax.jit(mtl.value_and_grad(squared_error, method, task_axis=0, **mask))
         assert_close(step(*given), expected, rtol=1e-5, atol=1e-6)
@@ -77,29 +94,36 @@ def test_auxiliary_outputs_are_stacked_and_keyword_arguments_passed_whole():
     def loss(params, batch, *, scale):
         return scale * squared_error(params, batch), jnp.sum(batch[0])
 
-    step = mtl.value_and_grad(loss, scalarization.mean(), task_axis=0, has_aux=True)
-    (losses, _, aux), _ = step(PARAMS, scalarization.mean().init(4), BATCH, scale=jnp.array(2.0))
-    assert_close(losses, 2 * all_losses(PARAMS, BATCH), rtol=1e-6)
-    assert_close(aux, jnp.sum(BATCH[0], axis=(1, 2)), rtol=1e-5)
+    method = scalarization.mean()
+    step = jax.jit(mtl.value_and_grad(loss, method, task_axis=0, has_aux=True))
+    (losses, _, aux), _ = step(PARAMS, init(method, PARAMS), BATCH, scale=np.float32(2))
+    assert_close(losses, 2 * np.asarray(losses_and_rows(PARAMS, BATCH)[0]), rtol=1e-6)
+    assert_close(aux, np.sum(BATCH[0], axis=(1, 2)), rtol=1e-5)
+
+
+def poisoned(batch):
+    """With an input of the third task that is not a number."""
+    x, y = batch
+    return np.where(np.arange(4)[:, None, None] == 2, np.float32(np.nan), x), y
+
+
+def which_are_finite(rows):
+    return np.all(np.isfinite(np.asarray(rows).reshape(4, -1)), axis=1)
 
 
 @pytest.mark.parametrize("rows", ["vmap", 1, 3])
 def test_a_task_that_is_not_finite_leaves_the_other_rows_alone(rows):
-    x, y = BATCH
-    bad = x.at[2].set(jnp.nan), y
-    _, jacobian = mtl.value_and_jac(squared_error, rows=rows, task_axis=0)(PARAMS, bad)
-    finite = jnp.stack([jnp.all(jnp.isfinite(leaf.reshape(4, -1)), axis=1) for leaf in jax.tree.leaves(jacobian)])
+    _, jacobian = jax.jit(mtl.value_and_jac(squared_error, rows=rows, task_axis=0))(PARAMS, poisoned(BATCH))
+    finite = np.stack([which_are_finite(leaf) for leaf in jax.tree.leaves(jacobian)])
     np.testing.assert_array_equal(finite.all(axis=0), [True, True, False, True])
 
 
 def test_streamed_rows_are_isolated_too():
-    x, y = BATCH
     method = aggregation.excess_mtl()
     step = jax.jit(mtl.value_and_grad(squared_error, method, rows="stream", task_axis=0))
-    (_, state), _ = step(PARAMS, method.init((4, PARAMS)), (x.at[2].set(jnp.nan), y))
+    (_, state), _ = step(PARAMS, init(method, PARAMS), poisoned(BATCH))
     for leaf in jax.tree.leaves(state.squared_gradients):
-        finite = jnp.all(jnp.isfinite(leaf.reshape(4, -1)), axis=1)
-        np.testing.assert_array_equal(finite, [True, True, False, True])
+        np.testing.assert_array_equal(which_are_finite(leaf), [True, True, False, True])
 
 
 @pytest.mark.parametrize("microbatches", [None, 2])
@@ -107,11 +131,10 @@ def test_streamed_rows_are_isolated_too():
 @pytest.mark.by_default("excess_mtl-2")
 def test_an_absent_task_may_have_any_row(method, microbatches):
     """Without labels its loss is 0/0; its row is known apart from the others, and left out."""
-    mask = jnp.array([True, True, False, True])
-    x, y = BATCH
+    mask = np.array([True, True, False, True])
     step = jax.jit(mtl.value_and_grad(squared_error, method, rows="vmap", task_axis=0, microbatches=microbatches))
-    state = method.init((4, PARAMS))
-    found = step(PARAMS, state, (x.at[2].set(jnp.nan), y), mask=mask)
+    state = init(method, PARAMS)
+    found = step(PARAMS, state, poisoned(BATCH), mask=mask)
     (_, expected_state), expected = step(PARAMS, state, BATCH, mask=mask)
     assert_close((found[0][1], found[1]), (expected_state, expected), rtol=1e-6)
 
@@ -123,9 +146,9 @@ def test_counted_losses():
         errors = jnp.mean((jnp.tanh(x @ params[0]["w"]) @ params[1]["w"] - y) ** 2, axis=-1)
         return mtl.Counted(jnp.sum(jnp.where(there, errors, 0)), jnp.sum(there))
 
-    there = jnp.arange(8)[None] < jnp.array([8, 3, 0, 1])[:, None]
+    there = np.arange(8)[None] < np.array([8, 3, 0, 1])[:, None]
     method = aggregation.upgrad()
-    given = PARAMS, method.init((4, PARAMS)), (*BATCH, there)
+    given = PARAMS, init(method, PARAMS), (*BATCH, there)
     (losses, state), gradient = jax.jit(mtl.value_and_grad(counted, method, task_axis=0))(*given)
     np.testing.assert_array_equal(losses.count, [8, 3, 0, 1])
     np.testing.assert_array_equal(state.seen, [1, 1, 0, 1])
