@@ -29,9 +29,14 @@ def gains(problem, gradient):
     return rows @ gradient / np.where(norms > 0, norms, 1)
 
 
-def drawn(data, name, **options):
+@functools.cache
+def clear_problems(decades, independent):
     """Without the kinds made Pareto-stationary: rounding decides which directions are left there."""
-    return data.draw(problems(("free", "non-weak"), independent=name in JUMPING, **options))
+    return problems(("free", "non-weak"), decades=decades, independent=independent)
+
+
+def drawn(data, name, decades=0.0):
+    return data.draw(clear_problems(decades, independent=name in JUMPING))
 
 
 @pytest.mark.parametrize("name", ["upgrad exact", "dual_proj exact", "nash_mtl", "fairgrad", "fairgrad alpha=2"])
