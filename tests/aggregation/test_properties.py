@@ -203,7 +203,7 @@ def test_the_order_of_the_tasks_does_not_matter_on_average(name, order):
     rows = jacobian("strong", 4, 3, seed=1).rows[:4]
     moments = []
     for start, x in (0, rows), (4096, rows[list(order)]):
-        gradients = np.asarray(gradients_over_keys(name)(start + jnp.arange(4096), x), float)
+        gradients = np.asarray(gradients_over_keys(name)(start + np.arange(4096), x), float)
         moments.append(np.concatenate([gradients, *(gradients[:, [i]] * gradients for i in range(PARAMS))], axis=1))
     one, other = moments
     assert np.max(np.std(one, axis=0)) > 0.01 * np.max(np.abs(one))  # the draws do matter
