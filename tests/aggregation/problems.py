@@ -4,7 +4,6 @@ import functools
 from typing import NamedTuple
 
 import hypothesis
-import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
@@ -77,9 +76,23 @@ def problems(draw, kinds=KINDS, decades=0.0, independent=False):
     m = draw(st.integers(1 + stationary, TASKS))
     least = 0 if kind in ("free", "strong") else 1
     rank = m if independent else draw(st.integers(least, m - stationary))
-    fixed = {"kind": kind, "m": m, "rank": rank, "decades": decades}
-    # Built by name, so that Hypothesis reports the call and not the matrix.
-    return draw(st.builds(jacobian, seed=st.integers(0, 2**31 - 1), **{x: st.just(y) for x, y in fixed.items()}))
+    return draw(jacobians(kind=kind, m=m, rank=rank, decades=decades))
+
+
+@functools.cache
+def jacobians(**fixed):
+    """By any seed; built by name, so that Hypothesis reports the call and not the matrix.
+
+    Making a strategy takes longer than drawing from it.
+    """
+    return st.builds(jacobian, seed=st.integers(0, 2**31 - 1), **{x: st.just(y) for x, y in fixed.items()})
+
+
+def with_new(array, place, new):
+    """A copy with something else in one place: NumPy's ``.at[place].set(new)``."""
+    array = array.copy()
+    array[place] = new
+    return array
 
 
 @functools.cache
@@ -91,7 +104,7 @@ def built(name):
 def losses_of(rows):
     """From 1 to 2, by the gradient's direction."""
     lengths = np.linalg.norm(rows.astype(float), axis=1)
-    return jnp.asarray(1 + np.abs(rows[:, 0]) / np.where(lengths > 0, lengths, 1), jnp.float32)
+    return np.float32(1 + np.abs(rows[:, 0]) / np.where(lengths > 0, lengths, 1))
 
 
 def solve(name, rows, mask, before=None):
@@ -102,8 +115,8 @@ def solve(name, rows, mask, before=None):
     method, state = built(name)
     apply = (method.weighting or method).apply
     if before is not None:
-        _, state = apply(state, jnp.asarray(before), values=losses_of(before), mask=mask)
-    found, _ = apply(state, jnp.asarray(rows), values=losses_of(rows), mask=mask)
+        _, state = apply(state, before, values=losses_of(before), mask=mask)
+    found, _ = apply(state, rows, values=losses_of(rows), mask=mask)
     rows = np.asarray(rows, float)[mask]
     if method.weighting is None:
         return Result(None, np.asarray(found, float), len(rows) * np.max(np.linalg.norm(rows, axis=1)))

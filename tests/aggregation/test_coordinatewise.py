@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 from mtlbalance import aggregation
-from tests.aggregation.problems import PARAMS, TASKS, examples, jacobian, padded, problems
+from tests.aggregation.problems import PARAMS, TASKS, examples, jacobian, padded, problems, with_new
 
 pytestmark = pytest.mark.unoptimized
 
@@ -29,7 +29,7 @@ def built(name, argument):
 
 def trimmed_mean(rows, mask=None, trim_number=TRIMMED):
     apply, state = built("trimmed_mean", trim_number)
-    return np.array(apply(state, jnp.asarray(rows), mask=mask)[0])
+    return np.array(apply(state, rows, mask=mask)[0])
 
 
 @jax.jit
@@ -109,10 +109,9 @@ def test_a_few_bad_rows_do_no_harm(bad, m, seed):
 
 
 def test_one_bad_row_too_many_shows():
-    rows = jnp.arange(8.0)[:, None] * jnp.ones((1, PARAMS))
-    assert np.all(np.isnan(trimmed_mean(rows.at[:3].set(jnp.nan))))
-    assert np.all(trimmed_mean(rows.at[:3].set(jnp.inf)) == np.inf)
-    assert np.all(trimmed_mean(rows.at[:3].set(-jnp.inf)) == -np.inf)
+    rows = np.tile(np.arange(8, dtype=np.float32)[:, None], PARAMS)
+    for bad in np.nan, np.inf, -np.inf:
+        np.testing.assert_array_equal(trimmed_mean(with_new(rows, slice(3), bad)), bad)
 
 
 @pytest.mark.parametrize("m", [1, 2, 13, 33, 64, 65, 70])
@@ -121,7 +120,7 @@ def test_any_number_of_tasks_is_put_in_order(m):
     """Also beyond those whose comparisons are written out."""
     rows = np.random.default_rng(m).normal(size=(m, 50)).astype(np.float32)
     method, k = aggregation.trimmed_mean(m // 3), m // 3
-    gradient, _ = method.apply(method.init(rows.shape), jnp.array(rows))
+    gradient = jax.jit(lambda rows: method.apply(method.init(rows.shape), rows)[0])(rows)
     assert_near(gradient, np.sort(rows, axis=0)[k : m - k].astype(float).mean(0), rows)
 
 
@@ -134,7 +133,7 @@ def test_an_outer_derivative_goes_through_what_is_kept(m):
     total = lambda rows: jnp.sum(method.apply(method.init(rows.shape), rows)[0])
     ranks = np.argsort(np.argsort(rows, axis=0), axis=0)
     kept = (ranks >= TRIMMED) & (ranks < m - TRIMMED)
-    np.testing.assert_allclose(jax.grad(total)(jnp.array(rows)), kept / (m - 2 * TRIMMED), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(rows), kept / (m - 2 * TRIMMED), rtol=1e-6)
 
 
 def test_wrong_trim_numbers_raise():
@@ -192,83 +191,88 @@ def test_extreme_entries_neither_overflow_nor_vanish():
         (0.0, 0.0, 0.0): (0.0,),
     }
     found = graddrop(0, 0.0, np.float32(list(columns)).T, np.ones(3, bool))
-    for value, possible in zip(found, columns.values(), strict=True):
+    for value, possible in zip(np.asarray(found), columns.values(), strict=True):
         assert np.any(np.float32(possible) == value), (value, possible)
-    assert np.isnan(graddrop(0, 0.0, np.float32([[np.nan], [1.0]]), np.ones(2, bool)))[0]
+    assert np.isnan(np.asarray(graddrop(0, 0.0, np.float32([[np.nan], [1.0]]), np.ones(2, bool)))[0])
 
 
 def test_the_purity_is_the_chance_of_the_positive_entries():
     """And a function of it, where one is given; within four standard errors of 10,000 draws."""
-    rows = jnp.array([[3.0], [-1.0]]) * jnp.ones((1, 10_000))
+    rows = np.tile(np.float32([[3.0], [-1.0]]), 10_000)
     for f, chance in (None, 0.75), (lambda p: p**2, 0.5625):
         method = aggregation.graddrop(7, f=f)
         drawn, _ = method.apply(method.init(rows.shape), rows)
-        assert abs(np.mean(drawn == 3) - chance) < 4 * np.sqrt(chance * (1 - chance) / 10_000)
+        assert abs(np.mean(np.asarray(drawn) == 3) - chance) < 4 * np.sqrt(chance * (1 - chance) / 10_000)
 
 
 def test_calls_leaves_and_seeds_draw_differently():
-    rows = {name: jnp.array([[1.0], [-1.0]]) * jnp.ones((1, 64)) for name in "ab"}
+    rows = dict.fromkeys("ab", np.tile(np.float32([[1.0], [-1.0]]), 64))
     method = aggregation.graddrop(0)
-    state = method.init((2, {name: jnp.ones(64) for name in "ab"}))
+    state = method.init((2, dict.fromkeys("ab", np.ones(64, np.float32))))
     first, state = method.apply(state, rows)
     second, _ = method.apply(state, rows)
     for one, other in (first["a"], first["b"]), (first["a"], second["a"]):
-        assert not jnp.array_equal(one, other)
-    alone = lambda seed: graddrop(seed, 0.0, rows["a"], jnp.ones(2, bool))
-    mapped = jax.vmap(alone)(jnp.arange(4))
-    chex.assert_trees_all_equal(mapped, jnp.stack([alone(seed) for seed in range(4)]))
+        assert not np.array_equal(one, other)
+    alone = lambda seed: graddrop(seed, 0.0, rows["a"], np.ones(2, bool))
+    mapped = np.asarray(jax.jit(jax.vmap(alone))(np.arange(4)))
+    np.testing.assert_array_equal(mapped, [alone(seed) for seed in range(4)])
     assert len(np.unique(mapped, axis=0)) == 4
 
 
 def test_a_seed_draws_the_same_in_float64():
     rows = np.array([[2.0, -1.0, 0.5], [-1.0, 2.0, -2.0]] * 2).repeat(20, axis=1)
-    single = graddrop(3, 0.5, jnp.array(rows, jnp.float32), jnp.ones(4, bool))
+    single = graddrop(3, 0.5, np.float32(rows), np.ones(4, bool))
     with jax.enable_x64(True):
-        double = graddrop(3, 0.5, jnp.array(rows), jnp.ones(4, bool))
+        double = graddrop(3, 0.5, rows, np.ones(4, bool))
     assert double.dtype == jnp.float64
     np.testing.assert_array_equal(single, double)
 
 
 def test_an_outer_derivative_takes_the_masks_for_constants():
-    rows, leak = jnp.array([[2.0, -1.0, 0.0], [-1.0, -3.0, 4.0]]), jnp.array([0.25, 0.5])
-    gradient, pull = jax.vjp(lambda rows: graddrop(1, leak, rows, jnp.ones(2, bool)), rows)
-    (derivative,) = pull(jnp.ones(3))
+    rows, leak = np.float32([[2.0, -1.0, 0.0], [-1.0, -3.0, 4.0]]), np.float32([0.25, 0.5])
+
+    @jax.jit
+    def found(rows):
+        gradient, pull = jax.vjp(lambda rows: graddrop(1, leak, rows, np.ones(2, bool)), rows)
+        return gradient, pull(jnp.ones(3))[0]
+
+    gradient, derivative = jax.device_get(found(rows))
     assert gradient[0] in (2 - 0.5, -1 + 0.5)
-    kept = (rows > 0) == (jnp.array([[gradient[0], -1, 1]]) > 0)
+    kept = (rows > 0) == (np.array([[gradient[0], -1, 1]]) > 0)
     moved = rows != 0
-    np.testing.assert_allclose(derivative[moved], jnp.where(kept, 1, leak[:, None])[moved])
+    np.testing.assert_allclose(derivative[moved], np.where(kept, 1, leak[:, None])[moved])
 
 
 def test_devices_of_a_shard_map_draw_differently():
     mesh = jax.make_mesh((8,), ("x",), (AxisType.Auto,))
-    rows = jnp.array([[1.0], [-1.0]]) * jnp.ones((1, 8 * 64))
+    rows = np.tile(np.float32([[1.0], [-1.0]]), 8 * 64)
     method = aggregation.graddrop(0, axis_name="x")
     state = method.init((2, 8 * 64))
     specs = (PartitionSpec(), PartitionSpec(None, "x")), (PartitionSpec("x"), PartitionSpec())
     step = jax.jit(jax.shard_map(method.apply, mesh=mesh, in_specs=specs[0], out_specs=specs[1]))
     drawn, _ = step(state, rows)
     assert len(np.unique(np.reshape(drawn, (8, 64)), axis=0)) == 8
-    assert 0.3 < np.mean(drawn > 0) < 0.7
+    assert 0.3 < np.mean(np.asarray(drawn) > 0) < 0.7
 
 
 def test_leak_is_one_number_or_one_per_task_also_by_name():
-    rows, mask = jnp.array([[2.0, 2.0], [-1.0, -1.0]]), jnp.ones(2, bool)
-    losses = {"a": jnp.float32(1.0), "b": jnp.float32(2.0)}
+    rows, mask = np.float32([[2.0, 2.0], [-1.0, -1.0]]), np.ones(2, bool)
+    losses = {"a": np.float32(1.0), "b": np.float32(2.0)}
     by_name = graddrop(0, {"a": 0.5, "b": 0.5}, rows, mask, losses)
     chex.assert_trees_all_equal(by_name, graddrop(0, 0.5, rows, mask))
     aggregation.graddrop(leak={"a": jnp.bfloat16(0.5), "b": 1}).init((2, 2))  # numbers of different dtypes
 
 
 def test_wrong_arguments_raise():
-    for leak in -0.1, 1.5, jnp.array([0.5, 2.0]), jnp.nan:
+    for leak in -0.1, 1.5, np.array([0.5, 2.0]), np.nan:
         with pytest.raises(ValueError, match="leak: expected a number from 0 to 1"):
             aggregation.graddrop(leak=leak).init((2, 3))
     with pytest.raises(ValueError, match=r"leak: expected a scalar or one number per task, shape \(2,\)"):
-        aggregation.graddrop(leak=jnp.ones(3)).init((2, 3))
+        aggregation.graddrop(leak=np.ones(3)).init((2, 3))
     with pytest.raises(TypeError, match="f: expected a function of the purity, or None, found float"):
         aggregation.graddrop(f=0.5)
     method = aggregation.graddrop(f=jnp.mean)
     with pytest.raises(ValueError, match=r"f: expected a function that keeps the shape \(3,\), found shape \(\)"):
-        method.apply(method.init((2, 3)), jnp.ones((2, 3)))
+        method.apply(method.init((2, 3)), np.ones((2, 3), np.float32))
     with pytest.raises(TypeError, match="key: expected an int or a key"):
         aggregation.graddrop(key=0.5)

@@ -1,5 +1,7 @@
 """EPO's weights by hand, and at the edges: zero and negative losses, one task, programs without a solution."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,15 @@ from mtlbalance import aggregation
 pytestmark = pytest.mark.unoptimized
 
 
-def weights_of(rows, losses, preference=(1.0, 1.0), **kwargs):
-    weighting = aggregation.epo(jnp.array(preference), **kwargs).weighting
-    rows, losses = jnp.asarray(rows), jnp.asarray(losses)
-    return np.asarray(weighting.apply(weighting.init(rows.shape), rows, values=losses)[0])
+@partial(jax.jit, static_argnames="relax")
+def compiled(rows, losses, preference, **others):
+    """Once for all preferences: they are traced."""
+    weighting = aggregation.epo(preference, **others).weighting
+    return weighting.apply(weighting.init(rows.shape), rows, values=losses)[0]
+
+
+def weights_of(rows, losses, preference=(1.0, 1.0), **others):
+    return np.asarray(compiled(*map(np.float32, (rows, losses, preference)), **others))
 
 
 OPPOSED = np.array([[2.0, 0.0], [-1.0, 1.0]])
@@ -69,9 +76,9 @@ def test_where_a_constraint_has_no_solution_it_is_dropped():
         return weights, jnp.dot(jnp.dot(rows, rows.T), weights)
 
     (weights, falls), (relaxed, _) = (
-        jax.jit(jax.vmap(lambda *x, r=r: fall(r, *x)))(rows, losses) for r in (False, True)
+        jax.device_get(jax.jit(jax.vmap(partial(fall, relax)))(rows, losses)) for relax in (False, True)
     )
-    np.testing.assert_allclose(jnp.sum(weights, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.sum(weights, axis=1), 1, rtol=1e-5)
     assert np.min(falls) > -1e-5
     same = np.max(np.abs(weights - relaxed), axis=1) < 1e-5
     assert 0.1 < np.mean(same) < 0.9
@@ -85,4 +92,4 @@ def test_preferences_are_above_zero():
         aggregation.epo([1.0, 2.0, 3.0]).init((2, 3))
     with pytest.raises(TypeError, match="values"):
         method = aggregation.epo([1.0, 2.0])
-        method.apply(method.init((2, 3)), jnp.ones((2, 3)))
+        method.apply(method.init((2, 3)), np.ones((2, 3), np.float32))

@@ -1,16 +1,23 @@
 """What single Gramian methods promise: their lengths and closed forms, two tasks, states, bounds."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mtlbalance import aggregation
-from tests.aggregation.problems import METHODS, jacobian, padded, solve
+from tests.aggregation.problems import METHODS, jacobian, padded, solve, with_new
 
 
-def gradient_of(method, rows, **kwargs):
-    return method.apply(method.init(rows.shape), rows, **kwargs)[0]
+@partial(jax.jit, static_argnums=0)
+def gradient_of(method, rows, mask=None):
+    return method.apply(method.init(rows.shape), rows, mask=mask)[0]
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def two_tasks(seed):
@@ -32,23 +39,23 @@ def test_two_tasks_are_bisected(name):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_config_stops_between_opposite_gradients(seed):
-    row = jax.random.normal(jax.random.key(seed), (5,))
-    np.testing.assert_array_equal(gradient_of(aggregation.config(), jnp.stack([row, -3 * row])), jnp.zeros(5))
+    row = normal(seed, 5)
+    np.testing.assert_array_equal(gradient_of(aggregation.config(), np.stack([row, -3 * row])), np.zeros(5))
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 4])
 @pytest.mark.by_default("2")
 def test_config_and_imtl_g_stop_between_opposite_gradients(n_rows):
     for seed in range(5):
-        some = jax.random.normal(jax.random.key(seed), (n_rows, 9))
-        rows = jnp.concatenate([some, -some])
-        np.testing.assert_array_equal(gradient_of(aggregation.imtl_g(), rows), jnp.zeros(9))
-        np.testing.assert_array_equal(gradient_of(aggregation.config(), rows), jnp.zeros(9))
+        some = normal(seed, n_rows, 9)
+        rows = np.concatenate([some, -some])
+        np.testing.assert_array_equal(gradient_of(aggregation.imtl_g(), rows), np.zeros(9))
+        np.testing.assert_array_equal(gradient_of(aggregation.config(), rows), np.zeros(9))
 
 
 def test_config_goes_on_between_nearly_opposite_gradients():
     """At 4e-3 from opposite the common direction is what is left: it is found to the Gramian's rounding."""
-    rows = jnp.array([[1.0, 2e-3], [-1.0, 2e-3]])
+    rows = np.float32([[1.0, 2e-3], [-1.0, 2e-3]])
     gradient = gradient_of(aggregation.config(), rows)
     np.testing.assert_allclose(gradient, [0.0, 4e-3], atol=1e-4)
 
@@ -133,19 +140,19 @@ def test_pcd_in_closed_form():
 def test_pcd_without_a_step():
     method = aggregation.pcd(tau=0.3)
     # Contradicting tasks are left to themselves.
-    rows = jnp.array([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0], [0.0, -3.0, -3.0]])
+    rows = np.float32([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0], [0.0, -3.0, -3.0]])
     np.testing.assert_allclose(gradient_of(method, rows), rows[0], rtol=1e-6)
     # Nothing is done for the others where the primary task has arrived.
-    np.testing.assert_array_equal(gradient_of(method, rows.at[0].set(0.0)), jnp.zeros(3))
+    np.testing.assert_array_equal(gradient_of(method, with_new(rows, 0, 0)), np.zeros(3))
 
 
 def test_the_first_task_present_is_the_primary_one():
-    method = aggregation.pcd(tau=jnp.array([0.9, 0.3]))
-    rows = jnp.array([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0], [2.0, -1.0, 0.0]])
-    masked = gradient_of(method, rows, mask=jnp.array([False, True, True]))
+    method = aggregation.pcd(tau=[0.9, 0.3])
+    rows = np.float32([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0], [2.0, -1.0, 0.0]])
+    masked = gradient_of(method, rows, np.array([False, True, True]))
     # The solver's exactness, and rounding.
-    np.testing.assert_allclose(masked, gradient_of(aggregation.pcd(tau=jnp.array([0.3])), rows[1:]), rtol=1e-5)
-    np.testing.assert_allclose(jnp.linalg.norm(masked), jnp.sqrt(2.0), rtol=1e-6)
+    np.testing.assert_allclose(masked, gradient_of(aggregation.pcd(tau=[0.3]), rows[1:]), rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(masked), np.sqrt(2.0), rtol=1e-6)
 
 
 # The others.
@@ -161,23 +168,23 @@ def test_db_mtl_makes_all_gradients_as_long_as_the_longest():
 
 
 def test_gradvac_starts_as_pcgrad_and_turns_towards_its_targets():
-    rows = jnp.array([[1.0, 0.0], [0.6, 0.8]])
+    rows = np.float32([[1.0, 0.0], [0.6, 0.8]])
     method = aggregation.gradvac(beta=1.0)
     gradient, state = method.apply(method.init(rows.shape), rows)
     np.testing.assert_allclose(gradient, rows.sum(0), rtol=1e-6)  # nothing conflicts
     np.testing.assert_allclose(state.targets, [[0.0, 0.6], [0.6, 0.0]], atol=1e-6)
     # The next gradients are at right angles: each is turned until its cosine to the other is 0.6.
-    gradient, _ = method.apply(state, jnp.eye(2))
+    gradient, _ = method.apply(state, np.eye(2, dtype=np.float32))
     np.testing.assert_allclose(gradient, [1.75, 1.75], rtol=1e-5)
 
 
 def test_krum_leaves_out_the_odd_one_and_absent_tasks():
-    rows = jnp.array([[1.0, 0.0], [1.1, 0.0], [0.9, 0.1], [1.0, -0.1], [-50.0, 9.0]])
+    rows = np.float32([[1.0, 0.0], [1.1, 0.0], [0.9, 0.1], [1.0, -0.1], [-50.0, 9.0]])
     method = aggregation.krum(n_byzantine=1, n_selected=3)
     weights, state = method.weighting.apply(method.init(rows.shape), rows)
-    assert weights[4] == 0
-    np.testing.assert_allclose(jnp.sort(weights), [0, 0, 1 / 3, 1 / 3, 1 / 3], rtol=1e-6)
-    mask = jnp.array([False, True, False, False, True])
+    assert np.asarray(weights)[4] == 0
+    np.testing.assert_allclose(np.sort(weights), [0, 0, 1 / 3, 1 / 3, 1 / 3], rtol=1e-6)
+    mask = np.array([False, True, False, False, True])
     weights, _ = method.weighting.apply(state, rows, mask=mask)
     np.testing.assert_allclose(weights, [0, 0.5, 0, 0, 0.5])
     with pytest.raises(ValueError, match="number of tasks: expected at least 4 with this n_byzantine, found 3"):
@@ -185,20 +192,25 @@ def test_krum_leaves_out_the_odd_one_and_absent_tasks():
 
 
 def test_krum_has_as_many_neighbours_as_the_tasks_present_alone_would():
-    mask = jnp.array([True, True, True, False, True, True, True])
+    mask = np.array([True, True, True, False, True, True, True])
     method = aggregation.krum(n_byzantine=1)
     for seed in range(10):
-        rows = jax.random.normal(jax.random.key(seed), (7, 3))
+        rows = normal(seed, 7, 3)
         masked, _ = method.weighting.apply(method.init((7, 3)), rows, mask=mask)
         alone, _ = method.weighting.apply(method.init((6, 3)), rows[mask])
-        np.testing.assert_array_equal(masked[mask], alone)
+        np.testing.assert_array_equal(np.asarray(masked)[mask], alone)
 
 
 def test_norm_of_nash_mtl():
     """The root of the number of tasks, unless it is bounded."""
-    rows = jnp.asarray(jacobian("free", 4, 4, seed=0).rows[:4])
-    gradients = jax.vmap(lambda bound: gradient_of(aggregation.nash_mtl(bound), rows))(jnp.array([0.0, 1.0, 3.0]))
-    np.testing.assert_allclose(jnp.linalg.norm(gradients, axis=1), [2.0, 1.0, 2.0], rtol=1e-5)
+    rows = jacobian("free", 4, 4, seed=0).rows[:4]
+
+    def length(bound):
+        method = aggregation.nash_mtl(bound)
+        return jnp.linalg.norm(method.apply(method.init(rows.shape), rows)[0])
+
+    lengths = jax.jit(jax.vmap(length))(np.float32([0.0, 1.0, 3.0]))
+    np.testing.assert_allclose(lengths, [2.0, 1.0, 2.0], rtol=1e-5)
 
 
 def test_modo_and_sdmgrad_stay_on_the_simplex():
@@ -206,9 +218,10 @@ def test_modo_and_sdmgrad_stay_on_the_simplex():
         weighting = method.gramian_weighting
         state = weighting.init(4)
         for seed in range(5):
-            weights, state = weighting.apply(state, jax.random.normal(jax.random.key(seed), (4, 4)))
-            assert jnp.all(weights >= 0)
-            np.testing.assert_allclose(jnp.sum(weights), 1, rtol=1e-5)
+            weights, state = weighting.apply(state, normal(seed, 4, 4))
+            weights = np.asarray(weights)
+            assert np.all(weights >= 0)
+            np.testing.assert_allclose(np.sum(weights), 1, rtol=1e-5)
 
 
 def test_cr_mogm_is_a_running_average():
@@ -229,7 +242,7 @@ def test_cr_mogm_is_a_running_average():
     ("build", "message"),
     [
         (lambda: aggregation.upgrad(reg_eps=-1.0), "reg_eps: expected a finite number of at least 0"),
-        (lambda: aggregation.dual_proj(jnp.ones(3)).init((2, 4)), "pref_vector: expected one number per task"),
+        (lambda: aggregation.dual_proj(np.ones(3)).init((2, 4)), "pref_vector: expected one number per task"),
         (lambda: aggregation.nash_mtl(-1.0), "max_norm: expected a number of at least 0"),
         (lambda: aggregation.fairgrad(0.0), "alpha: expected a finite number above 0"),
         (lambda: aggregation.aligned_mtl(scale_mode="mean"), "scale_mode: expected one of"),
@@ -246,8 +259,8 @@ def test_cr_mogm_is_a_running_average():
         (lambda: aggregation.pcd(beta=1.0), "beta: expected a number of at least 0 and below 1"),
         (lambda: aggregation.pcd(eps=-1e-8), "eps: expected a finite number of at least 0"),
         (lambda: aggregation.pcd(tau=1.5).init((3, 4)), "tau: expected a number from 0 to 1"),
-        (lambda: aggregation.pcd(tau=jnp.array([0.1, -0.1])).init((3, 4)), "tau: expected a number from 0 to 1"),
-        (lambda: aggregation.pcd(tau=jnp.ones(3)).init((3, 4)), "tau: expected a scalar or one number per"),
+        (lambda: aggregation.pcd(tau=np.array([0.1, -0.1])).init((3, 4)), "tau: expected a number from 0 to 1"),
+        (lambda: aggregation.pcd(tau=np.ones(3)).init((3, 4)), "tau: expected a scalar or one number per"),
     ],
 )
 def test_bounds(build, message):

@@ -29,9 +29,14 @@ def gains(problem, gradient):
     return rows @ gradient / np.where(norms > 0, norms, 1)
 
 
-def drawn(data, name, **options):
+@functools.cache
+def clear_problems(decades, independent):
     """Without the kinds made Pareto-stationary: rounding decides which directions are left there."""
-    return data.draw(problems(("free", "non-weak"), independent=name in JUMPING, **options))
+    return problems(("free", "non-weak"), decades=decades, independent=independent)
+
+
+def drawn(data, name, decades=0.0):
+    return data.draw(clear_problems(decades, independent=name in JUMPING))
 
 
 @pytest.mark.parametrize("name", ["upgrad exact", "dual_proj exact", "nash_mtl", "fairgrad", "fairgrad alpha=2"])
@@ -198,7 +203,7 @@ def test_the_order_of_the_tasks_does_not_matter_on_average(name, order):
     rows = jacobian("strong", 4, 3, seed=1).rows[:4]
     moments = []
     for start, x in (0, rows), (4096, rows[list(order)]):
-        gradients = np.asarray(gradients_over_keys(name)(start + jnp.arange(4096), x), float)
+        gradients = np.asarray(gradients_over_keys(name)(start + np.arange(4096), x), float)
         moments.append(np.concatenate([gradients, *(gradients[:, [i]] * gradients for i in range(PARAMS))], axis=1))
     one, other = moments
     assert np.max(np.std(one, axis=0)) > 0.01 * np.max(np.abs(one))  # the draws do matter
