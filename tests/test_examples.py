@@ -2,12 +2,17 @@
 
 import argparse
 import ast
+import functools
+import importlib
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
 import distributed
+import numpy as np
+import pinn
 import pytest
 import show
 
@@ -15,7 +20,6 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 # What makes it small, and what it must print.
 TINY = {
-    "minimal": ([], "On other images"),
     "own_method": (["--epochs", "1"], "On the test images"),
     "quickstart": (["--rounds", "1", "--seeds", "1"], "How far the solution is off"),
     "sweep": (["--steps", "10"], "On the test images"),
@@ -39,7 +43,26 @@ TINY = {
     "mixed_precision": (["--epochs", "1"], "On the test images, and in the gradients"),
     "distributed": (["--steps", "10"], "Relative distance at most"),  # and fails if it is more than rounding
 }
-WITHOUT_PICTURE = ("minimal", "mixed_precision", "distributed")
+# What makes it smaller yet and is no argument: names in the example, and their values.
+TWO_STEPS = {"STEPS_PER_EPOCH": 2}
+SMALLER = {
+    "own_method": TWO_STEPS,
+    "constrained": TWO_STEPS,
+    "instance_wise": TWO_STEPS,
+    "mixed_precision": TWO_STEPS,
+    "grouping": TWO_STEPS | {"WATCHED_BATCHES": 2},
+    "recurrent": TWO_STEPS | {"N_SEEDS": 2},
+    "pinn": {"Plan": functools.partial(pinn.Plan, seeds=2, weights=(1, 10))},
+    "sweep": {"TEMPERATURES": np.array([0.02, 20]), "SEEDS": np.arange(2)},
+    "two_stages": {"SEEDS": 2},
+    "energy_forces": {"N_TRAIN": 8, "N_VALID": 8, "N_TEST": 8},
+    "language_model": {"BATCH_SIZE": 4, "MICROBATCHES": 2},
+    "reinforcement_learning": {"EPISODES": 2, "HORIZON": 4},
+}
+WITHOUT_PICTURE = ("mixed_precision", "distributed")
+# In processes of their own: what the README begins with, and what starts threads or processes. The others share what is
+# imported and compiled, which is most of their time.
+IN_A_PROCESS = ("quickstart", "compare", "distributed")
 MODULES = (  # of what the others share
     "compare_jobs",
     "compare_methods",
@@ -52,21 +75,55 @@ MODULES = (  # of what the others share
 
 
 def test_every_example_is_run():
-    assert {*TINY, *MODULES} == {path.stem for path in EXAMPLES.glob("*.py")}
+    assert {"minimal", *TINY, *MODULES} == {path.stem for path in EXAMPLES.glob("*.py")}
 
 
-@pytest.mark.by_default("own_method")
-@pytest.mark.parametrize("name", TINY)
-def test_example_runs(name, tmp_path):
-    arguments, expected = TINY[name]
-    picture = tmp_path / "picture.png"
-    arguments = arguments if name in WITHOUT_PICTURE else [*arguments, "--output", picture]
-    command = [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *arguments]
+def run_in_a_process(name, arguments):
     quickly = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=quickly)
     assert done.returncode == 0, done.stderr
-    assert expected in done.stdout
+    return done.stdout
+
+
+def run_here(name, arguments, monkeypatch, capsys):
+    """As ``python examples/NAME.py`` does, but for the import."""
+    example = importlib.import_module(name)
+    for constant, value in SMALLER.get(name, {}).items():
+        monkeypatch.setattr(example, constant, value)
+    example.main(arguments)
+    return capsys.readouterr().out
+
+
+@pytest.mark.unoptimized
+@pytest.mark.usefixtures("users_broadcast")
+@pytest.mark.by_default("own_method")
+@pytest.mark.parametrize("name", TINY)
+def test_example_runs(name, tmp_path, monkeypatch, capsys):
+    arguments, expected = TINY[name]
+    picture = tmp_path / "picture.png"
+    arguments = arguments if name in WITHOUT_PICTURE else [*arguments, "--output", str(picture)]
+    if name in IN_A_PROCESS:
+        printed = run_in_a_process(name, arguments)
+    else:
+        printed = run_here(name, arguments, monkeypatch, capsys)
+    assert expected in printed
     assert name in WITHOUT_PICTURE or picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.unoptimized
+@pytest.mark.usefixtures("users_broadcast")
+def test_the_minimal_example_runs(monkeypatch, capsys):
+    """It has no arguments: of its steps the first ten."""
+    monkeypatch.setattr("tqdm.tqdm", lambda keys: keys[:10])
+    runpy.run_path(str(EXAMPLES / "minimal.py"), run_name="__main__")
+    assert "On other images" in capsys.readouterr().out
+
+
+def test_every_example_is_a_script():
+    for name in TINY:
+        assert (EXAMPLES / f"{name}.py").read_text().endswith('if __name__ == "__main__":\n    main()\n')
 
 
 @pytest.mark.slow
@@ -79,12 +136,13 @@ def test_a_picture_goes_where_git_ignores_it():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_loop", "flax_nnx", "equinox_mlp"])
-def test_help_is_its_own(name):
+def test_help_is_its_own(name, capsys):
     """The first line of the example's docstring, also where the loop is another one's."""
-    script = EXAMPLES / f"{name}.py"
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
-    about = ast.get_docstring(ast.parse(script.read_text())).splitlines()[0]
-    assert about in " ".join(done.stdout.split())
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(name).main(["--help"])
+    assert stopped.value.code == 0
+    about = ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_text())).splitlines()[0]
+    assert about in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("fails", "error"), [(True, "a process failed"), (False, "not done after 1 seconds")])

@@ -1,6 +1,5 @@
 """What a method says of itself: printed, by ``help``, and by the papers from which it is."""
 
-import gc
 import inspect
 import re
 
@@ -193,7 +192,6 @@ def test_a_method_keeps_nothing_of_its_arguments_but_what_is_shown():
     before = sum(x.nbytes for x in jax.live_arrays())
     frozen = mtl.freeze(amortized, state)
     del state
-    gc.collect()
     assert sum(x.nbytes for x in jax.live_arrays()) < before - 300_000
     assert repr(frozen).startswith("freeze(amortize(")
 
