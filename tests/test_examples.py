@@ -96,6 +96,7 @@ def run_here(name, arguments, monkeypatch, capsys):
 
 
 @pytest.mark.unoptimized
+@pytest.mark.filterwarnings("error")
 @pytest.mark.usefixtures("users_broadcast")
 @pytest.mark.by_default("own_method")
 @pytest.mark.parametrize("name", TINY)
@@ -113,6 +114,7 @@ def test_example_runs(name, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.unoptimized
+@pytest.mark.filterwarnings("error")
 @pytest.mark.usefixtures("users_broadcast")
 def test_the_minimal_example_runs(monkeypatch, capsys):
     """It has no arguments: of its steps the first ten."""
