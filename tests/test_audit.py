@@ -1,6 +1,7 @@
 """What is found on a few batches: in cases made to have it, and nothing in noise alone."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from mtlbalance.diagnostics import evidence
 
 pytestmark = pytest.mark.unoptimized
 
-PARAMS = {"w": jnp.linspace(-0.5, 0.5, 16).reshape(8, 2)}
+ones = partial(np.ones, dtype=np.float32)
+PARAMS = {"w": np.linspace(-0.5, 0.5, 16, dtype=np.float32).reshape(8, 2)}
 
 
 def losses_fn(params, batch):
@@ -30,7 +32,7 @@ def batches(seed, n=10, *, noise=0.3, shared=True, factors=(1.0, 1.0), direction
     for _ in range(n):
         draws = rng.normal(size=(2, 8, 2)) * noise
         draws = np.stack([d * draws[0] for d in directions]) if shared else draws
-        yield tuple(jnp.asarray(x, jnp.float32) for x in (draws, factors, shifts))
+        yield tuple(np.float32(x) for x in (draws, factors, shifts))
 
 
 def audit(*args, **kwargs):
@@ -85,7 +87,7 @@ def test_two_opposed_tasks():
 )
 def test_a_conflict_that_is_no_opposition(rows, worst, then):
     """Without noise: of gradients as given, whose sum has a negative product with the third one, or with none."""
-    found = mtl.audit(lambda params, rows: rows @ params + 10, jnp.ones(2), [jnp.array(rows)] * 3)
+    found = mtl.audit(lambda params, rows: rows @ params + 10, ones(2), [np.float32(rows)] * 3)
     assert next(iter(found.conflicts)) == worst and not found.norm_ratios
     first, second = found.advice
     assert first == "the plain sum, scalarization.sum(): the gradients are equally long"
@@ -135,7 +137,7 @@ def test_absent_tasks_and_losses_that_are_not_finite():
             "a/b": jnp.sum(params),
         }
 
-    found = mtl.audit(losses_fn, jnp.ones(3), jnp.arange(5))
+    found = mtl.audit(losses_fn, ones(3), np.arange(5))
     assert found.findings[:3] == (
         "the loss or gradient of broken is not finite on 1 of 5 batches; they do not count",
         "dead has no gradient on any batch",
@@ -147,9 +149,14 @@ def test_absent_tasks_and_losses_that_are_not_finite():
 
 
 def test_losses_without_names_and_one_task():
-    found = mtl.audit(lambda params, x: (jnp.sum(params) * jnp.ones(2), x), jnp.ones(3), jnp.arange(3.0), has_aux=True)
+    found = mtl.audit(
+        lambda params, x: (jnp.sum(params) * jnp.ones(2), x),
+        ones(3),
+        np.float32([0, 1, 2]),
+        has_aux=True,
+    )
     assert list(found.loss) == ["0", "1"] and found.weights == [1, 1]
-    found = mtl.audit(lambda params, x: {"only": x * jnp.sum(params)}, jnp.ones(3), 1 + jnp.arange(3.0))
+    found = mtl.audit(lambda params, x: {"only": x * jnp.sum(params)}, ones(3), np.float32([1, 2, 3]))
     assert is_empty(found) and "Cosines between" not in str(found) and "scalarization.sum()" in str(found)
 
 
@@ -158,6 +165,6 @@ def test_what_is_refused():
         audit(0, 2)
     changing = lambda params, x: dict.fromkeys("abc"[: len(x)], jnp.sum(params))
     with pytest.raises(ValueError, match=r"losses_fn: expected the tasks \['a', 'b'\] .*found \['a', 'b', 'c'\]"):
-        mtl.audit(changing, jnp.ones(3), [jnp.ones(2), jnp.ones(3), jnp.ones(3)])
+        mtl.audit(changing, ones(3), [ones(n) for n in (2, 3, 3)])
     with pytest.raises(TypeError, match="params"):
         jax.jit(lambda: mtl.audit(losses_fn, jnp.arange(3), batches(0)))()

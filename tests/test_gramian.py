@@ -18,12 +18,12 @@ MATRIX = np.concatenate([leaf.reshape(4, -1) for leaf in TREE.values()], axis=1)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2), ("float16", 2e-3)])
 def test_gramian_and_combination_of_a_tree_are_those_of_its_matrix(dtype, tolerance):
     """Within the rounding of the inputs to ``dtype``."""
-    tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), TREE)
-    products = gramian(tree)
+    tree = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), TREE)
+    weights = np.array([0.1, -2.0, 3.0, 0.5])
+    both = jax.jit(lambda weights, tree: (gramian(tree), combine(weights, tree)))
+    products, combined = jax.device_get(both(np.float32(weights), tree))
     assert products.dtype == jnp.float32
     np.testing.assert_allclose(products, MATRIX @ MATRIX.T, atol=tolerance * np.sum(MATRIX**2))
-    weights = np.array([0.1, -2.0, 3.0, 0.5])
-    combined = combine(jnp.asarray(weights, jnp.float32), tree)
     for name, leaf in combined.items():
         assert leaf.dtype == dtype
         expected = np.tensordot(weights, TREE[name], 1)
@@ -31,13 +31,12 @@ def test_gramian_and_combination_of_a_tree_are_those_of_its_matrix(dtype, tolera
 
 
 def test_total_is_the_sum_of_all_entries():
-    tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), TREE)
-    np.testing.assert_allclose(total(tree), MATRIX.sum(), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(total)(jax.tree.map(np.float32, TREE)), MATRIX.sum(), rtol=1e-5)
     assert total({}) == 0.0
 
 
 def test_float16_products_do_not_overflow():
-    assert gramian(jnp.full((2, 100), 300.0, jnp.float16))[0, 1] == 9e6
+    assert np.asarray(jax.jit(gramian)(np.full((2, 100), 300.0, np.float16)))[0, 1] == 9e6
 
 
 WIDE = RNG.normal(size=(3, 5, 20_011))  # in five chunks of five dots on a CPU, with a rest
@@ -46,27 +45,28 @@ WIDE = RNG.normal(size=(3, 5, 20_011))  # in five chunks of five dots on a CPU, 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_gramian_of_a_wide_leaf(dtype, tolerance):
     rows = WIDE.reshape(3, -1)
-    products = jax.jit(gramian)(jnp.asarray(WIDE, dtype))
+    products = np.asarray(jax.jit(gramian)(WIDE.astype(jnp.dtype(dtype))))
     assert products.dtype == jnp.float32
     np.testing.assert_allclose(products, rows @ rows.T, atol=tolerance * np.sum(rows**2))
     np.testing.assert_array_equal(products, products.T)
-    batch = jnp.asarray(np.stack([WIDE, 2 * WIDE]), dtype)
-    np.testing.assert_allclose(jax.vmap(gramian)(batch)[1], 4 * products, rtol=1e-5, atol=1e-3)
+    batch = np.stack([WIDE, 2 * WIDE]).astype(jnp.dtype(dtype))
+    of_batch = np.asarray(jax.jit(jax.vmap(gramian))(batch))
+    np.testing.assert_allclose(of_batch[1], 4 * products, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 4), WIDE.shape], ids=str)
 def test_products_with_the_gradients_of_another_batch(shape):
     one, other = (RNG.normal(size=shape) for _ in range(2))
-    products = gramian({"a": jnp.asarray(one, jnp.float32)}, {"a": jnp.asarray(other, jnp.float32)})
+    products = jax.jit(gramian)({"a": np.float32(one)}, {"a": np.float32(other)})
     expected = one.reshape(3, -1) @ other.reshape(3, -1).T
     np.testing.assert_allclose(products, expected, atol=1e-6 * np.sum(one**2))
     with pytest.raises(ValueError, match=r"other\['a'\]: expected shape \(3, 5, 4\), found shape \(3, 5\)"):
-        gramian({"a": jnp.ones((3, 5, 4))}, {"a": jnp.ones((3, 5))})
+        gramian({"a": np.ones((3, 5, 4), np.float32)}, {"a": np.ones((3, 5), np.float32)})
 
 
 def test_gradient_of_the_gramian_of_a_wide_leaf():
-    rows = jnp.asarray(WIDE, jnp.float32)
-    gradient = jax.grad(lambda rows: jnp.sum(jnp.diag(gramian(rows))))(rows)
+    rows = np.float32(WIDE)
+    gradient = jax.jit(jax.grad(lambda rows: jnp.sum(jnp.diag(gramian(rows)))))(rows)
     np.testing.assert_allclose(gradient, 2 * rows, rtol=1e-6)
 
 
@@ -98,20 +98,29 @@ def test_tasks_on_several_devices_of_an_explicit_mesh():
 
 
 def test_without_leaves_or_with_other_lengths_raises():
-    for wrong in {}, {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}, jnp.ones(()):
+    for wrong in {}, {"a": np.ones((2, 3), np.float32), "b": np.ones((3, 3), np.float32)}, np.float32(1.0):
         with pytest.raises(ValueError, match="jacobian: expected leaves that share a leading task axis"):
             gramian(wrong)
     with pytest.raises(ValueError, match=r"jacobian: expected leaves with a leading axis of \(2,\)"):
-        combine(jnp.ones(2), jnp.ones((3, 2)))
+        combine(np.ones(2, np.float32), np.ones((3, 2), np.float32))
 
 
 @pytest.mark.parametrize("m", [3, 12])
 def test_absent_rows_of_a_wide_leaf_may_be_anything(m):
     """They are left out where rows are read, and nothing comes through to the sum, the Gramian or a derivative."""
-    jacobian = jnp.cos(jnp.arange(m * 10_000.0).reshape(m, 10_000)).at[1].set(jnp.nan)
-    weights, mask = jnp.linspace(0.1, 1, m), jnp.arange(m) != 1
-    zeroed = jacobian.at[1].set(0)
-    np.testing.assert_allclose(combine(weights, jacobian, mask), combine(weights, zeroed), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(gramian_of_tasks(jacobian, m, mask=mask), gramian(zeroed), rtol=1e-5, atol=1e-2)
-    derivative = jax.grad(lambda jacobian: jnp.sum(combine(weights, jacobian, mask)))(jacobian)
-    np.testing.assert_allclose(derivative, jnp.broadcast_to(jnp.where(mask, weights, 0)[:, None], jacobian.shape))
+    jacobian = np.cos(np.arange(m * 10_000)).reshape(m, 10_000).astype(np.float32)
+    jacobian[1] = np.nan
+    weights, mask = np.linspace(0.1, 1, m, dtype=np.float32), np.arange(m) != 1
+    zeroed = np.nan_to_num(jacobian)
+    of_all = jax.jit(lambda jacobian: (combine(weights, jacobian), gramian(jacobian)))
+
+    @jax.jit
+    def of_tasks(jacobian):
+        combined, pull = jax.vjp(lambda jacobian: combine(weights, jacobian, mask), jacobian)
+        return combined, gramian_of_tasks(jacobian, m, mask=mask), pull(jnp.ones_like(combined))[0]
+
+    combined, products, derivative = of_tasks(jacobian)
+    expected, of_zeroed = of_all(zeroed)
+    np.testing.assert_allclose(combined, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(products, of_zeroed, rtol=1e-5, atol=1e-2)
+    np.testing.assert_allclose(derivative, np.broadcast_to(np.where(mask, weights, 0)[:, None], jacobian.shape))

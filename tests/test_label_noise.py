@@ -1,7 +1,6 @@
 """The noise of examples/label_noise.py is as much as it says, in one task's training labels, and nowhere else."""
 
 import jax
-import jax.numpy as jnp
 import noisy_digits as noisy
 import numpy as np
 import pytest
@@ -46,7 +45,7 @@ def test_nothing_but_one_task_s_targets_has_noise(noise, digits):
     # One in ten of the labels that are drawn again stays what it was: of the 200, within four standard errors.
     parts = {noisy.redraw: 0.9 * np.array(LEVELS), noisy.next_digit: LEVELS, noisy.add_normal: np.sign(LEVELS)}
     np.testing.assert_allclose(wrong, parts[noise], atol=4 * np.sqrt(0.09 * 0.8 / 200) if noise is noisy.redraw else 0)
-    pairs = noisy.draw_pairs(jax.random.split(jax.random.key(3))[0], digits, 200)
+    pairs = jax.device_get(noisy.draw_pairs(jax.random.split(jax.random.key(3))[0], digits, 200))
     np.testing.assert_array_equal(drawn.images, pairs["image"])
     np.testing.assert_array_equal(drawn.targets["clean"].argmax(-1), pairs["left"])
     np.testing.assert_array_equal(drawn.targets["noisy"][0].argmax(-1), pairs["right"])
@@ -54,11 +53,12 @@ def test_nothing_but_one_task_s_targets_has_noise(noise, digits):
 
 def test_labels_that_are_drawn_at_every_look_are_those_of_the_examples_that_have_noise(digits):
     drawn = noisy.draw(SETTING._replace(redrawn=True), digits, LEVELS, seed=3)
+    targets_at = jax.jit(jax.vmap(lambda one, step: noisy.batch_at(one, step)[1], (None, 0)))
     assert part_changed(drawn.targets["noisy"]) == [0, 0, 0]
     for level, hits in zip(LEVELS, drawn.redrawn[0], strict=True):
         targets = drawn.targets | {"noisy": drawn.targets["noisy"][0]}
-        one = jax.tree.map(jnp.asarray, drawn._replace(targets=targets, redrawn=(hits, drawn.redrawn[1])))
-        targets = jax.vmap(lambda step, one=one: noisy.batch_at(one, step)[1])(jnp.arange(50))
+        one = drawn._replace(targets=targets, redrawn=(hits, drawn.redrawn[1]))
+        targets = jax.device_get(targets_at(one, np.arange(50)))
         true = {name: np.asarray(x)[drawn.rows] for name, x in one.targets.items()}
         wrong, hit = np.any(targets["noisy"] != true["noisy"], axis=-1), hits[drawn.rows]
         assert np.mean(hits) == level

@@ -17,11 +17,11 @@ from mtlbalance import aggregation, base, diagnostics, scalarization
 
 pytestmark = pytest.mark.unoptimized
 
-LOSSES = {"ce": jnp.float32(2.0), "aux_z": jnp.float32(3.0)}
+LOSSES = {"ce": np.float32(2.0), "aux_z": np.float32(3.0)}
 NAMES, WRONG_NAMES = map(re.escape, ("['aux_z', 'ce']", "['ce', 'z_loss']"))
 WRONG = {"ce": 0.5, "z_loss": 0.25}
 RIGHT = {"ce": 0.5, "aux_z": 0.25}
-JACOBIAN = jnp.array([[1.0, 0.0], [1.0, 2.0]])
+JACOBIAN = np.float32([[1.0, 0.0], [1.0, 2.0]])
 
 KEYWORDS = {
     "constant weights": (scalarization.constant, "weights"),
@@ -108,12 +108,12 @@ def calls(method):
                 yield name, lambda losses, weigh=weigh, x=statistic: weigh(state, x, values=losses)
         if method.rowwise is not None:
             visit = method.rowwise.visit
-            yield "rowwise", lambda losses: visit(state, jnp.int32(0), JACOBIAN[0], values=losses)
+            yield "rowwise", lambda losses: visit(state, np.int32(0), JACOBIAN[0], values=losses)
     if not method.learned:
         losses_fn = lambda params, losses: jax.tree.map(lambda x: x * jnp.sum(params**2), losses)
         yield (
             "value_and_grad",
-            lambda losses: mtl.value_and_grad(losses_fn, method, hooks=True)(jnp.ones(2), state, losses),
+            lambda losses: mtl.value_and_grad(losses_fn, method, hooks=True)(np.ones(2, np.float32), state, losses),
         )
 
 
@@ -130,7 +130,7 @@ each_but_tau = pytest.mark.parametrize("keyword", [keyword for keyword in KEYWOR
 @one_of_each_kind
 @each_but_tau
 def test_numbers_without_names_are_refused_for_named_losses(keyword):
-    method, argument = make(keyword, jnp.array([0.5, 0.25]))
+    method, argument = make(keyword, np.float32([0.5, 0.25]))
     by_name = re.escape("{'aux_z': ..., 'ce': ...}")
     refused(method, LOSSES, rf"{argument}: expected a number for each of the losses' names, {by_name}, found numbers")
 
@@ -140,7 +140,7 @@ def test_numbers_without_names_are_refused_for_named_losses(keyword):
 def test_names_are_refused_where_the_losses_have_none(keyword):
     method, argument = make(keyword, RIGHT)
     message = f"(weights|{argument}): expected an array: the losses have no names, found"
-    refused(method, jnp.array([3.0, 2.0]), message, "init")
+    refused(method, np.float32([3.0, 2.0]), message, "init")
 
 
 def refused(method, losses, message, *left_out):
@@ -202,7 +202,7 @@ def test_weights_go_by_name_and_not_by_position():
         scalarization.constant([10, 1]).init(losses)
     method = scalarization.constant([10, 1])
     assert method.apply(method.init(2), (2.0, 3.0))[0] == 23  # in their own order
-    assert method.apply(method.init(2), {"both": jnp.array([2.0, 3.0])})[0] == 23
+    assert method.apply(method.init(2), {"both": np.float32([2.0, 3.0])})[0] == 23
 
 
 class Pair(NamedTuple):
@@ -212,26 +212,26 @@ class Pair(NamedTuple):
 
 def test_names_of_other_containers():
     """Names in another order than a dict's are refused, not mixed up."""
-    losses = Pair(jnp.float32(2.0), jnp.float32(3.0))
+    losses = Pair(np.float32(2.0), np.float32(3.0))
     method = scalarization.constant(Pair(10, 1))
     assert method.apply(method.init(losses), losses)[0] == 23
     with pytest.raises(ValueError, match=r"names \['seg', 'depth'\], in this order, found \['depth', 'seg'\]"):
         scalarization.constant({"seg": 10, "depth": 1}).init(losses)
-    nested = {"pose": {"rot": jnp.float32(1.0), "shift": jnp.ones(2)}, "depth": jnp.float32(4.0)}
+    nested = {"pose": {"rot": np.float32(1.0), "shift": np.ones(2, np.float32)}, "depth": np.float32(4.0)}
     method = scalarization.constant({"pose": {"rot": 1, "shift": [2, 3]}, "depth": 5})
     assert method.apply(method.init(nested), nested)[0] == 1 + 2 + 3 + 20
     with pytest.raises(ValueError, match=r"names \['depth', 'pose.rot', 'pose.shift.0', 'pose.shift.1'\]"):
         scalarization.constant({"pose": {"rot": 1, "turn": [2, 3]}, "depth": 5}).init(nested)
-    counted = {name: mtl.Counted(loss * 2, jnp.int32(2)) for name, loss in LOSSES.items()}
+    counted = {name: mtl.Counted(loss * 2, np.int32(2)) for name, loss in LOSSES.items()}
     with pytest.raises(ValueError, match=f"names {NAMES}"):
         scalarization.constant(WRONG).init(counted)
 
 
 def test_lr_annealings_reference_goes_by_name():
-    losses, rows = {"res": jnp.float32(1.0), "bc": jnp.float32(2.0)}, jnp.array([[1.0, 1.0], [8.0, 0.0]])
+    losses, rows = {"res": np.float32(1.0), "bc": np.float32(2.0)}, np.float32([[1.0, 1.0], [8.0, 0.0]])
     by_name = aggregation.lr_annealing(reference="res", alpha=0.5)
     state = by_name.apply(by_name.init((2, 2)), rows, values=losses)[1]
-    chex.assert_trees_all_close(state.weights, jnp.array([4.5, 1.0]))  # bc, res
+    chex.assert_trees_all_close(state.weights, np.float32([4.5, 1.0]))  # bc, res
     for method in wrapped(by_name).values():
         for _, call in calls(method):
             jax.eval_shape(call, losses)
@@ -240,7 +240,7 @@ def test_lr_annealings_reference_goes_by_name():
     names = re.escape("reference: expected one of the losses' names ['bc', 'res'], found")
     refused(aggregation.lr_annealing(), losses, f"{names} the index 0", "rowwise")  # a visit needs no reference
     refused(aggregation.lr_annealing("ic"), losses, f"{names} 'ic'", "rowwise")
-    refused(by_name, jnp.ones(2), "reference: expected an index, found 'res'", "rowwise")
+    refused(by_name, np.ones(2, np.float32), "reference: expected an index, found 'res'", "rowwise")
     with pytest.raises(
         ValueError, match="reference: expected values= with the losses' names, or an index, found 'res'"
     ):
@@ -248,16 +248,16 @@ def test_lr_annealings_reference_goes_by_name():
 
 
 def test_pcds_main_task_and_shares_go_by_name():
-    losses, rows = {"main": jnp.float32(1.0), "aux": jnp.float32(2.0)}, jnp.array([[6.0, 1.0, 1.0], [-4.0, 1.0, 1.0]])
+    losses, rows = {"main": np.float32(1.0), "aux": np.float32(2.0)}, np.float32([[6.0, 1.0, 1.0], [-4.0, 1.0, 1.0]])
     named = aggregation.pcd({"aux": 0.3, "main": 0.9}, main="main")
-    positional = aggregation.pcd(jnp.array([0.3]), main=1)
+    positional = aggregation.pcd(np.float32([0.3]), main=1)
     first = aggregation.pcd(0.3)
     expected = first.apply(first.init((2, 3)), rows[::-1])[0]
     chex.assert_trees_all_close(named.apply(named.init((2, 3)), rows, values=losses)[0], expected, rtol=1e-5)
     chex.assert_trees_all_close(positional.apply(positional.init((2, 3)), rows)[0], expected, rtol=1e-5)
-    for mask in jnp.array([True, False]), jnp.array([False, True]):
+    for mask in np.array([True, False]), np.array([False, True]):
         alone = named.apply(named.init((2, 3)), rows, values=losses, mask=mask)[0]
-        chex.assert_trees_all_close(alone, jnp.sum(jnp.where(mask[:, None], rows, 0), axis=0), rtol=1e-5)
+        chex.assert_trees_all_close(alone, np.sum(np.where(mask[:, None], rows, 0), axis=0), rtol=1e-5)
     refused(aggregation.pcd(), losses, r"main: expected one of the losses' names \['aux', 'main'\], found the index 0")
     with pytest.raises(ValueError, match="main: expected a name, or an int of at least 0 below the number of tasks 2"):
         aggregation.pcd(main=2).init((2, 3))
@@ -270,18 +270,18 @@ def test_names_need_someone_to_say_which_row_is_whose():
     state, mask = aggregation.mgda().init((2, 2)), {"ce": True, "aux_z": False}
     for values, due in (
         (None, "values= with the losses' names, or one array"),
-        (jnp.ones(2), "one array: the losses have"),
+        (np.ones(2, np.float32), "one array: the losses have"),
     ):
         with pytest.raises(ValueError, match=f"mask: expected {due}"):
             aggregation.mgda().apply(state, JACOBIAN, values=values, mask=mask)
-    losses_fn = lambda params: jnp.sum(params) * jnp.array([1.0, 2.0])
+    losses_fn = lambda params: jnp.sum(params) * np.float32([1.0, 2.0])
     with pytest.raises(ValueError, match="mask: expected one array: the losses have no names"):
-        mtl.value_and_grad(losses_fn, aggregation.mgda())(jnp.ones(2), state, mask=mask)
+        mtl.value_and_grad(losses_fn, aggregation.mgda())(np.ones(2, np.float32), state, mask=mask)
 
 
 def test_counted_losses_are_no_tuples_to_calculate_with():
     """Which would make more losses of them, without an error."""
-    loss = mtl.Counted(jnp.float32(6.0), jnp.float32(4.0))
+    loss = mtl.Counted(np.float32(6.0), np.float32(4.0))
     operations = [lambda: loss + loss, lambda: 2 * loss, lambda: loss * 0.5, lambda: jnp.float32(2.0) * loss]
     operations += [lambda: loss - loss, lambda: loss / 2, lambda: np.float32(2.0) * loss, lambda: sum([loss, loss])]
     for operation in operations:
@@ -305,11 +305,11 @@ def test_losses_of_its_own_that_a_wrapper_gives_a_method_have_their_own_names():
         init = lambda shape, dtype: Inside(jnp.zeros(shape, jnp.int32), inner.init(2))
         return base.scalarizer(init, apply)
 
-    losses = {"a": jnp.float32(1.0), "b": jnp.float32(2.0), "c": jnp.float32(3.0)}
+    losses = {"a": np.float32(1.0), "b": np.float32(2.0), "c": np.float32(3.0)}
     by_name = first_and_rest(scalarization.constant({"first": 10.0, "rest": 1.0}))
     by_position = first_and_rest(scalarization.constant([10.0, 1.0]), names=None)
     for method in by_name, by_position, mtl.skip_nonfinite(by_name):
-        for given in losses, jnp.array([1.0, 2.0, 3.0]):
+        for given in losses, np.float32([1.0, 2.0, 3.0]):
             assert method.apply(method.init(3), given)[0] == 15
     wrong = first_and_rest(scalarization.constant({"first": 10.0, "last": 1.0}))
     with pytest.raises(ValueError, match=r"weights: expected the losses' names \['first', 'rest'\]"):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.unoptimized
 WRAPPERS = {
     "transform_weights": lambda method: mtl.transform_weights(method, optax.ema(0.9)),
     "transform_rows": lambda method: mtl.transform_rows(method, optax.trace(0.9)),
-    "prioritize": lambda method: mtl.prioritize(method, jnp.array([1.0, 0.5, 0.0])),
+    "prioritize": lambda method: mtl.prioritize(method, np.float32([1.0, 0.5, 0.0])),
     "regularize": lambda method: mtl.regularize(method, {0: optax.linear_schedule(0.5, 2.0, 3)}),
     "amortize": mtl.amortize,
     "checked": mtl.checked,
@@ -70,16 +70,16 @@ def wrap(name, method, built):
 def assert_is_a_method(method, built):
     """Output of the right shape and the same state's shapes, on every path; nothing is compiled."""
     state, x = jax.eval_shape(lambda: built.init(method)), built.sample(0)
-    given = {} if built.is_scalarizer else {"values": jnp.array([0.5, 1.0, 2.0])}
+    given = {} if built.is_scalarizer else {"values": np.float32([0.5, 1.0, 2.0])}
     apply = lambda method, x: jax.eval_shape(lambda state: method.apply(state, x, **given), state)
     output, new_state = apply(method, x)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     assert jax.tree.map(jnp.shape, output) == (() if built.is_scalarizer else jax.tree.map(lambda x: x.shape[1:], x))
-    for path, rows in ("weighting", x), ("gramian_weighting", jnp.eye(3)):
+    for path, rows in ("weighting", x), ("gramian_weighting", np.eye(3, dtype=np.float32)):
         if getattr(method, path, None):
             found = apply(getattr(method, path), rows)
-            chex.assert_trees_all_equal_shapes_and_dtypes(found, (jnp.ones(3), state))
-    for hook in method.end_epoch, lambda state: method.observe(state, jnp.ones(3)):
+            chex.assert_trees_all_equal_shapes_and_dtypes(found, (np.ones(3, np.float32), state))
+    for hook in method.end_epoch, lambda state: method.observe(state, np.ones(3, np.float32)):
         chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(hook, state), state)
 
 
@@ -98,7 +98,7 @@ def test_wrappers_nest_in_any_order(name, inner):
 
 
 def test_the_outer_wrapper_acts_on_what_the_inner_one_gives():
-    halve, losses = (lambda method: mtl.transform_weights(method, optax.scale(0.5))), jnp.array([2.0, 4.0, 8.0])
+    halve, losses = (lambda method: mtl.transform_weights(method, optax.scale(0.5))), np.float32([2.0, 4.0, 8.0])
     term = lambda method: mtl.regularize(method, {2: 1.0})
     value = lambda method: method.apply(method.init(3), losses)[0]
     assert value(halve(term(scalarization.sum()))) == 0.5 * 2 + 0.5 * 4 + 0.5 * 8
@@ -106,8 +106,8 @@ def test_the_outer_wrapper_acts_on_what_the_inner_one_gives():
 
 
 def test_a_zero_loss_is_absent_for_what_is_inside_of_skip_zero():
-    term, losses = (lambda method: mtl.regularize(method, {1: 0.5})), jnp.array([1.0, 0.0])
-    rows = jnp.array([[3.0, 4.0], [1.0, 2.0]])
+    term, losses = (lambda method: mtl.regularize(method, {1: 0.5})), np.float32([1.0, 0.0])
+    rows = np.float32([[3.0, 4.0], [1.0, 2.0]])
     gradient = lambda method: method.apply(method.init((2, 2)), rows, values=losses)[0]
     np.testing.assert_array_equal(gradient(mtl.skip_zero(term(aggregation.sum()))), [3.0, 4.0])
     np.testing.assert_array_equal(gradient(term(mtl.skip_zero(aggregation.sum()))), [3.5, 5.0])
@@ -127,7 +127,7 @@ def test_a_wrapper_with_nothing_to_do_costs_nothing(name):
     method = getattr(scalarization if is_scalarizer else aggregation, name)()
 
     def cost(method):
-        state, x = method.init(3 if is_scalarizer else (3, 50)), jnp.ones(3 if is_scalarizer else (3, 50))
+        state, x = method.init(3 if is_scalarizer else (3, 50)), np.ones(3 if is_scalarizer else (3, 50), np.float32)
         text = jax.jit(method.apply).lower(state, x).compile().as_text()
         return len(jax.tree.leaves(state)), sorted(re.findall(r"= \S+ ([a-z-]+)\(", text))
 

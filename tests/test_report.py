@@ -4,6 +4,7 @@ import collections
 import json
 import sys
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,10 @@ from tests.pages import block_below
 
 pytestmark = pytest.mark.unoptimized
 
-LOSSES = {"right": jnp.array(3.0), "left": jnp.array(0.5)}
-WEIGHTS = {"left": jnp.array(4.0), "right": jnp.array(1.0)}
-ROWS = jnp.array([[1.0, 0.0], [-3.0, -4.0]])  # of norms 1 and 5, and cosine -0.6
+LOSSES = {"right": np.float32(3.0), "left": np.float32(0.5)}
+WEIGHTS = {"left": np.float32(4.0), "right": np.float32(1.0)}
+ones = partial(np.ones, dtype=np.float32)
+ROWS = np.float32([[1.0, 0.0], [-3.0, -4.0]])  # of norms 1 and 5, and cosine -0.6
 EXPECTED = {
     "present/left": 1,
     "present/right": 1,
@@ -36,23 +38,29 @@ EXPECTED = {
 
 
 def test_numbers_made_by_hand():
-    of_jacobian = mtl.report(LOSSES, WEIGHTS, jacobian=ROWS)
-    of_gramian = mtl.report(LOSSES, WEIGHTS, gramian=ROWS @ ROWS.T)
-    for log in of_jacobian, of_gramian:
-        assert list(log) == list(EXPECTED)
-        np.testing.assert_allclose(list(log.values()), list(EXPECTED.values()), rtol=1e-6)
-        assert {(x.shape, x.dtype.name) for x in log.values()} == {((), "float32")}
+
+    @jax.jit
+    def logs(rows):
+        of_jacobian = mtl.report(LOSSES, WEIGHTS, jacobian=rows)
+        of_gramian = mtl.report(LOSSES, WEIGHTS, gramian=rows @ rows.T)
+        assert list(of_jacobian) == list(of_gramian) == list(EXPECTED)  # here, as `jit` sorts them
+        return list(of_jacobian.values()), list(of_gramian.values())
+
+    for numbers in logs(ROWS):
+        np.testing.assert_allclose(numbers, list(EXPECTED.values()), rtol=1e-6)
+        assert {(x.shape, x.dtype.name) for x in numbers} == {((), "float32")}
 
 
 def test_whatever_is_at_hand():
-    assert mtl.report(LOSSES).keys() == {"present/left", "present/right", "loss/left", "loss/right"}
-    assert "weight/left" in mtl.report(weights=WEIGHTS) and "norm/1" in mtl.report(jacobian=ROWS)
-    assert list(mtl.report(jnp.ones(2), prefix="train/"))[-1] == "train/loss/1"
-    nested = {"pose": [jnp.ones(2), jnp.ones(())], "depth": jnp.ones(())}
+    keys = lambda **given: jax.eval_shape(partial(mtl.report, **given)).keys()
+    assert keys(losses=LOSSES) == {"present/left", "present/right", "loss/left", "loss/right"}
+    assert "weight/left" in keys(weights=WEIGHTS) and "norm/1" in keys(jacobian=ROWS)
+    assert list(mtl.report(ones(2), prefix="train/"))[-1] == "train/loss/1"
+    nested = {"pose": [ones(2), np.float32(1.0)], "depth": np.float32(1.0)}
     names = ["depth", "pose.0.0", "pose.0.1", "pose.1"]
     assert [key for key in mtl.report(nested) if "loss" in key] == [f"loss/{name}" for name in names]
-    changes = diagnostics.directional_derivatives(ROWS, jnp.array([-0.5, 0.0]), LOSSES)
-    log = mtl.report(LOSSES, change=changes, right={"left": 3, "right": False})
+    changes = jax.jit(diagnostics.directional_derivatives)(ROWS, np.float32([-0.5, 0.0]), LOSSES)
+    log = jax.jit(mtl.report)(LOSSES, change=changes, right={"left": 3, "right": False})
     assert (log["change/left"], log["change/right"], log["right/left"], log["right/right"]) == (-0.5, 1.5, 3, 0)
 
 
@@ -64,15 +72,16 @@ def test_names_count_and_not_their_order():
 
 def test_an_absent_task_has_zeros_and_the_same_keys():
     """Whatever stands in its place."""
-    nan = jnp.array(jnp.nan)
-    counted = {"left": mtl.Counted(nan, jnp.array(0)), "right": mtl.Counted(jnp.array(6.0), jnp.array(2))}
-    by_count = mtl.report(counted, {**WEIGHTS, "left": nan}, jacobian=ROWS.at[0].set(jnp.nan))
-    mask = {"left": jnp.array(False), "right": jnp.array(True)}
-    by_mask = mtl.report({**LOSSES, "left": nan}, {**WEIGHTS, "left": nan}, gramian=ROWS @ ROWS.T, mask=mask)
+    report, nan = jax.jit(mtl.report), np.float32(np.nan)
+    counted = {"left": mtl.Counted(nan, np.int32(0)), "right": mtl.Counted(np.float32(6.0), np.int32(2))}
+    by_count = report(counted, {**WEIGHTS, "left": nan}, jacobian=ROWS * np.float32([[np.nan], [1.0]]))
+    mask = {"left": np.array(False), "right": np.array(True)}
+    by_mask = report({**LOSSES, "left": nan}, {**WEIGHTS, "left": nan}, gramian=ROWS @ ROWS.T, mask=mask)
     expected = dict.fromkeys(EXPECTED, 0.0) | {"present/right": 1, "loss/right": 3, "weight/right": 1, "norm/right": 5}
-    for log in by_count, by_mask:
+    for log in jax.device_get((by_count, by_mask)):
         assert log == expected | {"alignment": 1}
-    assert mtl.report(LOSSES, WEIGHTS, jacobian=ROWS, mask=jnp.zeros(2, bool)) == dict.fromkeys(EXPECTED, 0.0)
+    none = report(LOSSES, WEIGHTS, jacobian=ROWS, mask=np.zeros(2, bool))
+    assert jax.device_get(none) == dict.fromkeys(EXPECTED, 0.0)
 
 
 def test_the_output_of_a_scan_with_absent_tasks_and_steps_without_new_weights():
@@ -87,11 +96,13 @@ def test_the_output_of_a_scan_with_absent_tasks_and_steps_without_new_weights():
         params = optax.apply_updates(params, -0.01 * grads)
         return (params, state), mtl.report(losses, weights, gramian=gramian, mask=mask)
 
-    params = jnp.array([0.1, -0.2])
-    given = jnp.array([True, False, True]), jnp.array([[True, True], [True, True], [True, False]])
-    _, log = jax.lax.scan(step, (params, grad_fn.init(params)), given)
+    params = np.float32([0.1, -0.2])
+    given = np.array([True, False, True]), np.array([[True, True], [True, True], [True, False]])
+    run = jax.jit(lambda params, given: jax.lax.scan(step, (params, grad_fn.init(params)), given)[1])
+    log = run(params, given)
     assert log.keys() == EXPECTED.keys() and {x.shape for x in log.values()} == {(3,)}
-    assert log["weight/left"][0] == log["weight/left"][1] > 0
+    weights = np.asarray(log["weight/left"])
+    assert weights[0] == weights[1] > 0
     np.testing.assert_array_equal(log["present/right"], [1, 1, 0])
     assert json.loads(json.dumps(jax.device_get(log), default=lambda x: x.tolist()))["present/right"] == [1, 1, 0]
     assert json.loads(json.dumps(mtl.report(LOSSES), default=float))["loss/left"] == 0.5
@@ -102,12 +113,24 @@ def test_the_output_of_a_scan_with_absent_tasks_and_steps_without_new_weights():
     [
         (lambda: mtl.report(LOSSES, {"left": 1.0}), r"weights: .*\['left', 'right'\], found \['left'\]"),
         (lambda: mtl.report(LOSSES, {"left": 1.0, "rihgt": 1.0}), r"weights: .*\['left', 'right'\], found .*rihgt"),
-        (lambda: mtl.report(LOSSES, jnp.ones(2)), r"weights: .*\['left', 'right'\], found 2 numbers without names"),
-        (lambda: mtl.report(jnp.ones(2), jnp.ones(3)), r"weights: .*\['0', '1'\], found 3 numbers"),
+        (
+            lambda: mtl.report(LOSSES, ones(2)),
+            r"weights: .*\['left', 'right'\], found 2 numbers without names",
+        ),
+        (
+            lambda: mtl.report(ones(2), ones(3)),
+            r"weights: .*\['0', '1'\], found 3 numbers",
+        ),
         (lambda: mtl.report(LOSSES, change={"a": 1.0, "b": 1.0}), r"change: .*\['left', 'right'\]"),
         (lambda: mtl.report(LOSSES, mask={"left": True}), "mask: .*'left'.*'right'"),
-        (lambda: mtl.report(LOSSES, jacobian=jnp.ones((3, 2))), r"jacobian: .*\['left', 'right'\], found 3 rows"),
-        (lambda: mtl.report(LOSSES, gramian=jnp.ones((3, 3))), r"gramian: .*\['left', 'right'\], found 3 rows"),
+        (
+            lambda: mtl.report(LOSSES, jacobian=ones((3, 2))),
+            r"jacobian: .*\['left', 'right'\], found 3 rows",
+        ),
+        (
+            lambda: mtl.report(LOSSES, gramian=ones((3, 3))),
+            r"gramian: .*\['left', 'right'\], found 3 rows",
+        ),
         (lambda: mtl.report(LOSSES, jacobian=ROWS, gramian=ROWS), "gramian: expected either"),
         (lambda: mtl.report(LOSSES, weight=WEIGHTS), "weight: .*'weights'"),
         (lambda: mtl.report({"a": {"b": 1.0}, "a.b": 2.0}), "losses: .*'present/a.b' twice"),

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -19,9 +20,11 @@ from tests.conformance.helpers import Built
 
 pytestmark = pytest.mark.unoptimized
 
+ones, zeros = partial(np.ones, dtype=np.float32), partial(np.zeros, dtype=np.float32)
+
 PARAMS = {"w": jax.ShapeDtypeStruct((4, 2), jnp.float32), "b": jax.ShapeDtypeStruct((2,), jnp.float32)}
-LOSSES = jnp.ones(3)
-JACOBIAN = jax.tree.map(lambda p: jnp.ones((3, *p.shape)), PARAMS)
+LOSSES = ones(3)
+JACOBIAN = jax.tree.map(lambda p: ones((3, *p.shape)), PARAMS)
 ALL_CASES = [("scalarization", case) for case in SCALARIZERS] + [("aggregation", case) for case in AGGREGATORS]
 CASES = {f"{family}-{case.name}": Built(case, family) for family, case in ALL_CASES}
 each_case = pytest.mark.parametrize("name", CASES)
@@ -44,7 +47,7 @@ def paths(method, values=LOSSES):
     is_scalarizer = isinstance(method, mtl.Scalarizer)
     total = lambda params: sum(map(jnp.sum, jax.tree.leaves(params)))
     losses_fn = lambda params: jax.tree.map(lambda x: x * total(params), values)
-    params = jax.tree.map(lambda p: jnp.ones(p.shape), PARAMS)
+    params = jax.tree.map(lambda p: ones(p.shape), PARAMS)
     if not method.learned:
         yield "value_and_grad", lambda state: mtl.value_and_grad(losses_fn, method, hooks=True)(params, state)
     for name, args in ("end_epoch", ()), ("observe", (values,)):
@@ -60,14 +63,14 @@ def paths(method, values=LOSSES):
         return
     yield "apply", lambda state: method.apply(state, JACOBIAN, values=values)
     yield "aggregate", lambda state: mtl.aggregate(method, 3).update(JACOBIAN, state, params, values=values)
-    for part, statistic in (method.weighting, JACOBIAN), (method.gramian_weighting, jnp.eye(3)):
+    for part, statistic in (method.weighting, JACOBIAN), (method.gramian_weighting, np.eye(3, dtype=np.float32)):
         if part is not None:
             yield "weighting", lambda state, part=part, x=statistic: part.apply(state, x, values=values)
     if method.rowwise is not None:
         visit, weigh, finish, visits = method.rowwise
-        yield "visit", lambda state: visit(state, jnp.int32(0), params, values=values)
+        yield "visit", lambda state: visit(state, np.int32(0), params, values=values)
         last = weigh or finish
-        yield "after the visits", lambda state: last(state, jnp.ones(3), values=values)
+        yield "after the visits", lambda state: last(state, ones(3), values=values)
         if visits is not None:
             yield "visits", lambda state: visits(state, values=values)
 
@@ -162,14 +165,14 @@ def test_the_methods_are_named():
     with pytest.raises(TypeError, match=re.escape("state: expected mgda's SeenState(seen), found ") + OF_DWA):
         aggregation.mgda().apply(scalarization.dwa().init(3), JACOBIAN)
     with pytest.raises(TypeError, match=re.escape("state: expected largest's Largest(level), found SeenState(seen)")):
-        largest().apply(states.init_seen(2), jnp.ones(2))
+        largest().apply(states.init_seen(2), ones(2))
     with pytest.raises(TypeError, match="state: expected following_gradients's SeenState"):
-        following_gradients().apply(Largest(jnp.ones(3)), JACOBIAN)
+        following_gradients().apply(Largest(ones(3)), JACOBIAN)
 
 
 def following_gradients():
     def finish(state, statistics, values, mask):
-        return jax.tree.map(lambda p: jnp.zeros(p.shape), PARAMS), state
+        return jax.tree.map(lambda p: zeros(p.shape), PARAMS), state
 
     return base.rowwise_aggregator(states.init_seen, lambda memory, row, task: (memory, ()), finish=finish)
 
@@ -189,18 +192,18 @@ def largest(bound=None):
 
 def test_states_of_methods_that_remember_the_same_may_be_exchanged():
     aggregation.random(0).apply(aggregation.pcgrad(3).init((3, PARAMS)), JACOBIAN)
-    scalarization.sum().apply(aggregation.mgda().init((3, PARAMS)), jnp.ones(3))
+    scalarization.sum().apply(aggregation.mgda().init((3, PARAMS)), ones(3))
 
 
 def test_an_init_that_cannot_be_asked():
     """Where it refuses the number of tasks it is asked for the type alone; refuses it that too, nothing is known."""
     method = largest(bound=(2,))
-    method.apply(Largest(jnp.zeros(3)), jnp.ones(3))
-    method.apply(states.init_seen(3), jnp.ones(3))
+    method.apply(Largest(zeros(3)), ones(3))
+    method.apply(states.init_seen(3), ones(3))
     with pytest.raises(TypeError, match="state: expected largest's"):
-        method.apply(states.init_seen(2), jnp.ones(2))
+        method.apply(states.init_seen(2), ones(2))
     with pytest.raises(TypeError, match="state: expected largest's"):
-        largest(bound=(1,)).apply(states.init_seen(3), jnp.ones(3))
+        largest(bound=(1,)).apply(states.init_seen(3), ones(3))
 
 
 class Reloaded(NamedTuple):
@@ -212,7 +215,7 @@ Reloaded.__name__ = "Largest"
 
 def test_a_type_goes_by_its_name():
     """A class that was pickled by value, or reloaded, is another object."""
-    scalar, _ = largest().apply(Reloaded(jnp.zeros(2)), jnp.array([1.0, 2.0]))
+    scalar, _ = largest().apply(Reloaded(zeros(2)), np.float32([1.0, 2.0]))
     assert scalar == 2
 
 
@@ -226,7 +229,7 @@ INSIDE = {
     ),
     "another optimizer's": (
         LEARN,
-        lambda state: state._replace(opt_state=optax.sgd(0.1, momentum=0.9).init({"log_var": jnp.ones(3)})),
+        lambda state: state._replace(opt_state=optax.sgd(0.1, momentum=0.9).init({"log_var": ones(3)})),
         r"state.opt_state\[0\]: expected ScaleByAdamState\(count, mu, nu\), found TraceState\(trace\)",
     ),
     "two levels down": (
@@ -241,18 +244,18 @@ INSIDE = {
     ),
     "another number of tasks": (
         scalarization.dwa(),
-        lambda state: state._replace(newer=jnp.zeros(2)),
+        lambda state: state._replace(newer=zeros(2)),
         r"state.newer: expected shape \(3,\), as init makes it, found shape \(2,\)",
     ),
     "pairs of another number of tasks": (
         aggregation.gradvac(),
-        lambda state: state._replace(targets=jnp.zeros((2, 2))),
+        lambda state: state._replace(targets=zeros((2, 2))),
         r"state.targets: expected shape \(3, 3\), as init makes it, found shape \(2, 2\)",
     ),
     "rows of another number of tasks": (
         CHAIN,
         lambda state: state._replace(
-            inner=state.inner._replace(aggregator=EXCESS_MTL.init((2, PARAMS))._replace(log_weights=jnp.zeros(3)))
+            inner=state.inner._replace(aggregator=EXCESS_MTL.init((2, PARAMS))._replace(log_weights=zeros(3)))
         ),
         r"state.inner.aggregator.baseline: expected shape \(3,\), as init makes it, found shape \(2,\)",
     ),
@@ -263,12 +266,12 @@ INSIDE = {
     ),
     "other parameters in one field": (
         aggregation.m_config(),
-        lambda state: state._replace(squares={"w": jnp.zeros((4, 2)), "b": jnp.zeros(7)}),
+        lambda state: state._replace(squares={"w": zeros((4, 2)), "b": zeros(7)}),
         r"state.squares\['b'\]: expected shape \(2,\), as init makes it, found shape \(7,\)",
     ),
     "a tree of other parameters in one field": (
         aggregation.m_config(),
-        lambda state: state._replace(direction={"w": jnp.zeros((4, 2))}),
+        lambda state: state._replace(direction={"w": zeros((4, 2))}),
         "state.direction: expected a dict of 'b', 'w' as init makes it, found a dict of 'w' of another structure",
     ),
 }
@@ -301,13 +304,13 @@ def test_parameters_that_the_state_does_not_tell_may_have_any_shape():
 
 def test_stacked_and_traced_states_and_traced_hyperparameters():
     def train(temperature, state):
-        return scalarization.dwa(temperature).apply(state, jnp.array([1.0, 2.0]))[1]
+        return scalarization.dwa(temperature).apply(state, np.float32([1.0, 2.0]))[1]
 
-    state = jax.vmap(train, in_axes=(0, None))(jnp.array([0.5, 2.0]), scalarization.dwa().init(2))
-    state = jax.jit(jax.vmap(train))(jnp.array([0.5, 2.0]), state)
-    chex.assert_trees_all_equal(state.count, jnp.full((2, 2), 2))
+    state = jax.vmap(train, in_axes=(0, None))(np.float32([0.5, 2.0]), scalarization.dwa().init(2))
+    state = jax.jit(jax.vmap(train))(np.float32([0.5, 2.0]), state)
+    chex.assert_trees_all_equal(state.count, np.full((2, 2), 2))
     with pytest.raises(ValueError, match=r"state.seen: expected shape \(2,\), as init makes it, found shape \(2, 3\)"):
-        stacked = jax.tree.map(lambda x: jnp.stack([x, x]), aggregation.mgda().init((3, PARAMS)))
+        stacked = jax.tree.map(lambda x: np.stack([x, x]), aggregation.mgda().init((3, PARAMS)))
         aggregation.mgda().apply(stacked, JACOBIAN)
 
 
@@ -317,9 +320,9 @@ def test_a_checkpoint_goes_with_a_target_and_not_without(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", method.init(2))
         checkpointer.wait_until_finished()
-        method.apply(checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: method.init(2))), jnp.ones(2))
+        method.apply(checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: method.init(2))), ones(2))
         with pytest.raises(TypeError, match=r"expected .*SkipNonfiniteState\(.*, found a dict of .*of a checkpoint"):
-            method.apply(checkpointer.restore(tmp_path / "state"), jnp.ones(2))
+            method.apply(checkpointer.restore(tmp_path / "state"), ones(2))
 
 
 def test_another_number_of_tasks_is_named():
@@ -334,8 +337,8 @@ def test_another_number_of_tasks_is_named():
                     jax.eval_shape(call, state)
     with pytest.raises(ValueError, match=f"mask: {found}"):
         EXCESS_MTL.apply(EXCESS_MTL.init((3, PARAMS)), JACOBIAN, values=losses, mask=mask)
-    with pytest.raises(ValueError, match=r"values: expected shape \(3,\), as given to init, found shape \(2,\)\n"):
-        EXCESS_MTL.apply(EXCESS_MTL.init((3, PARAMS)), JACOBIAN, values=jnp.ones(2))
+    with pytest.raises(ValueError, match=r"(?m)values: expected shape \(3,\), as given to init, found shape \(2,\)$"):
+        EXCESS_MTL.apply(EXCESS_MTL.init((3, PARAMS)), JACOBIAN, values=ones(2))
 
 
 def test_it_costs_nothing_once_compiled():
@@ -350,6 +353,6 @@ def test_it_costs_nothing_once_compiled():
     method = base.scalarizer(init, apply, end_epoch=lambda state: state, observe=lambda state, values, mask: state)
     state = method.init(2)
     for _ in range(3):
-        _, state = method.apply(state, jnp.ones(2))
-        state = method.end_epoch(method.observe(state, jnp.ones(2)))
+        _, state = method.apply(state, ones(2))
+        state = method.end_epoch(method.observe(state, ones(2)))
     assert calls == [(2,), (2,)]
