@@ -37,14 +37,18 @@ ROWS = {
 OTHERS = np.array([True, False, True])
 
 
-@partial(jax.jit, static_argnums=0)
 def everything(method, mask=None):
     """What a method gives at its start on each of its paths: weights, gradients, new states."""
-    state, given = start(method), {"mask": mask}
-    if isinstance(method, mtl.Scalarizer):
-        weights, new_state = jax.grad(method.apply, argnums=1, has_aux=True)(state, LOSSES, **given)
-        return {"weights": weights, "state": method.observe(method.end_epoch(new_state), 0.9 * LOSSES, **given)}
-    given |= {"values": LOSSES}
+    if not isinstance(method, mtl.Scalarizer):
+        return every_path(method, mask)
+    # Some are compared bit for bit, which in one program what is fused with them would change.
+    weights, state = jax.grad(method.apply, argnums=1, has_aux=True)(start(method), LOSSES, mask=mask)
+    return {"weights": weights, "state": method.observe(method.end_epoch(state), 0.9 * LOSSES, mask=mask)}
+
+
+@partial(jax.jit, static_argnums=0)
+def every_path(method, mask):
+    state, given = start(method), {"values": LOSSES, "mask": mask}
     found = {"apply": method.apply(state, ROWS, **given), "weighting": method.weighting.apply(state, ROWS, **given)}
     if method.gramian_weighting is not None:
         found["gramian"] = method.gramian_weighting.apply(state, mtl.gramian.gramian(ROWS), **given)
