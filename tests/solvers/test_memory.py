@@ -15,7 +15,8 @@ GRAMIAN_METHODS = {name: make for name, make in METHODS.items() if make().gramia
 @pytest.mark.by_default("upgrad")
 def test_weights_keep_a_few_matrices_of_the_gramians_size(name):
     method = GRAMIAN_METHODS[name]()
-    state, gramian = jax.eval_shape(lambda: method.init((M, np.zeros(2)))), np.zeros((M, M), np.float32)
+    state = jax.eval_shape(lambda: method.init((M, np.zeros(2, np.float32))))
+    gramian = np.zeros((M, M), np.float32)
     values = np.ones(M, np.float32)
     compiled = jax.jit(method.gramian_weighting.apply).lower(state, gramian, values=values).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 48 * gramian.nbytes  # M at once: 128
