@@ -206,12 +206,12 @@ def test_narrow_gradients_are_added_up_in_float32():
     losses_fn = lambda params: jax.tree.map(lambda x: x * jnp.sum(params), losses)
 
     @jax.jit
-    def on_both_paths():
+    def on_both_paths(rows):
         state = mtl.value_and_grad(losses_fn, method).init(np.ones(2, np.float32))
         found, _ = method.weighting.apply(state, rows, values=losses)
         return found, method.gramian_weighting.apply(state, mtl.gramian.gramian(rows), values=losses)[0]
 
-    found, expected = on_both_paths()
+    found, expected = on_both_paths(rows)
     assert np.all(np.isfinite(found))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 

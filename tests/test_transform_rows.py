@@ -166,13 +166,14 @@ def test_identity_gives_the_methods_own_numbers_and_has_no_state(case):
     assert method.jacobian_shaped == tuple(f"inner.{name}" for name in bare.jacobian_shaped)
     assert jax.tree.leaves(state.transformation) == []
     losses = np.array([1.0, 2.0, 3.0], np.float32)
-    call = jax.jit(
-        lambda states, x, mask: [
-            of.apply(s, x, values=losses, mask=mask) for of, s in zip((method, bare), states, strict=True)
-        ]
-    )
+
+    @jax.jit
+    def call(state, bare_state, x, mask):
+        given = {"values": losses, "mask": mask}
+        return method.apply(state, x, **given), bare.apply(bare_state, x, **given)
+
     for seed, mask in enumerate([None, np.array([True, False, True]), None]):
-        (gradient, state), (expected, bare_state) = call((state, bare_state), jacobian(seed), mask)
+        (gradient, state), (expected, bare_state) = call(state, bare_state, jacobian(seed), mask)
         chex.assert_trees_all_close((gradient, state.inner), (expected, bare_state), rtol=1e-6, atol=1e-7)
     after = jax.eval_shape(lambda: method.end_epoch(method.observe(state, losses)))
     chex.assert_trees_all_equal_structs(after, start[0])
@@ -403,10 +404,8 @@ def test_a_state_of_another_transformation_or_of_other_parameters_is_refused():
         method.apply(other.init((3, PARAMS)), jacobian(0))
     with pytest.raises(ValueError, match=r"jacobian\['w'\]: expected shape \(3, 3, 2\), found shape \(3, 4\)"):
         method.apply(method.init((3, PARAMS)), {"w": np.ones((3, 4), np.float32), "b": np.ones(3, np.float32)})
-    params = {
-        "w": np.ones((3, 2), np.float32),
-        "b": np.ones(3, np.float32),
-    }  # its gradient has as many rows as there are tasks
+    # Its gradient has as many rows as there are tasks.
+    params = {"w": np.ones((3, 2), np.float32), "b": np.ones(3, np.float32)}
     with pytest.raises(ValueError, match=r"jacobian: .*found a plain gradient"):
         method.apply(method.init((3, params)), params)
 
