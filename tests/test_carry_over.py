@@ -70,11 +70,19 @@ def test_the_same_tasks_have_the_same_state_and_fewer_that_of_the_others(name):
     built = CASES[name]
     old = filled(partial(built.init, params=PARAMS))
     old = jax.tree.map(lambda x: np.where(x == x.max(), np.nan, x) if x.dtype == np.float32 else x, old)
-    chex.assert_trees_all_equal(carry_over(built.method, old, OLD, set(OLD)), old)
-    fewer = carry_over(built.method_for(np.arange(2)), old, OLD, ("c", "a")) if two_will_do(built) else None
-    if fewer is not None:
-        more = carry_over(built.method_for(np.arange(4)), fewer, ["a", "c"], NEW)
-        chex.assert_trees_all_equal(more, carry_over(built.method_for(np.arange(4)), old, OLD, NEW))
+
+    @jax.jit
+    def carried_over(old):
+        same = carry_over(built.method, old, OLD, set(OLD))
+        if not two_will_do(built):
+            return same, None, None
+        fewer = carry_over(built.method_for(np.arange(2)), old, OLD, ("c", "a"))
+        more, at_once = ((fewer, ["a", "c"]), (old, OLD))
+        return same, *(carry_over(built.method_for(np.arange(4)), *given, NEW) for given in (more, at_once))
+
+    same, more, at_once = carried_over(old)
+    chex.assert_trees_all_equal(same, old)
+    chex.assert_trees_all_equal(more, at_once)
 
 
 def two_will_do(built):

@@ -1,5 +1,7 @@
 """``nested``: groups of losses under methods of their own, and one method over the groups."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,13 @@ from mtlbalance import aggregation, scalarization
 
 pytestmark = pytest.mark.unoptimized
 
-LOSSES = {"bc": {"left": jnp.array(3.0), "right": jnp.array(0.5)}, "pde": jnp.array([1.0, 2.0, 4.0])}
+LOSSES = {
+    "bc": {"left": np.float32(3.0), "right": np.float32(0.5)},
+    "pde": np.array([1.0, 2.0, 4.0], np.float32),
+}
 SUMS = {"bc": scalarization.sum(), "pde": scalarization.sum()}
-MASK = {"bc": {"left": True, "right": False}, "pde": jnp.array([True, True, False])}
-PARAMS = {"w": jnp.array([0.5, -1.0, 2.0])}
+MASK = {"bc": {"left": True, "right": False}, "pde": np.array([True, True, False])}
+PARAMS = {"w": np.array([0.5, -1.0, 2.0], np.float32)}
 OUTER = {
     "mgda": aggregation.mgda(),
     "upgrad": aggregation.upgrad(),
@@ -25,13 +30,14 @@ OUTER = {
 
 
 def losses_fn(params):
-    distances = jnp.square(params["w"] - jnp.array([1.0, 2.0, 3.0]))
+    distances = jnp.square(params["w"] - np.array([1.0, 2.0, 3.0]))
     return {
         "bc": {"left": distances[0] + 0.1, "right": jnp.sum(params["w"] ** 2) / 9 + 0.1},
         "pde": 3 * distances + 0.2,
     }
 
 
+@partial(jax.jit, static_argnums=0)
 def weights_and_state(method, state, losses, mask=None):
     return jax.grad(method.apply, argnums=1, has_aux=True)(state, losses, mask=mask)
 
@@ -49,28 +55,36 @@ def test_each_group_has_its_method():
     """Fixed weights by name in one, learned ones in the other; what is over them follows the groups' scalars."""
     group = {"bc": scalarization.constant({"left": 2.0, "right": 10.0}), "pde": scalarization.uw_so()}
     method = mtl.nested(scalarization.famo(), group)
-    state, famo, pde = method.init(LOSSES), scalarization.famo(), scalarization.uw_so()
-    famo_state, pde_state = famo.init(2), pde.init(3)
+    famo, pde = scalarization.famo(), scalarization.uw_so()
+    value_and_weights = lambda method, *given: jax.value_and_grad(method.apply, argnums=1, has_aux=True)(*given)
+
+    @jax.jit
+    def call(states, scale):
+        """Scalar and weights of the method, those expected, and all states after."""
+        state, famo_state, pde_state = states
+        losses = jax.tree.map(lambda x: scale * x, LOSSES)
+        (scalar, state), weights = value_and_weights(method, state, losses)
+        (of_pde, pde_state), inside = value_and_weights(pde, pde_state, losses["pde"])
+        scalars = jnp.stack([scale * 11.0, of_pde])
+        (expected, famo_state), outside = value_and_weights(famo, famo_state, scalars)
+        losses = jax.tree.map(lambda x: 0.9 * x, losses)
+        after = jnp.stack([0.9 * scale * 11.0, pde.apply(pde_state, losses["pde"])[0]])
+        states = method.observe(state, losses), famo.observe(famo_state, after), pde_state
+        return (scalar, weights), (expected, outside, inside), states
+
+    states = jax.jit(lambda: (method.init(LOSSES), famo.init(2), pde.init(3)))()
     for scale in 1.0, 0.7, 0.5:
-        losses = jax.tree.map(lambda x, scale=scale: scale * x, LOSSES)
-        (scalar, state), weights = jax.value_and_grad(method.apply, argnums=1, has_aux=True)(state, losses)
-        inside, new_pde_state = weights_and_state(pde, pde_state, losses["pde"])
-        scalars = jnp.stack([scale * 11.0, pde.apply(pde_state, losses["pde"])[0]])
-        (expected, famo_state), outside = jax.value_and_grad(famo.apply, argnums=1, has_aux=True)(famo_state, scalars)
-        pde_state = new_pde_state
+        (scalar, weights), (expected, outside, inside), states = jax.device_get(call(states, scale))
         np.testing.assert_allclose(scalar, expected, rtol=1e-6)
         np.testing.assert_allclose(weights["bc"]["right"], 10 * outside[0], rtol=1e-6)
         np.testing.assert_allclose(weights["pde"], outside[1] * inside, rtol=1e-6)
-        losses = jax.tree.map(lambda x: 0.9 * x, losses)
-        after = jnp.stack([0.9 * scale * 11.0, pde.apply(pde_state, losses["pde"])[0]])
-        state, famo_state = method.observe(state, losses), famo.observe(famo_state, after)
-        chex.assert_trees_all_close(state.outer, famo_state, rtol=1e-5)
+        chex.assert_trees_all_close(states[0].outer, states[1], rtol=1e-5)
 
 
 def test_a_group_without_losses_is_absent():
     method = mtl.nested(scalarization.geometric_mean(), SUMS)
-    mask = {"bc": {"left": False, "right": False}, "pde": jnp.ones(3, bool)}
-    scalar, state = method.apply(method.init(LOSSES), LOSSES, mask=mask)
+    mask = {"bc": {"left": False, "right": False}, "pde": np.ones(3, bool)}
+    scalar, state = jax.jit(lambda mask: method.apply(method.init(LOSSES), LOSSES, mask=mask))(mask)
     np.testing.assert_allclose(scalar, 7.0, rtol=1e-6)
     np.testing.assert_array_equal(state.outer.seen, [0, 1])
 
@@ -85,8 +99,8 @@ def test_a_training_in_one_program_learns():
         updates, opt_state = adam.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), method.end_epoch(state), opt_state), losses
 
-    start = PARAMS, grad_fn.init(PARAMS), adam.init(PARAMS)
-    (_, state, _), losses = jax.lax.scan(step, start, length=100)
+    start = lambda: (PARAMS, grad_fn.init(PARAMS), adam.init(PARAMS))
+    (_, state, _), losses = jax.device_get(jax.jit(lambda: jax.lax.scan(step, start(), length=100))())
     assert all(x[-1] < x[0] for x in jax.tree.leaves(jax.tree.map(lambda x: x.reshape(100, -1).sum(1), losses["pde"])))
     assert np.all(state.outer.inner.log_var != 0)
 
@@ -101,15 +115,17 @@ def test_an_aggregator_sees_the_groups(name):
         losses = losses_fn(params)
         return {group: inner[group].apply(inner[group].init(losses[group]), losses[group])[0] for group in inner}
 
-    grad_fn = mtl.value_and_grad(losses_fn, method)
-    (_, state), gradient = grad_fn(PARAMS, grad_fn.init(PARAMS))
-    of_groups = mtl.value_and_grad(groups_fn, outer)
-    (_, outer_state), expected = of_groups(PARAMS, of_groups.init(PARAMS))
+    def step(losses_fn, method, **options):
+        grad_fn = mtl.value_and_grad(losses_fn, method, **options)
+        (_, state), gradient = jax.jit(lambda: grad_fn(PARAMS, grad_fn.init(PARAMS)))()
+        return gradient, state
+
+    gradient, state = step(losses_fn, method)
+    expected, outer_state = step(groups_fn, outer)
     chex.assert_trees_all_close(gradient, expected, rtol=1e-4)
     chex.assert_trees_all_close(state.outer, outer_state, rtol=1e-4)
     if outer.gramian_weighting is not None:
-        two_pass = mtl.value_and_grad(losses_fn, method, rows="two_pass")
-        chex.assert_trees_all_close(two_pass(PARAMS, grad_fn.init(PARAMS))[1], expected, rtol=1e-4)
+        chex.assert_trees_all_close(step(losses_fn, method, rows="two_pass")[0], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("wrap", [mtl.skip_nonfinite, mtl.skip_zero, mtl.amortize])
@@ -126,13 +142,13 @@ def test_guards_inside_hear_of_a_steps_gradient():
     grad_fn = mtl.value_and_grad(
         lambda x: {"bc": jnp.stack([jnp.sqrt(x), x + 1]), "pde": x[None] + 2}, method, hooks=True
     )
-    start = grad_fn.init(jnp.array(1.0))
-    _, state = grad_fn(jnp.array(0.0), start)[0]
+    start, step = jax.jit(grad_fn.init)(np.float32(1.0)), jax.jit(grad_fn)
+    _, state = step(np.float32(0.0), start)[0]
     assert state.inner["bc"].skipped == state.outer.skipped == 1
     chex.assert_trees_all_equal(
         (state.inner["bc"].inner, state.outer.inner), (start.inner["bc"].inner, start.outer.inner)
     )
-    _, state = grad_fn(jnp.array(4.0), state)[0]
+    _, state = step(np.float32(4.0), state)[0]
     assert state.inner["bc"].skipped == state.outer.skipped == 1
 
 
@@ -163,34 +179,40 @@ def test_errors_name_what_is_wrong(make, error, message):
 
 def test_losses_without_names_have_no_groups():
     method, expected = mtl.nested(scalarization.sum(), SUMS), r"expected losses with names, the first of which are .*bc"
-    for given in 5, jnp.ones(5):
+    for given in 5, np.ones(5, np.float32):
         with pytest.raises(ValueError, match=f"losses: {expected}.* grad_fn.init"):
             method.init(given)
     with pytest.raises(ValueError, match=f"values: {expected}"):
-        method.apply(method.init(LOSSES), jnp.ones(5))
+        method.apply(jax.eval_shape(lambda: method.init(LOSSES)), np.ones(5, np.float32))
 
 
 def test_a_state_for_other_groups_is_refused_and_the_right_one_is_not():
     """Both have as many losses: what a state should be like depends on their names too."""
     method = mtl.nested(scalarization.sum(), {"bc": scalarization.dwa(), "pde": scalarization.sum()})
-    few, many = ({"bc": jnp.ones(n), "pde": jnp.ones(4 - n)} for n in (1, 3))
-    method.apply(method.init(few), few)
+    few, many = ({"bc": np.ones(n, np.float32), "pde": np.ones(4 - n, np.float32)} for n in (1, 3))
+    apply = lambda of, losses: jax.eval_shape(lambda: method.apply(method.init(of), losses))
+    apply(few, few)
     with pytest.raises(ValueError, match=r"state.inner\['bc'\].*expected shape \(1,\)"):
-        method.apply(method.init(many), few)
-    method.apply(method.init(many), many)
+        apply(many, few)
+    apply(many, many)
 
 
 def test_narrow_gradients_are_added_up_in_float32():
     """In float16 one over a small loss, times a gradient, is infinite; and the Gramian is not."""
-    losses = {"bc": {"left": 1e-6, "right": 2e-6}, "pde": jnp.array([1.0])}
+    losses = {"bc": {"left": 1e-6, "right": 2e-6}, "pde": np.ones(1, np.float32)}
     inner = {"bc": scalarization.scale_invariant(), "pde": scalarization.sum()}
     method = mtl.nested(aggregation.mgda(), inner)
-    rows = jnp.array([[1.0, 2.0], [2.0, 1.0], [1.0, -3.0]], jnp.float16)
+    rows = np.array([[1.0, 2.0], [2.0, 1.0], [1.0, -3.0]], np.float16)
     losses_fn = lambda params: jax.tree.map(lambda x: x * jnp.sum(params), losses)
-    state = mtl.value_and_grad(losses_fn, method).init(jnp.ones(2))
-    found, _ = method.weighting.apply(state, rows, values=losses)
-    expected, _ = method.gramian_weighting.apply(state, mtl.gramian.gramian(rows), values=losses)
-    assert jnp.all(jnp.isfinite(found))
+
+    @jax.jit
+    def on_both_paths(rows):
+        state = mtl.value_and_grad(losses_fn, method).init(np.ones(2, np.float32))
+        found, _ = method.weighting.apply(state, rows, values=losses)
+        return found, method.gramian_weighting.apply(state, mtl.gramian.gramian(rows), values=losses)[0]
+
+    found, expected = on_both_paths(rows)
+    assert np.all(np.isfinite(found))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -213,7 +235,7 @@ POINTWISE = {"bc": scalarization.sum(), "pde": scalarization.causal(0.1, n_chunk
 
 def test_a_step_keeps_a_row_for_each_group_and_none_for_each_point():
     """As one of a function that returns the groups' scalars: a row of each point would be twice as much or more."""
-    params, losses_fn = {"w": jnp.ones(1000)}, pointwise_fn(100)
+    params, losses_fn = {"w": np.ones(1000, np.float32)}, pointwise_fn(100)
 
     def groups_fn(params):
         losses = losses_fn(params)
@@ -221,7 +243,7 @@ def test_a_step_keeps_a_row_for_each_group_and_none_for_each_point():
 
     def kept(losses_fn, method):
         grad_fn = mtl.value_and_grad(losses_fn, method, rows="vmap")
-        compiled = jax.jit(grad_fn).lower(params, grad_fn.init(params)).compile()
+        compiled = jax.jit(grad_fn).lower(params, jax.eval_shape(grad_fn.init, params)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     outer = aggregation.mgda()
@@ -233,18 +255,17 @@ def test_the_outer_weights_alone_are_taken_again(outer):
     """As those of tasks are, every thousand steps, while the weights of points follow every step."""
     method, losses_fn = mtl.nested(mtl.amortize(outer), POINTWISE), pointwise_fn(8)
     grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True, hooks=True)
-    (_, state, _), _ = grad_fn(PARAMS, grad_fn.init(PARAMS), refresh=True)
     step = jax.jit(grad_fn)
-    (losses, again, weights), grads = step(PARAMS, state, 0.5, refresh=jnp.array(False))
+    (_, state, _), _ = jax.device_get(step(PARAMS, jax.jit(grad_fn.init)(PARAMS), 0.0, refresh=np.array(True)))
+    (losses, again, weights), grads = jax.device_get(step(PARAMS, state, 0.5, refresh=np.array(False)))
     chex.assert_trees_all_equal(again.outer.last_weights, state.outer.last_weights)
-    causal = POINTWISE["pde"]
-    (_, pde), inside = jax.value_and_grad(causal.apply, argnums=1, has_aux=True)(state.inner["pde"], losses["pde"])
+    inside, pde = weights_and_state(POINTWISE["pde"], state.inner["pde"], losses["pde"])
     chex.assert_trees_all_close(again.inner["pde"], pde, rtol=1e-6)
-    np.testing.assert_allclose(weights["pde"], state.outer.last_weights[1] * inside, rtol=1e-5)
+    np.testing.assert_allclose(weights["pde"], state.outer.last_weights[1] * np.asarray(inside), rtol=1e-5)
     np.testing.assert_allclose(weights["bc"], np.full(2, state.outer.last_weights[0]), rtol=1e-6)
     of_weighted = lambda params: sum(jnp.sum(weights[k] * x) for k, x in losses_fn(params, 0.5).items())
-    chex.assert_trees_all_close(grads, jax.grad(of_weighted)(PARAMS), rtol=1e-4)
-    (_, anew, _), _ = step(PARAMS, state, 0.5, refresh=jnp.array(True))
+    chex.assert_trees_all_close(grads, jax.jit(jax.grad(of_weighted))(PARAMS), rtol=1e-4)
+    (_, anew, _), _ = step(PARAMS, state, 0.5, refresh=np.array(True))
     assert not np.allclose(anew.outer.last_weights, state.outer.last_weights, rtol=1e-3)
 
 
@@ -254,18 +275,23 @@ def test_a_step_of_scalarizers_may_be_differentiated_in_turn():
         scalarization.geometric_mean(), {"bc": scalarization.mean(), "pde": scalarization.geometric_mean()}
     )
     grad_fn, state = mtl.value_and_grad(losses_fn, method), method.init(LOSSES)
-    found = jax.jacrev(lambda w: grad_fn({"w": w}, state)[1]["w"])(PARAMS["w"])
-    expected = jax.hessian(lambda w: method.apply(state, losses_fn({"w": w}))[0])(PARAMS["w"])
+    found = jax.jit(jax.jacrev(lambda w: grad_fn({"w": w}, state)[1]["w"]))(PARAMS["w"])
+    expected = jax.jit(jax.hessian(lambda w: method.apply(state, losses_fn({"w": w}))[0]))(PARAMS["w"])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_are_the_groups_last_weights_and_those_inside_for_these_losses():
     method, losses_fn = mtl.nested(mtl.amortize(aggregation.grad_norm_weights()), POINTWISE), pointwise_fn(8)
     grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)
-    (_, state, _), _ = grad_fn(PARAMS, grad_fn.init(PARAMS), refresh=True)
-    (losses, _, weights), _ = grad_fn(PARAMS, state, 0.5, refresh=False)
-    frozen = mtl.freeze(method, state, losses)
-    found = jax.grad(frozen.apply, argnums=1, has_aux=True)(frozen.init(losses), losses)[0]
+
+    @jax.jit
+    def kept_and_frozen():
+        (_, state, _), _ = grad_fn(PARAMS, grad_fn.init(PARAMS), refresh=True)
+        (losses, _, weights), _ = grad_fn(PARAMS, state, 0.5, refresh=False)
+        frozen = mtl.freeze(method, state, losses)
+        return weights, jax.grad(frozen.apply, argnums=1, has_aux=True)(frozen.init(losses), losses)[0], state
+
+    weights, found, state = kept_and_frozen()
     chex.assert_trees_all_close(found, weights, rtol=1e-6)
     with pytest.raises(ValueError, match="method: expected an aggregator that keeps its weights"):
         mtl.freeze(method, state)

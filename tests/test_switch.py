@@ -59,8 +59,9 @@ def run(method):
 
 def check_each_alone(methods):
     choose = mtl.switch(tuple(methods.values()))
-    states, outputs = jax.jit(partial(jax.lax.map, lambda i: run(choose(i))))(jnp.arange(len(methods)))
-    start = init(choose(0)).states
+    all_runs = jax.jit(partial(jax.lax.map, lambda i: run(choose(i))))
+    states, outputs = jax.device_get(all_runs(np.arange(len(methods))))
+    start = jax.jit(lambda: init(choose(0)).states)()
     for i, (name, method) in enumerate(methods.items()):
         at = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)
         found = at(outputs), at(states.states[i])
@@ -112,7 +113,7 @@ STEPS = {
 def test_a_training_step_is_that_of_the_chosen_method(name):
     """Each way to the rows, with a guard, and with the last weights again."""
     methods, options = STEPS[name]
-    targets = jnp.asarray(np.random.default_rng(2).normal(size=(3, 4)))
+    targets = np.random.default_rng(2).normal(size=(3, 4)).astype(np.float32)
     losses_fn = lambda params, scale: scale * jnp.mean((params[None] - targets) ** 2, axis=1)
 
     def train(method):
@@ -126,7 +127,7 @@ def test_a_training_step_is_that_of_the_chosen_method(name):
         return params, weights, state
 
     choose = mtl.switch(methods)
-    *found, states = jax.jit(partial(jax.lax.map, lambda i: train(choose(i))))(jnp.arange(2))
+    *found, states = jax.device_get(jax.jit(partial(jax.lax.map, lambda i: train(choose(i))))(np.arange(2)))
     for i, method in enumerate(methods):
         *alone, state = jax.jit(partial(train, method))()
         at = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)
@@ -136,15 +137,16 @@ def test_a_training_step_is_that_of_the_chosen_method(name):
 def test_a_guard_of_the_chosen_method_hears_of_the_gradient_alone():
     method = mtl.switch((mtl.skip_nonfinite(scalarization.mean()), mtl.skip_nonfinite(scalarization.sum())))(1)
     grad_fn = mtl.value_and_grad(lambda params: jnp.sqrt(jnp.stack([params, params])), method)
-    (_, state), _ = grad_fn(jnp.zeros(()), method.init(2))  # the root's slope at zero is infinite
+    (_, state), _ = jax.jit(grad_fn)(np.float32(0), method.init(2))  # the root's slope at zero is infinite
     assert [inner.skipped for inner in state.states] == [0, 1]
 
 
 def test_a_state_is_carried_over_to_other_tasks():
     """A direction like the parameters, which one of the states alone remembers, is found in it."""
     method = mtl.switch((aggregation.mean(), aggregation.bloop("a")))(1)
-    params, losses = jnp.zeros(3), {"a": 1.0, "b": 2.0}
-    _, state = method.apply(mtl.value_and_grad(lambda p: losses, method).init(params), jnp.ones((2, 3)), values=losses)
+    params, losses = np.zeros(3, np.float32), {"a": 1.0, "b": 2.0}
+    start = mtl.value_and_grad(lambda p: losses, method).init(params)
+    _, state = method.apply(start, np.ones((2, 3), np.float32), values=losses)
     new = mtl.carry_over(method, state, losses, ["a", "b", "c"])
     assert new.states[1].seen.shape == (3,)
     chex.assert_trees_all_equal(new.states[1]._replace(seen=state.states[1].seen), state.states[1])
@@ -154,17 +156,17 @@ def test_a_schedule_of_methods():
     """Each sees the calls in which it was chosen, and no others."""
     choose = mtl.switch((scalarization.mean(), scalarization.first_loss()))
     step = lambda state, given: choose(given[0]).apply(state, given[1])[::-1]
-    calls = jnp.array([0, 1, 0, 1]), jnp.array([[1.0], [2.0], [3.0], [4.0]])
-    state, scalars = jax.lax.scan(step, choose(0).init(1), calls)
+    calls = np.array([0, 1, 0, 1]), np.array([[1.0], [2.0], [3.0], [4.0]], np.float32)
+    state, scalars = jax.jit(lambda: jax.lax.scan(step, choose(0).init(1), calls))()
     np.testing.assert_allclose(scalars, [1, 1, 3, 2])
     assert state.states[0].seen == 2
 
 
 def test_a_traced_index_out_of_range_is_the_nearest():
     choose = mtl.switch((scalarization.mean(), scalarization.sum()))
-    call = lambda i: choose(i).apply(choose(i).init(2), jnp.array([1.0, 3.0]))[0]
-    np.testing.assert_allclose(jax.lax.map(call, jnp.array([-1, 0, 1, 9])), [2, 2, 4, 4])
-    np.testing.assert_allclose(jax.vmap(call)(jnp.arange(2)), [2, 4])
+    call = lambda i: choose(i).apply(choose(i).init(2), np.array([1.0, 3.0], np.float32))[0]
+    np.testing.assert_allclose(jax.lax.map(call, np.array([-1, 0, 1, 9])), [2, 2, 4, 4])
+    np.testing.assert_allclose(jax.vmap(call)(np.arange(2)), [2, 4])
 
 
 def test_an_index_and_a_count_may_be_arrays_from_outside_of_a_traced_function():
@@ -175,7 +177,7 @@ def test_an_index_and_a_count_may_be_arrays_from_outside_of_a_traced_function():
         dwa = scalarization.dwa(steps_per_epoch=one)
         return [method.apply(method.init(2), values)[0] for method in (choose(one), dwa)]
 
-    np.testing.assert_allclose(calls(jnp.array([1.0, 3.0])), [4, 4])
+    np.testing.assert_allclose(calls(np.array([1.0, 3.0], np.float32)), [4, 4])
 
 
 REFUSED = {

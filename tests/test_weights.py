@@ -1,5 +1,7 @@
 """What stands between a method's weights and the losses or rows: transformations, priors, terms, frozen weights."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -26,22 +28,27 @@ NOTHING = {
     "transform_weights": lambda method: mtl.transform_weights(method, optax.identity()),
     "prioritize": lambda method: mtl.prioritize(method, 1.0),
 }
-PARAMS = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(())}
-LOSSES = jnp.array([0.9, 2.0, 0.4])
+PARAMS = {"w": np.zeros((2, 3), np.float32), "b": np.zeros((), np.float32)}
+LOSSES = np.array([0.9, 2.0, 0.4], np.float32)
 ROWS = {
-    "w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 3)), jnp.float32),
-    "b": jnp.array([1.0, -2.0, 0.5]),
+    "w": np.random.default_rng(0).normal(size=(3, 2, 3)).astype(np.float32),
+    "b": np.array([1.0, -2.0, 0.5], np.float32),
 }
-OTHERS = jnp.array([True, False, True])
+OTHERS = np.array([True, False, True])
 
 
-def everything(method, state, mask=None):
-    """What a method gives on each of its paths: weights, gradients, new states."""
-    given = {"mask": mask}
-    if isinstance(method, mtl.Scalarizer):
-        weights, new_state = jax.grad(method.apply, argnums=1, has_aux=True)(state, LOSSES, **given)
-        return {"weights": weights, "state": method.observe(method.end_epoch(new_state), 0.9 * LOSSES, **given)}
-    given |= {"values": LOSSES}
+def everything(method, mask=None):
+    """What a method gives at its start on each of its paths: weights, gradients, new states."""
+    if not isinstance(method, mtl.Scalarizer):
+        return every_path(method, mask)
+    # Some are compared bit for bit, which in one program what is fused with them would change.
+    weights, state = jax.grad(method.apply, argnums=1, has_aux=True)(start(method), LOSSES, mask=mask)
+    return {"weights": weights, "state": method.observe(method.end_epoch(state), 0.9 * LOSSES, mask=mask)}
+
+
+@partial(jax.jit, static_argnums=0)
+def every_path(method, mask):
+    state, given = start(method), {"values": LOSSES, "mask": mask}
     found = {"apply": method.apply(state, ROWS, **given), "weighting": method.weighting.apply(state, ROWS, **given)}
     if method.gramian_weighting is not None:
         found["gramian"] = method.gramian_weighting.apply(state, mtl.gramian.gramian(ROWS), **given)
@@ -73,9 +80,8 @@ def test_what_does_nothing_changes_nothing(wrap, name):
     """Bit for bit but for a rounding; in its state there is no array of its own."""
     bare = WITH_WEIGHTS[name]()
     method = wrap(bare)
-    state = start(method)
-    expected = everything(bare, state.inner)
-    chex.assert_trees_all_close(without_wrapper(everything(method, state)), expected, rtol=3e-7, atol=1e-7)
+    state = jax.eval_shape(lambda: start(method))
+    chex.assert_trees_all_close(without_wrapper(everything(method)), everything(bare), rtol=3e-7, atol=1e-7)
     own = [leaf for leaf in jax.tree.leaves(state._replace(inner=())) if jnp.ndim(leaf)]
     assert len(own) == (method.last_weights is not None and hasattr(state, "last_weights"))
 
@@ -85,9 +91,8 @@ def test_what_does_nothing_changes_nothing(wrap, name):
 def test_a_prior_of_zero_is_an_absent_task(name):
     """Whatever its loss and gradient are: they are as they would be at a mask."""
     bare = WITH_WEIGHTS[name]()
-    method = mtl.prioritize(bare, jnp.array([1.0, 0.0, 1.0]))
-    found = everything(method, start(method))
-    expected = everything(bare, start(bare), mask=OTHERS)
+    method = mtl.prioritize(bare, np.array([1.0, 0.0, 1.0], np.float32))
+    found, expected = everything(method), everything(bare, OTHERS)
     chex.assert_trees_all_close(without_wrapper(found), expected, rtol=3e-7, atol=1e-7)
 
 
@@ -96,35 +101,40 @@ def test_a_prior_of_zero_is_an_absent_task(name):
 def test_a_term_is_no_task(name):
     bare = WITH_WEIGHTS[name]()
     method = mtl.regularize(bare, {1: 0.25})
-    found, expected = everything(method, start(method)), everything(bare, start(bare), mask=OTHERS)
+    found, expected = jax.device_get((everything(method), everything(bare, OTHERS)))
     if isinstance(bare, mtl.Scalarizer):
-        np.testing.assert_allclose(found["weights"], expected["weights"].at[1].set(0.25), rtol=3e-7)
+        np.testing.assert_allclose(found["weights"], np.where(OTHERS, expected["weights"], 0.25), rtol=3e-7)
         # What their states have of the last losses is a sum of products, which compilers fuse.
         rounding = 3e-7 if name in ("scalarization-capu", "scalarization-vrba") else 0
         chex.assert_trees_all_close(found["state"].inner, expected["state"], rtol=rounding, atol=0)
         return
     for path in found.keys() - {"apply"}:
-        np.testing.assert_allclose(found[path][0], expected[path][0].at[1].set(0.25), rtol=3e-7)
+        np.testing.assert_allclose(found[path][0], np.where(OTHERS, expected[path][0], 0.25), rtol=3e-7)
     gradient = jax.tree.map(lambda g, rows: g + 0.25 * rows[1], expected["apply"][0], ROWS)
     chex.assert_trees_all_close(found["apply"][0], gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_a_prior_of_zero_keeps_a_huge_gradient_from_the_solver():
-    rows = jnp.array([[1.0, 0.5], [-1000.0, 300.0], [-0.5, 1.0]])
-    method = mtl.prioritize(aggregation.upgrad(), jnp.array([1.0, 0.0, 1.0]))
-    gradient, _ = method.apply(method.init(rows.shape), rows)
-    expected = aggregation.upgrad().apply(aggregation.upgrad().init((2, 2)), rows[::2])[0]
+    rows = np.array([[1.0, 0.5], [-1000.0, 300.0], [-0.5, 1.0]], np.float32)
+    bare = aggregation.upgrad()
+    method = mtl.prioritize(bare, np.array([1.0, 0.0, 1.0], np.float32))
+    both = jax.jit(lambda: [of.apply(of.init(x.shape), x)[0] for of, x in ((method, rows), (bare, rows[::2]))])
+    gradient, expected = both()
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
 
 def test_averages_are_those_of_the_calls_with_the_task():
     method = mtl.transform_weights(scalarization.uw_so(), optax.ema(0.5, debias=False))
+    bare = scalarization.uw_so()
+
+    @jax.jit
+    def call(state, losses, mask):
+        own, _ = jax.grad(bare.apply, argnums=1, has_aux=True)(bare.init(2), losses, mask=mask)
+        return own, *jax.grad(method.apply, argnums=1, has_aux=True)(state, losses, mask=mask)
+
     state, average = method.init(2), np.zeros(2)
     for i, mask in enumerate([(True, True), (True, False), (True, True)]):
-        losses, mask = jnp.array([1.0 + i, 2.0]), jnp.array(mask)
-        found, state = jax.grad(method.apply, argnums=1, has_aux=True)(state, losses, mask=mask)
-        bare = scalarization.uw_so()
-        own, _ = jax.grad(bare.apply, argnums=1, has_aux=True)(bare.init(2), losses, mask=mask)
+        own, found, state = call(state, np.array([1.0 + i, 2.0]), np.array(mask))
         average = np.where(mask, average / 2 + np.asarray(own) / 2, average)
         np.testing.assert_allclose(found, np.where(mask, average, 0), rtol=1e-6)
 
@@ -132,21 +142,23 @@ def test_averages_are_those_of_the_calls_with_the_task():
 def test_warm_up_then_bounds_then_a_total():
     chain = optax.chain(weights.warm_up(1), weights.clip(0.3, 0.5), weights.normalize(3.0))
     method = mtl.transform_weights(aggregation.mgda(), chain)
-    rows, state = jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]), method.init((3, 2))
+    rows, state = np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]], np.float32), method.init((3, 2))
     for expected in [1.5, 1.5, 0], [1.875, 1.125, 0]:
-        found, state = method.weighting.apply(state, rows, mask=jnp.array([True, True, False]))
+        found, state = method.weighting.apply(state, rows, mask=np.array([True, True, False]))
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_a_warm_up_of_a_traced_length():
-    given = jnp.tile(jnp.array([0.25, 0.75]), (3, 1))
+    given = np.tile(np.array([0.25, 0.75], np.float32), (3, 1))
 
+    @jax.jit
+    @jax.vmap
     def found(n_steps):
         chain = weights.warm_up(n_steps)
         return jax.lax.scan(lambda state, w: chain.update(w, state)[::-1], chain.init(given[0]), given)[1]
 
     expected = [[0.5, 0.5] if i < n else [0.25, 0.75] for n in range(3) for i in range(3)]
-    np.testing.assert_array_equal(jax.vmap(found)(jnp.arange(3)).reshape(9, 2), expected)
+    np.testing.assert_array_equal(np.reshape(found(np.arange(3)), (9, 2)), expected)
 
 
 def test_a_schedule_counts_the_calls():
@@ -217,16 +229,23 @@ def test_the_last_weights_are_those_of_the_last_call_whatever_the_schedule_says_
 @pytest.mark.parametrize("bare", [scalarization.uw_so(), aggregation.mgda()])
 def test_steps_without_a_refresh_take_terms_and_priors_by_name_too(bare):
     losses_fn = lambda x: {"pose": {"u": jnp.sum(x**2), "v": jnp.sum((x - 1) ** 2)}, "kl": jnp.sum(x**4)}
-    kept, params = mtl.amortize(bare), jnp.array([1.0, 2.0])
-    priority = mtl.prioritize(kept, {"pose": 0.5, "kl": 3.0})
-    for method in mtl.regularize(kept, {"kl": 0.1}), priority, mtl.regularize(priority, {"kl": 0.1}):
+    kept, params = mtl.amortize(bare), np.array([1.0, 2.0], np.float32)
+
+    @partial(jax.jit, static_argnums=0)
+    def steps(method):
+        """The weights of a step, of one without a refresh, the losses, and what frozen weights make of them."""
         grad_fn = mtl.value_and_grad(losses_fn, method, return_weights=True)
         (_, state, expected), _ = grad_fn(params, grad_fn.init(params))
         (_, _, found), _ = grad_fn(params, state, refresh=False)
-        chex.assert_trees_all_equal(found, expected)
         frozen, losses = mtl.freeze(method, state), losses_fn(params)
+        return expected, found, losses, frozen.apply(frozen.init(losses), losses)[0]
+
+    priority = mtl.prioritize(kept, {"pose": 0.5, "kl": 3.0})
+    for method in mtl.regularize(kept, {"kl": 0.1}), priority, mtl.regularize(priority, {"kl": 0.1}):
+        expected, found, losses, scalar = jax.device_get(steps(method))
+        chex.assert_trees_all_equal(found, expected)
         total = sum(w * x for w, x in zip(jax.tree.leaves(expected), jax.tree.leaves(losses), strict=True))
-        np.testing.assert_allclose(frozen.apply(frozen.init(losses), losses)[0], total, rtol=1e-6)
+        np.testing.assert_allclose(scalar, total, rtol=1e-6)
         for outer in mtl.transform_weights(method, optax.ema(0.5)), mtl.skip_zero(method):
             outer.init(3 if isinstance(method, mtl.Scalarizer) else (3, params))  # where names are not known yet
 
@@ -283,22 +302,28 @@ def test_frozen_weights_are_for_the_losses_that_they_were_made_for():
 
 def test_a_line_search_sees_one_function():
     """Adam with a method, then L-BFGS with its weights as they are then."""
-    targets = {"near": 1.0, "far": 30.0}
+    targets, start = {"near": 1.0, "far": 30.0}, np.zeros(3, np.float32)
     task_losses = lambda params: {name: jnp.sum((params - target) ** 2) for name, target in targets.items()}
     method = scalarization.uw_so()
-    losses = task_losses(jnp.zeros(3))
-    frozen = mtl.freeze(method, method.init(losses), losses)
-    value_fn = lambda params: frozen.apply(frozen.init(losses), task_losses(params))[0]
     optimizer = optax.lbfgs()
 
-    def step(carry, _):
-        params, state = carry
-        value, grad = optax.value_and_grad_from_state(value_fn)(params, state=state)
-        updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=value_fn)
-        return (optax.apply_updates(params, updates), state), value
+    @jax.jit
+    def train():
+        losses = task_losses(start)
+        frozen = mtl.freeze(method, method.init(losses), losses)
+        value_fn = lambda params: frozen.apply(frozen.init(losses), task_losses(params))[0]
 
-    (params, _), _ = jax.lax.scan(step, (jnp.zeros(3), optimizer.init(jnp.zeros(3))), length=5)
-    shares = jax.tree.leaves(jax.grad(lambda losses: frozen.apply(frozen.init(losses), losses)[0])(losses))
+        def step(carry, _):
+            params, state = carry
+            value, grad = optax.value_and_grad_from_state(value_fn)(params, state=state)
+            updates, state = optimizer.update(grad, state, params, value=value, grad=grad, value_fn=value_fn)
+            return (optax.apply_updates(params, updates), state), value
+
+        (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=5)
+        return params, jax.grad(lambda losses: frozen.apply(frozen.init(losses), losses)[0])(losses)
+
+    params, shares = train()
+    shares = jax.device_get(jax.tree.leaves(shares))
     np.testing.assert_allclose(params, (30 * shares[0] + shares[1]) / sum(shares), rtol=1e-4)
 
 

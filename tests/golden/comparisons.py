@@ -8,7 +8,6 @@ one of ``exp`` among them, and up to 24 terms stay below 1e-6.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mtlbalance import aggregation, scalarization
@@ -17,36 +16,40 @@ ROUNDING = 1e-6
 
 
 def check_uw(case):
-    (log_var,) = arrays(case, "learned")
-    check_learned(case, scalarization.uw(log_var), regulariser=0.5)
+    check_learned(case, scalarization.uw, regulariser=0.5)
 
 
 def check_imtl_l(case):
     log_scale, losses = arrays(case, "learned", "losses")
-    method = scalarization.imtl_l(log_scale)
-    check_learned(case, method, regulariser=1.0)
-
-    value, _ = method.apply(method.init(losses), losses)
-    uw = scalarization.uw(-log_scale)
-    half, _ = uw.apply(uw.init(losses), losses)
-    assert_near(value, 2 * half, ROUNDING * case["terms"])
+    check_learned(case, scalarization.imtl_l, regulariser=1.0)
+    value, *_ = learned_call(scalarization.imtl_l, log_scale, losses)
+    half, *_ = learned_call(scalarization.uw, -log_scale, losses)
+    assert_near(value, 2 * np.asarray(half), ROUNDING * case["terms"])
 
 
-def check_learned(case, method, regulariser):
-    (losses,) = arrays(case, "losses")
-    grad_fn = jax.value_and_grad(method.apply, argnums=(0, 1), has_aux=True)
-    (value, _), (state_grad, losses_grad) = grad_fn(method.init(losses), losses)
+def check_learned(case, factory, regulariser):
+    learned, losses = arrays(case, "learned", "losses")
+    value, learned_grad, losses_grad = learned_call(factory, learned, losses)
     assert_near(value, case["value"], ROUNDING * case["terms"])
     assert_near(losses_grad, case["losses_grad"], ROUNDING * np.abs(case["losses_grad"]))
     # d/ds of the weighted loss, and of s itself.
     learned_terms = np.abs(np.multiply(case["losses_grad"], losses)) + regulariser
-    assert_near(getattr(state_grad, *method.learned), case["learned_grad"], ROUNDING * learned_terms)
+    assert_near(learned_grad, case["learned_grad"], ROUNDING * learned_terms)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def learned_call(factory, learned, losses):
+    """The value, and its gradients by what is learned and by the losses: compiled once for each method and shape."""
+    method = factory(learned)
+    grad_fn = jax.value_and_grad(method.apply, argnums=(0, 1), has_aux=True)
+    (value, _), (state_grad, losses_grad) = grad_fn(method.init(losses), losses)
+    return value, getattr(state_grad, *method.learned), losses_grad
 
 
 def check_baseline_scalarizer(case):
     losses, weights = arrays(case, "losses", "weights")
-    method = baseline(scalarization, case["method"], weights)
-    (value, _), losses_grad = jax.value_and_grad(method.apply, argnums=1, has_aux=True)(method.init(losses), losses)
+    given = {"weights": weights} if case["method"] == "constant" else {}
+    value, losses_grad = stateless_call(case["method"], given, losses)
     terms = np.sum(np.abs(np.multiply(case["losses_grad"], losses)))
     assert_near(value, case["value"], ROUNDING * terms)
     assert_near(losses_grad, case["losses_grad"], ROUNDING * np.abs(case["losses_grad"]))
@@ -54,26 +57,22 @@ def check_baseline_scalarizer(case):
 
 def check_baseline_aggregator(case):
     jacobian, weights = arrays(case, "jacobian", "weights")
-    method = baseline(aggregation, case["method"], weights)
+    method = aggregation.constant(weights) if case["method"] == "constant" else getattr(aggregation, case["method"])()
     gradient, _ = method.apply(method.init(jacobian.shape), jacobian)
     ones = np.ones(len(weights))
     size = {"mean": ones / len(weights), "sum": ones, "constant": np.abs(weights)}[case["method"]]
     assert_near(gradient, case["gradient"], ROUNDING * (size @ np.abs(jacobian)))
 
 
-def baseline(family, name, weights):
-    return family.constant(weights) if name == "constant" else getattr(family, name)()
-
-
 def check_dwa(case):
     """Every call, with ``end_epoch`` after each epoch."""
     method = scalarization.dwa(case["temperature"])
     (losses,) = arrays(case, "losses")
-    call, state = jax.jit(dwa_call(method)), method.init(losses[0])
+    state = method.init(losses[0])
     outputs = []
     ends = np.cumsum(case["epoch_lengths"])
     for n_calls, call_losses in enumerate(losses, start=1):
-        state, output = call(state, call_losses)
+        state, output = dwa_call(method, state, call_losses)
         outputs.append(output)
         if n_calls in ends:
             state = method.end_epoch(state)
@@ -85,18 +84,14 @@ def check_dwa_with_steps_per_epoch(case):
     (epoch_length,) = set(case["epoch_lengths"])
     method = scalarization.dwa(case["temperature"], steps_per_epoch=epoch_length)
     (losses,) = arrays(case, "losses")
-    _, outputs = jax.lax.scan(dwa_call(method), method.init(losses[0]), losses)
-    check_dwa_calls(case, *outputs)
+    calls = jax.jit(lambda losses: jax.lax.scan(functools.partial(dwa_call, method), method.init(losses[0]), losses))
+    check_dwa_calls(case, *calls(losses)[1])
 
 
-def dwa_call(method):
-    grad_fn = jax.value_and_grad(method.apply, argnums=1, has_aux=True)
-
-    def call(state, losses):
-        (value, state), grad = grad_fn(state, losses)
-        return state, (value, grad)
-
-    return call
+@functools.partial(jax.jit, static_argnums=0)
+def dwa_call(method, state, losses):
+    (value, state), grad = jax.value_and_grad(method.apply, argnums=1, has_aux=True)(state, losses)
+    return state, (value, grad)
 
 
 def check_dwa_calls(case, values, grads):
@@ -194,13 +189,13 @@ def famo_calls(min_losses, lr, weight_decay, losses, after):
 
 def check_random(case):
     """The moments of the weights, where the draws are another generator's."""
-    method, losses = scalarization.random(key=0), jnp.ones(case["shape"])
+    method, losses = scalarization.random(key=0), np.ones(case["shape"], np.float32)
 
     def call(state, _):
         (_, state), weights = jax.value_and_grad(method.apply, argnums=1, has_aux=True)(state, losses)
         return state, weights
 
-    _, draws = jax.lax.scan(call, method.init(losses), length=10 * case["n_draws"])
+    _, draws = jax.jit(lambda: jax.lax.scan(call, method.init(losses), length=10 * case["n_draws"]))()
     found = np.mean(random_statistics(draws), axis=0)
     # Six standard errors of the difference of the two means: by chance less than 1e-8 for each of the 50 numbers.
     standard_error = np.array(case["deviation"]) * np.sqrt(1.1 / case["n_draws"])
@@ -216,29 +211,32 @@ def random_statistics(draws):
 
 def check_excess_mtl(jacobians, run):
     """The weights, and the gradient, of every call in a row."""
-    method = aggregation.excess_mtl(
-        run["robust_step_size"],
-        run["n_warmup_steps"],
-        # Without a warm-up TorchJD moves its weights on the first call already.
-        normalize_first_step=run["n_warmup_steps"] > 0,
-    )
-
-    def call(states, jacobian):
-        weights, of_weighting = method.weighting.apply(states[0], jacobian)
-        gradient, of_aggregator = method.apply(states[1], jacobian)
-        return (of_weighting, of_aggregator), (weights, gradient)
-
-    jacobians = jnp.array(jacobians)
-    state = method.init(jacobians[0].shape)
-    _, (weights, gradients) = jax.lax.scan(call, (state, state), jacobians)
+    jacobians = np.array(jacobians, np.float32)
+    # Without a warm-up TorchJD moves its weights on the first call already.
+    normalize_first_step = run["n_warmup_steps"] > 0
+    settings = run["robust_step_size"], run["n_warmup_steps"]
+    weights, gradients = excess_mtl_calls(normalize_first_step, *settings, jacobians)
     # The logarithms of the weights add up to 15 ratios' worth over 50 calls. Their rounding errors, 6e-8 of up to 15
     # in each call, add up to a few 1e-6, and so do those of the weights, which are at most 1.
     assert_near(weights, run["weights"], 1e-5)
     assert_near(gradients, run["gradients"], 1e-5 * np.linalg.norm(jacobians, axis=(1, 2))[:, None])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def excess_mtl_calls(normalize_first_step, robust_step_size, n_warmup_steps, jacobians):
+    method = aggregation.excess_mtl(robust_step_size, n_warmup_steps, normalize_first_step=normalize_first_step)
+
+    def call(states, jacobian):
+        weights, of_weighting = method.weighting.apply(states[0], jacobian)
+        gradient, of_aggregator = method.apply(states[1], jacobian)
+        return (of_weighting, of_aggregator), (weights, gradient)
+
+    state = method.init(jacobians[0].shape)
+    return jax.lax.scan(call, (state, state), jacobians)[1]
+
+
 def arrays(case, *names):
-    return [jnp.array(case[name], jnp.float32) for name in names]
+    return [np.array(case[name], np.float32) for name in names]
 
 
 def assert_near(actual, expected, tolerance):

@@ -7,6 +7,7 @@ In float64 a difference is one of method: the records have nine digits, which le
 a division by zero, and we do not. In float32 it is rounding too.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -49,9 +50,18 @@ def read(case):
     return SEQUENCES[case["sequence"]], {name: np.array(x) for name, x in case.items() if isinstance(x, list)}
 
 
-def run(method, sequence, dtype=jnp.float32):
-    """The gradients of all calls in a row, and the state after each."""
-    losses, jacobians = (jnp.array(sequence[name], dtype) for name in ("losses", "jacobians"))
+def run(make, sequence, dtype=np.float32, **settings):
+    """The gradients of all calls in a row, and the state after each, of the method that ``make`` makes of settings."""
+    losses, jacobians = (sequence[name].astype(dtype) for name in ("losses", "jacobians"))
+    gradients, states = jax.device_get(calls(make, settings, losses, jacobians))
+    assert gradients.dtype == dtype
+    return gradients.astype(float), states
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def calls(make, settings, losses, jacobians):
+    """Compiled once for all settings."""
+    method = make(**settings)
 
     def call(state, inputs):
         losses, jacobian = inputs
@@ -59,9 +69,7 @@ def run(method, sequence, dtype=jnp.float32):
         return state, (gradient, state)
 
     state = method.init((losses.shape[1], jacobians[0, 0]))
-    gradients, states = jax.lax.scan(call, state, (losses, jacobians))[1]
-    assert gradients.dtype == dtype
-    return np.array(gradients, float), states
+    return jax.lax.scan(call, state, (losses, jacobians))[1]
 
 
 def lengths(rows):
@@ -84,13 +92,19 @@ def added(numbers):
 # LibMTL.
 
 
+def gradnorm_by(optimizer):
+    return lambda alpha, lr, losses: aggregation.gradnorm(alpha, OPTIMIZERS[optimizer](lr), losses, softmax=True)
+
+
+GRADNORM = {name: gradnorm_by(name) for name in OPTIMIZERS}
+
+
 @parametrize("gradnorm")
 def test_gradnorm(case, dtype):
     """With a softmax, and initial losses in the place of the first epoch's mean."""
     sequence, recorded = read(case)
-    optimizer = OPTIMIZERS[case["optimizer"]](case["lr"])
-    method = aggregation.gradnorm(case["alpha"], optimizer, jnp.array(sequence["losses"][0], dtype), softmax=True)
-    gradients, states = run(method, sequence, dtype)
+    settings = {"alpha": case["alpha"], "lr": case["lr"], "losses": sequence["losses"][0].astype(dtype)}
+    gradients, states = run(GRADNORM[case["optimizer"]], sequence, dtype, **settings)
     tolerance = optimizer_rounding(case) if dtype == jnp.float32 else DIGITS
     check(states.raw_weights, recorded["learned"], tolerance)
     check(gradients, recorded["gradients"], 3 * tolerance)
@@ -105,34 +119,48 @@ def optimizer_rounding(case):
     return {"sgd": 2 * ROUNDING, "adam": 20 * ROUNDING}[case["optimizer"]]
 
 
+MOCO = functools.partial(aggregation.moco, normalize=True, softmax=True)
+
+
 @parametrize("moco")
 def test_moco(case, dtype):
     """As LibMTL has it, normalised and with a softmax."""
     sequence, recorded = read(case)
     settings = {name.replace("gamma", "lr"): value for name, value in case["settings"].items()}
-    gradients, states = run(aggregation.moco(**settings, normalize=True, softmax=True), sequence, dtype)
+    gradients, states = run(MOCO, sequence, dtype, **settings)
     # Few roundings, as nothing cancels: what is followed adds up, and the products enter a softmax.
     tolerance = 2 * ROUNDING if dtype == jnp.float32 else DIGITS + added(lengths(sequence["jacobians"]))
     check(states.weights, recorded["weights"], tolerance)
     check(gradients, recorded["gradients"], tolerance)
 
 
+def log_db_mtl(**settings):
+    return mtl.chain(scalarization.scale_invariant(), aggregation.db_mtl(**settings))
+
+
 @parametrize("db_mtl")
 def test_db_mtl(case, dtype):
     """The whole method, on logarithms of losses to which LibMTL adds 1e-8."""
     sequence, recorded = read(case)
-    balanced = aggregation.db_mtl(case["beta"], case["beta_sigma"])
-    gradients, _ = run(mtl.chain(scalarization.scale_invariant(), balanced), sequence, dtype)
+    settings = {name: case[name] for name in ("beta", "beta_sigma")}
+    gradients, _ = run(log_db_mtl, sequence, dtype, **settings)
     rounding = 2 * ROUNDING if dtype == jnp.float32 else DIGITS
     check(gradients, recorded["gradients"], rounding + added(sequence["losses"]))
+
+
+def imtl_by(optimizer):
+    learned = lambda lr: mtl.learn(scalarization.imtl_l(), OPTIMIZERS[optimizer](lr))
+    return lambda lr: mtl.chain(learned(lr), aggregation.imtl_g())
+
+
+IMTL = {name: imtl_by(name) for name in OPTIMIZERS}
 
 
 @parametrize("imtl")
 def test_imtl(case, dtype):
     """IMTL-L stepped once a call beside IMTL-G. LibMTL solves m - 1 equations where we invert the cosines."""
     sequence, recorded = read(case)
-    learned = mtl.learn(scalarization.imtl_l(), OPTIMIZERS[case["optimizer"]](case["lr"]))
-    gradients, states = run(mtl.chain(learned, aggregation.imtl_g()), sequence, dtype)
+    gradients, states = run(IMTL[case["optimizer"]], sequence, dtype, lr=case["lr"])
     tolerance = optimizer_rounding(case) if dtype == jnp.float32 else DIGITS
     check(states.scalarizer.inner.log_scale, recorded["learned"], tolerance)
     check(gradients, recorded["gradients"], 3 * tolerance)
@@ -145,7 +173,8 @@ def test_imtl(case, dtype):
 def test_m_config(case, dtype):
     """Given one gradient a call, in turn; it decomposes the directions themselves, or for two tasks has a formula."""
     sequence, recorded = read(case)
-    gradients, states = run(aggregation.m_config(case["beta_1"], case["beta_2"]), sequence, dtype)
+    betas = {name: case[name] for name in ("beta_1", "beta_2")}
+    gradients, states = run(aggregation.m_config, sequence, dtype, **betas)
     n_calls, m, _ = sequence["jacobians"].shape
     assert np.all(gradients[: m - 1] == 0)
     assert np.all(np.abs(gradients[m - 1]) > 0.99)  # Adam's first step is the sign
@@ -158,8 +187,15 @@ def test_m_config(case, dtype):
 def test_m_config_by_rows(case):
     """Visited with the one row whose turn it is, as an engine does."""
     sequence, recorded = read(case)
-    method = aggregation.m_config(case["beta_1"], case["beta_2"])
-    jacobians = jnp.array(sequence["jacobians"], jnp.float32)
+    jacobians = sequence["jacobians"].astype(np.float32)
+    gradients, turns = calls_by_rows(case["beta_1"], case["beta_2"], jacobians)
+    np.testing.assert_array_equal(turns, np.arange(len(jacobians)) % jacobians.shape[1])
+    check(gradients, recorded["gradients"], 10 * ROUNDING)
+
+
+@jax.jit
+def calls_by_rows(beta_1, beta_2, jacobians):
+    method = aggregation.m_config(beta_1, beta_2)
 
     def call(state, jacobian):
         (i,) = method.rowwise.visits(state)
@@ -167,9 +203,7 @@ def test_m_config_by_rows(case):
         gradient, state = method.rowwise.finish(state, ())
         return state, (gradient, i)
 
-    gradients, turns = jax.lax.scan(call, method.init(jacobians[0].shape), jacobians)[1]
-    np.testing.assert_array_equal(turns, np.arange(len(jacobians)) % jacobians.shape[1])
-    check(gradients, recorded["gradients"], 10 * ROUNDING)
+    return jax.lax.scan(call, method.init(jacobians[0].shape), jacobians)[1]
 
 
 # Weights for physics-informed networks.
@@ -187,23 +221,33 @@ def annealed(sequence, alpha, statistic, weighted=True):
         yield weights
 
 
+LR_ANNEALING = {
+    statistic: functools.partial(aggregation.lr_annealing, 0, statistic=statistic) for statistic in ("max", "mean")
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def annealing_weights(statistic, alpha, jacobians):
+    """The weights of all calls in a row, without a gradient."""
+    method = LR_ANNEALING[statistic](alpha=alpha)
+    state = method.init((jacobians["a"].shape[1], jax.tree.map(lambda x: x[0, 0], jacobians)))
+    return jax.lax.scan(lambda state, x: method.weighting.apply(state, x)[::-1], state, jacobians)[1]
+
+
 @pytest.mark.parametrize("sequence", SEQUENCES, ids=lambda sequence: f"{sequence['losses'].shape[1]}tasks")
 @pytest.mark.parametrize(("alpha", "statistic"), [(0.1, "max"), (0.5, "mean")])
 def test_lr_annealing(sequence, alpha, statistic):
     """The paper's algorithm 1. The parameters are one array, or two whose entries count alike."""
     expected = np.array(list(annealed(sequence, alpha, statistic)))
-    method = aggregation.lr_annealing(0, alpha, statistic)
-    gradients, states = run(method, sequence)
+    gradients, states = run(LR_ANNEALING[statistic], sequence, alpha=alpha)
     # Positive terms, and the errors of older weights fade.
     np.testing.assert_allclose(states.weights, expected, rtol=3 * ROUNDING)
     combined = np.einsum("tm,tmn->tn", expected, sequence["jacobians"])
     terms = np.einsum("tm,tmn->tn", expected, np.abs(sequence["jacobians"]))
     assert np.all(np.abs(gradients - combined) <= 3 * ROUNDING * terms)
 
-    split = lambda jacobians: {"a": jacobians[..., :1], "b": jacobians[..., 1:]}
-    jacobians = jnp.array(sequence["jacobians"], jnp.float32)
-    state = method.init((jacobians.shape[1], split(jacobians[0, 0])))
-    _, weights = jax.lax.scan(lambda s, j: method.weighting.apply(s, j)[::-1], state, split(jacobians))
+    jacobians = sequence["jacobians"].astype(np.float32)
+    weights = annealing_weights(statistic, alpha, {"a": jacobians[..., :1], "b": jacobians[..., 1:]})
     np.testing.assert_allclose(weights, expected, rtol=3 * ROUNDING)
 
 
@@ -223,21 +267,27 @@ def test_lr_annealing_of_other_codes(official, i):
     theirs = np.array(list(annealed(sequence, alpha, statistic, weighted=False)))
     np.testing.assert_allclose(theirs, recorded["weights"], rtol=constant)
 
-    jacobians = jnp.array(sequence["jacobians"], jnp.float32)
-    at_once = aggregation.lr_annealing(0, 1.0, statistic)
-    start = at_once.init(jacobians[0].shape)
-    targets, _ = jax.vmap(lambda jacobian: at_once.weighting.apply(start, jacobian))(jacobians)
+    jacobians = sequence["jacobians"].astype(np.float32)
+    targets, at_rest = jax.device_get(annealed_at_once(statistic, alpha, jacobians))
     weights = np.ones(jacobians.shape[1])
-    for target, expected in zip(np.array(targets, float), recorded["weights"], strict=True):
+    for target, expected in zip(targets.astype(float), recorded["weights"], strict=True):
         weights = (1 - alpha) * weights + alpha * target
         np.testing.assert_allclose(weights, expected, rtol=rounding)
 
-    method = aggregation.lr_annealing(0, alpha, statistic)
-    _, states = run(method, sequence)
+    _, states = run(LR_ANNEALING[statistic], sequence, alpha=alpha)
     np.testing.assert_allclose(states.weights[0], recorded["weights"][0], rtol=rounding)
     assert np.max(np.abs(states.weights[-1] / recorded["weights"][-1] - 1)) > 1e-3
-    at_rest, _ = method.weighting.apply(start._replace(weights=jnp.sqrt(targets[0])), jacobians[0])
     np.testing.assert_allclose(at_rest**2, targets[0], rtol=3 * ROUNDING)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def annealed_at_once(statistic, alpha, jacobians):
+    """Where the weights of each call would go from 1, and where they stay if they are the roots of the first call's."""
+    at_once, method = (LR_ANNEALING[statistic](alpha=x) for x in (1.0, alpha))
+    start = at_once.init(jacobians[0].shape)
+    targets, _ = jax.vmap(lambda jacobian: at_once.weighting.apply(start, jacobian))(jacobians)
+    at_rest, _ = method.weighting.apply(start._replace(weights=jnp.sqrt(targets[0])), jacobians[0])
+    return targets, at_rest
 
 
 @pytest.mark.parametrize("sequence", SEQUENCES, ids=lambda sequence: f"{sequence['losses'].shape[1]}tasks")
@@ -248,7 +298,7 @@ def test_grad_norm_weights(sequence, momentum):
     for call in norms:
         weights = momentum * weights + (1 - momentum) * np.mean(call) / call
         expected.append(weights)
-    gradients, states = run(aggregation.grad_norm_weights(momentum), sequence)
+    gradients, states = run(aggregation.grad_norm_weights, sequence, momentum=momentum)
     np.testing.assert_allclose(states.weights, expected, rtol=3 * ROUNDING)
     combined = np.einsum("tm,tmn->tn", expected, sequence["jacobians"])
     terms = np.einsum("tm,tmn->tn", expected, np.abs(sequence["jacobians"]))
@@ -262,38 +312,56 @@ def test_gradnorm_of_physicsnemo(case):
     Its step is another: ours goes down the gradient with respect to the weights themselves, as in the paper.
     """
     sequence, recorded = read(case)
+    losses, jacobians, weights = (
+        x.astype(np.float32) for x in (sequence["losses"], sequence["jacobians"], recorded["weights"])
+    )
+    used, grads = gradnorm_gradients(case["alpha"], losses, jacobians, weights)
+    np.testing.assert_allclose(used, recorded["weights"], rtol=ROUNDING)
+    np.testing.assert_allclose(weights * np.asarray(grads), recorded["log_weights_grads"], rtol=ROUNDING)
+
+
+@jax.jit
+def gradnorm_gradients(alpha, losses, jacobians, weights):
+    """Of each call, from these weights: those it uses, and the gradient by them."""
     # As an optimizer it changes nothing, and its state is the gradient that it was given.
     keeps = optax.GradientTransformation(
         lambda fields: optax.tree.zeros_like(fields), lambda grad, *_: (optax.tree.zeros_like(grad), grad)
     )
-    losses, jacobians, weights = (
-        jnp.array(x, jnp.float32) for x in (sequence["losses"], sequence["jacobians"], recorded["weights"])
-    )
-    method = aggregation.gradnorm(case["alpha"], keeps, initial_losses=losses[0])
+    method = aggregation.gradnorm(alpha, keeps, initial_losses=losses[0])
     start = method.init(jacobians[0].shape)
 
     def call(losses, jacobian, weights):
         used, state = method.weighting.apply(start._replace(raw_weights=weights), jacobian, values=losses)
         return used, state.opt_state["raw_weights"]
 
-    used, grads = jax.vmap(call)(losses, jacobians, weights)
-    np.testing.assert_allclose(used, recorded["weights"], rtol=ROUNDING)
-    np.testing.assert_allclose(weights * grads, recorded["log_weights_grads"], rtol=ROUNDING)
+    return jax.vmap(call)(losses, jacobians, weights)
 
 
 # FAMO's methods in log space: its code adds 1e-8 to the losses.
 
 
-def in_log_space(aggregator, sequence):
+def log_imtl_g():
+    return mtl.chain(scalarization.scale_invariant(), aggregation.imtl_g())
+
+
+def log_mgda():
+    return mtl.chain(scalarization.scale_invariant(), aggregation.mgda())
+
+
+def log_cagrad(c):
+    return mtl.chain(scalarization.scale_invariant(), aggregation.cagrad(c, rescale=1))
+
+
+def in_log_space(make, sequence, **settings):
     """Our gradients, and the gradients of the logarithms that they combine."""
-    gradients, _ = run(mtl.chain(scalarization.scale_invariant(), aggregator), sequence)
+    gradients, _ = run(make, sequence, **settings)
     return gradients, sequence["jacobians"] / sequence["losses"][:, :, None]
 
 
 @parametrize("log_imtl_g")
 def test_log_imtl_g(case):
     sequence, recorded = read(case)
-    gradients, _ = in_log_space(aggregation.imtl_g(), sequence)
+    gradients, _ = in_log_space(log_imtl_g, sequence)
     # In float32 the inverse of the cosines is known to some roundings times its condition, about 10 here.
     check(gradients, recorded["gradients"], 5 * ROUNDING + added(sequence["losses"]))
 
@@ -307,7 +375,7 @@ def test_log_mgda(case):
     difference of their squares.
     """
     sequence, recorded = read(case)
-    ours, logs = in_log_space(aggregation.mgda(), sequence)
+    ours, logs = in_log_space(log_mgda, sequence)
     weights = recorded["weights"]
     theirs = np.einsum("tm,tmn->tn", weights, logs)
     factor = np.sum(weights / sequence["losses"], axis=1, keepdims=True)
@@ -329,7 +397,7 @@ def test_log_cagrad(case):
     Its solver stops where the objective falls by less than 1e-6: the gradient is within about the root of that.
     """
     sequence, recorded = read(case)
-    ours, logs = in_log_space(aggregation.cagrad(case["c"], rescale=1), sequence)
+    ours, logs = in_log_space(log_cagrad, sequence, c=case["c"])
     theirs = recorded["gradients"] / logs.shape[1]
     assert np.all(lengths(theirs - ours) <= 2e-3 * lengths(ours))
     # What the method seeks to make large: the least gain among the tasks.

@@ -33,13 +33,13 @@ def dtype(request):
 
 def run(method, rows=ROWS, state=None, values=None):
     """The gradients of all calls in a row; losses are named where there are ``values``."""
-    state = method.init((rows.shape[1], jnp.asarray(rows[0, 0]))) if state is None else state
+    state = method.init((rows.shape[1], rows[0, 0])) if state is None else state
 
     def call(state, rows):
         gradient, state = method.apply(state, rows, values=values)
         return state, gradient
 
-    return jax.lax.scan(call, state, jnp.asarray(rows))[1]
+    return jax.jit(lambda state, rows: jax.lax.scan(call, state, rows)[1])(state, rows)
 
 
 def check(found, case, dtype, added=0.0):
@@ -70,13 +70,14 @@ def test_metabalance(case, dtype):
     method = mtl.aggregate(aggregation.match_norm(relax=case["relax"], decay=case["decay"]), n_tasks=3)
     by_tensor = optax.partition({"a": method, "b": method}, labels)
     split = lambda rows, axis: {"a": jnp.take(rows, 0, axis), "b": jnp.take(rows, np.arange(1, 4), axis)}
-    params = split(inputs(dtype)[0, 0], 0)
+    params = inputs(dtype)[0, 0]
+    params = {"a": params[0], "b": params[1:]}
 
     def call(state, rows):
         update, state = by_tensor.update(split(rows, 1), state, params)
         return state, jnp.concatenate([update["a"][None], update["b"]])
 
-    _, gradients = jax.lax.scan(call, by_tensor.init(params), jnp.asarray(inputs(dtype)))
+    gradients = jax.jit(lambda rows: jax.lax.scan(call, by_tensor.init(params), rows)[1])(inputs(dtype))
     check(gradients, case, dtype)
 
 
@@ -106,9 +107,9 @@ def test_vqgans_clamp(dtype):
 def test_bloop(case, dtype):
     """Of two auxiliary gradients, their sum. It adds 1e-7 to the average's squared length."""
     method, rows = aggregation.bloop(lambda_=case["lambda"], decay=1 - case["ema"]), inputs(dtype)
-    state = method.init((3, jnp.asarray(rows[0, 0])))
+    state = method.init((3, rows[0, 0]))
     if case["init"] == "grad":
-        state = state._replace(average=jnp.asarray(rows[0, 0]))
+        state = state._replace(average=rows[0, 0])
     from_zero = case["init"] == "zeros"
     added = 1e-7 / (case["ema"] * np.linalg.norm(rows[0, 0])) ** 2 if from_zero else 0.0  # in the first average
     check(run(method, rows, state), case, dtype, added)
@@ -118,7 +119,8 @@ def test_cosine_gate(dtype):
     rows = inputs(dtype)
     check(run(aggregation.cosine_gate(), rows), RECORDED["cosine_gate"], dtype)
     method = aggregation.cosine_gate(weighted=True)
-    weights = jax.vmap(lambda rows: method.weighting.apply(method.init((3, rows[0])), rows)[0])(jnp.asarray(rows))
+    weigh = lambda rows: method.weighting.apply(method.init((3, rows[0])), rows)[0]
+    weights = jax.jit(jax.vmap(weigh))(rows)
     flat = ROWS.astype(float).reshape(len(rows), 3, -1)
     cosines = np.einsum("tn,tmn->tm", flat[:, MAIN], flat) / np.linalg.norm(flat, axis=2)
     cosines /= np.linalg.norm(flat[:, MAIN], axis=1)[:, None]

@@ -4,11 +4,11 @@
 departs from its paper, or from what we do, a test pins its way beside ours.
 """
 
+import functools
 import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -16,20 +16,26 @@ import pytest
 import mtlbalance as mtl
 from mtlbalance import scalarization
 from mtlbalance.states import select
-from tests.golden.comparisons import ROUNDING, arrays, assert_near, check_learned
+from tests.golden.comparisons import ROUNDING, arrays, assert_near, check_learned, learned_call, stateless_call
 
 pytestmark = pytest.mark.unoptimized
 
+softmax = jax.jit(jax.nn.softmax)
 RECORDED, OFFICIAL = (
     json.loads(Path(__file__).with_name(name).read_text()) for name in ("official_recorded.json", "official.json")
 )
 
 
-def run(method, losses, *, after=None, ends=None):
+def run(method, losses, **given):
     """Every call in a row: scalars, their gradients (the weights) and the states afterwards.
 
     ``after`` are losses for ``observe``; ``ends`` says after which calls an epoch ends.
     """
+    return jax.device_get(calls(method, losses, **given))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def calls(method, losses, after=None, ends=None):
     grad_fn = jax.value_and_grad(method.apply, argnums=1, has_aux=True)
     after = losses if after is None else after
     ends = np.zeros(len(losses), bool) if ends is None else ends
@@ -41,7 +47,7 @@ def run(method, losses, *, after=None, ends=None):
         state = select(end, method.end_epoch(state), state)
         return state, (value, grad, state)
 
-    return jax.lax.scan(call, method.init(losses[0]), (losses, after, jnp.array(ends)))[1]
+    return jax.lax.scan(call, method.init(losses[0]), (losses, after, ends))[1]
 
 
 def epoch_ends(case):
@@ -98,7 +104,7 @@ def test_famo(case):
     method = scalarization.famo(min_losses, case["lr"], case["weight_decay"], delayed=case["delayed"])
     values, grads, states = run(method, losses, after=after)
     # As in comparisons.check_famo.
-    assert_near(jax.nn.softmax(states.logits), case["weights"], 2 * ROUNDING * np.array(case["weights"]))
+    assert_near(softmax(states.logits), case["weights"], 2 * ROUNDING * np.array(case["weights"]))
     assert_near(grads, case["losses_grads"], 2 * ROUNDING * np.array(case["losses_grads"]))
     distances = np.subtract(case["losses"], case["min_losses"])
     terms = np.sum(np.abs(case["losses_grads"] * distances * np.log(distances)), axis=1)
@@ -154,7 +160,7 @@ def test_softadapt(case):
 
 def test_softadapt_starts_with_equal_weights_of_total_1():
     """The README of the official code starts with weights of 1 each, and goes on with a total of 1."""
-    _, weights, _ = run(scalarization.softadapt(), jnp.ones((4, 3)))
+    _, weights, _ = run(scalarization.softadapt(), np.ones((4, 3), np.float32))
     np.testing.assert_allclose(weights, 1 / 3, rtol=ROUNDING)
 
 
@@ -178,7 +184,7 @@ def test_group_dro(case):
     method = scalarization.group_dro(case["robust_step_size"])
     values, weights, states = run(method, *arrays(case, "losses"))
     np.testing.assert_allclose(np.sum(weights, axis=1), 1, rtol=ROUNDING)
-    np.testing.assert_allclose(jnp.exp(states.log_weights), weights, rtol=5 * ROUNDING)
+    np.testing.assert_allclose(np.exp(states.log_weights), weights, rtol=5 * ROUNDING)
     # The logarithms of the weights go down to -7, in 30 steps with a rounding or two of up to 2e-7 in each.
     check_weighted(case["official"], values, weights, 5 * ROUNDING)
     check_weighted(case["excess_mtl"], 3 * values, 3 * weights, 5 * ROUNDING)
@@ -196,7 +202,7 @@ def test_minmax():
     _, weights, states = run(method, losses[1:])
     # Forty steps of 1e-3, each of them 6e-6 off: the bias correction 1 - 0.999**t of Optax's Adam, in float32.
     assert_near(states.inner.logits, np.array(case["logits"][1:]) - 1, ROUNDING)
-    np.testing.assert_allclose(weights, 3 * jax.nn.softmax(official[:-1], axis=-1), rtol=ROUNDING)
+    np.testing.assert_allclose(weights, 3 * np.asarray(softmax(official[:-1])), rtol=ROUNDING)
 
 
 # ReLoBRaLo.
@@ -279,7 +285,7 @@ def test_relobralo_of_config(case):
         return state, state.weights
 
     start = scalarization.relobralo().init(losses[0])
-    _, weights = jax.lax.scan(call, start, (losses, jnp.array(keeps, jnp.float32)))
+    weights = jax.jit(lambda *given: jax.lax.scan(call, start, given)[1])(losses, keeps.astype(np.float32))
     # Nothing of it is left where the second call looks back: to the first losses, which are the last ones then.
     kept = np.concatenate([[0], np.cumprod(case["alpha"] * keeps[1:])])
     difference = kept[:, None] * (1 - np.array(weights[1]))
@@ -334,8 +340,7 @@ def test_dwa_and_the_sliding_window_of_nash_mtl():
 @pytest.mark.parametrize("case", RECORDED["scale_invariant"], ids=["equal", "weighted"])
 def test_scale_invariant(case):
     losses, weights = arrays(case, "losses", "weights")
-    method = scalarization.scale_invariant() if np.all(weights == 1) else scalarization.scale_invariant(weights)
-    (value, _), grad = jax.value_and_grad(method.apply, argnums=1, has_aux=True)(method.init(losses), losses)
+    value, grad = stateless_call("scale_invariant", {} if np.all(weights == 1) else {"weights": weights}, losses)
     assert_near(value, case["value"], ROUNDING * np.sum(np.abs(weights * np.log(losses))))
     assert_near(grad, case["losses_grad"], ROUNDING * np.abs(case["losses_grad"]))
 
@@ -345,26 +350,24 @@ def test_revised_uw(case):
     (sigma,) = arrays(case, "learned")
     terms = np.sum(np.abs(np.multiply(case["losses_grad"], case["losses"]))) + np.sum(np.log1p(sigma**2))
     # The gradient with respect to sigma is a sum of two terms, -L / sigma ** 3 and at most 1.
-    check_learned(case | {"terms": terms}, scalarization.revised_uw(sigma), regulariser=1.0)
+    check_learned(case | {"terms": terms}, scalarization.revised_uw, regulariser=1.0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 5.0])
 def test_uw_so(temperature):
     case = OFFICIAL["uw_so"]
     (losses,) = arrays(case, "losses")
-    method = scalarization.uw_so(temperature)
-    weights, _ = jax.grad(method.apply, argnums=1, has_aux=True)(method.init(losses), losses)
+    _, weights = stateless_call("uw_so", {"temperature": temperature}, losses)
     # Six decimals are printed.
     np.testing.assert_allclose(weights, case[f"temperature_{temperature}"], rtol=0, atol=6e-7)
 
 
 def test_uw_o():
     """The weights that UW has at its optimum, twice as large."""
-    losses = jnp.array([4.0, 1.0, 0.5])
-    method, uw = scalarization.uw_o(), scalarization.uw(jnp.log(losses))
-    (value, _), weights = jax.value_and_grad(method.apply, argnums=1, has_aux=True)(method.init(losses), losses)
+    losses = np.array([4.0, 1.0, 0.5], np.float32)
+    value, weights = stateless_call("uw_o", {}, losses)
     np.testing.assert_allclose(weights, [0.25, 1, 2], rtol=ROUNDING)
     np.testing.assert_allclose(value, 3, rtol=ROUNDING)
-    at_optimum, _ = jax.grad(uw.apply, argnums=(0, 1), has_aux=True)(uw.init(losses), losses)
-    np.testing.assert_allclose(weights, 2 * at_optimum[1], rtol=ROUNDING)
-    np.testing.assert_allclose(at_optimum[0].log_var, 0, atol=ROUNDING)
+    _, of_learned, at_optimum = learned_call(scalarization.uw, np.log(losses), losses)
+    np.testing.assert_allclose(weights, 2 * np.asarray(at_optimum), rtol=ROUNDING)
+    np.testing.assert_allclose(of_learned, 0, atol=ROUNDING)

@@ -5,6 +5,7 @@ pins its way beside ours. In float64 a difference is one of method: the records 
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -49,7 +50,8 @@ def test_slaw(case):
         weights, state = weights_of(method, state, losses)
         return state, (weights, state)
 
-    _, (weights, states) = jax.lax.scan(step, method.init(losses[0]), losses)
+    run = jax.jit(lambda losses: jax.lax.scan(step, method.init(losses[0]), losses)[1])
+    weights, states = jax.device_get(run(losses))
     least = np.min(states.deviation[1:], axis=1) < 2e-5
     assert np.sum(least) == (case["decay"] == 0.5)
     np.testing.assert_allclose(weights[0], 1)
@@ -62,16 +64,20 @@ def test_slaw(case):
 
 def run_doremi(case, excess, masks):
     """The weights and the states of all calls, the reference of each such that this is the excess of its losses."""
-    losses = jnp.mean(*given(case, "losses"), axis=-1)
+    losses = np.mean(*given(case, "losses"), axis=-1)
+    return jax.device_get(doremi_calls(case["eta"], case["eps"], losses, np.array(excess), np.array(masks)))
 
+
+@jax.jit
+def doremi_calls(eta, eps, losses, excess, masks):
     def step(state, inputs):
         losses, excess, mask = inputs
-        method = scalarization.group_dro(case["eta"], losses - excess, case["eps"])
+        method = scalarization.group_dro(eta, losses - excess, eps)
         weights, state = jax.grad(method.apply, argnums=1, has_aux=True)(state, losses, mask=mask)
         return state, (weights, state)
 
     start = scalarization.group_dro().init(losses[0])
-    return jax.lax.scan(step, start, (losses, jnp.array(excess), jnp.array(masks)))[1]
+    return jax.lax.scan(step, start, (losses, excess, masks))[1]
 
 
 @pytest.mark.parametrize("case", RECORDED["doremi"], ids=lambda case: f"eta{case['eta']}-eps{case['eps']}")
@@ -103,7 +109,7 @@ def test_doremi_moves_an_absent_domain():
 
 def test_group_dro_without_reference_and_smoothing_is_what_it_was():
     """Bit for bit."""
-    losses = jnp.array(*given(RECORDED["slaw"][0], "losses"))
+    (losses,) = given(RECORDED["slaw"][0], "losses")
     method = scalarization.group_dro(0.3)
 
     def before(log_weights, losses):
@@ -117,8 +123,8 @@ def test_group_dro_without_reference_and_smoothing_is_what_it_was():
 
     for dtype in jnp.float32, jnp.float64:
         start = method.init(losses[0].astype(dtype))
-        expected = jax.lax.scan(before, jnp.full(3, -np.log(3), dtype), losses.astype(dtype))[1]
-        found = jax.lax.scan(now, start, losses.astype(dtype))[1]
+        expected = jax.jit(partial(jax.lax.scan, before))(np.full(3, -np.log(3), dtype), losses.astype(dtype))[1]
+        found = jax.jit(partial(jax.lax.scan, now))(start, losses.astype(dtype))[1]
         for new, old in zip(found, expected, strict=True):
             np.testing.assert_array_equal(new, old)
 
@@ -172,7 +178,8 @@ def test_coba(case):
         state = method.observe(state, losses)
         return state, weights_of(method, state, jnp.ones_like(losses))[0]
 
-    _, weights = jax.lax.scan(step, method.init(observed[0]), jnp.array(observed))
+    run = jax.jit(lambda observed: jax.lax.scan(step, method.init(observed[0]), observed)[1])
+    weights = np.asarray(run(observed))
     np.testing.assert_allclose(weights[:warmup], 1 / observed.shape[1])
     np.testing.assert_allclose(weights[warmup:], expected, rtol=tolerance)
 
@@ -200,7 +207,7 @@ def test_normalized_mgda(case):
     def run(**kwargs):
         method = aggregation.mgda(case["normalize"], **kwargs)
         weigh = lambda jacobian, losses: method.weighting.apply(method.init(jacobian.shape), jacobian, values=losses)
-        return np.array(jax.vmap(weigh)(jnp.array(jacobians), jnp.array(losses))[0])
+        return np.array(jax.jit(jax.vmap(weigh))(jacobians, losses)[0])
 
     weights = run()
     np.testing.assert_allclose(np.sum(weights, axis=1), 1)
@@ -220,7 +227,7 @@ def test_normalized_mgda(case):
 
 def test_mgda_without_normalizing_is_what_it_was():
     """Bit for bit: the solver on the Gramian."""
-    products = gramian(jnp.array(SEQUENCES[1]["jacobians"][0]))
+    products = jax.jit(gramian)(SEQUENCES[1]["jacobians"][0])
     weighting = aggregation.mgda().gramian_weighting
     found, _ = weighting.apply(weighting.init(3), products)
     np.testing.assert_array_equal(found, jax.jit(simplex_qp)(products))
@@ -233,7 +240,7 @@ def test_mgda_without_normalizing_is_what_it_was():
 @pytest.mark.parametrize("reference", [0, None])
 def test_inverse_dirichlet(case, reference):
     """The official code's reference task, and the paper's largest. Parameters are two arrays, as a layer's are."""
-    jacobians = jnp.array(SEQUENCES[case["sequence"]]["jacobians"])
+    jacobians = SEQUENCES[case["sequence"]]["jacobians"]
     deviations = np.array(case["deviations"])
     np.testing.assert_allclose(deviations, np.std(jacobians, axis=-1, ddof=1), rtol=DIGITS)
     weights, expected = np.ones(deviations.shape[1]), case["weights"]
@@ -244,6 +251,7 @@ def test_inverse_dirichlet(case, reference):
             expected.append(weights)
     method = aggregation.inverse_dirichlet(case["alpha"], reference)
     split = lambda x: {"w": x[..., :-1], "b": x[..., -1:]}
-    state = method.init((deviations.shape[1], split(jacobians[0, 0])))
-    _, found = jax.lax.scan(lambda state, x: method.weighting.apply(state, x)[::-1], state, split(jacobians))
+    start = lambda: method.init((deviations.shape[1], split(jacobians[0, 0])))
+    call = lambda state, x: method.weighting.apply(state, x)[::-1]
+    found = jax.jit(lambda x: jax.lax.scan(call, start(), x)[1])(split(jacobians))
     np.testing.assert_allclose(found, expected, rtol=1e-7)

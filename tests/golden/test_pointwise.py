@@ -30,8 +30,7 @@ def close(request):
 
 
 def residuals_of(case):
-    dtype = jnp.result_type(float)
-    return jnp.asarray(np.array(case["residuals"], np.float32), dtype)
+    return np.array(case["residuals"], np.float32).astype(jnp.result_type(float))
 
 
 def run(method, residuals, loss=jnp.square):
@@ -41,7 +40,8 @@ def run(method, residuals, loss=jnp.square):
         (scalar, new_state), weights = jax.value_and_grad(method.apply, argnums=1, has_aux=True)(state, loss(r))
         return new_state, (scalar, weights, new_state)
 
-    return jax.lax.scan(step, method.init(residuals[0]), residuals)[1]
+    calls = jax.jit(lambda residuals: jax.lax.scan(step, method.init(residuals[0]), residuals)[1])
+    return jax.device_get(calls(residuals))
 
 
 @pytest.mark.parametrize("case", RECORDED["causal"], ids=lambda case: f"{len(case['tol'])} tol")
@@ -115,7 +115,7 @@ def test_self_adaptive_weights_of_points(case, close):
     """The code climbs the mean over the points, we their sum: Adam's steps differ by its eps alone."""
     residuals, start = residuals_of(case), np.array(case["start"], np.float32)
     n_points = residuals.shape[1]
-    method = scalarization.self_adaptive(jnp.asarray(start, jnp.result_type(float)))
+    method = scalarization.self_adaptive(start.astype(jnp.result_type(float)))
     scalars, _, states = run(mtl.learn(method, optax.adam(5e-3, eps=1e-8 * n_points)), residuals)
     close(states.inner.multipliers, case["multipliers"])
     close(scalars / n_points, case["losses"])

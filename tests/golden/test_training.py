@@ -32,7 +32,7 @@ TOLERANCE = 1e-4
 
 
 def arrays(tree):
-    return jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree, is_leaf=lambda x: isinstance(x, list))
+    return jax.tree.map(lambda x: np.array(x, np.float32), tree, is_leaf=lambda x: isinstance(x, list))
 
 
 DATA = arrays((RECORDED["inputs"], RECORDED["targets"]))
@@ -104,7 +104,7 @@ def optimizer_of(name):
 
 def train_network(method, optimizer):
     params = STARTS["network"]
-    state = method.init(3) if isinstance(method, mtl.Scalarizer) else method.init((3, params))
+    state = jax.jit(lambda: method.init(3 if isinstance(method, mtl.Scalarizer) else (3, params)))()
     return train(mtl.value_and_grad(losses_of_network, method, hooks=True), params, state, optimizer, method.end_epoch)
 
 
@@ -116,7 +116,7 @@ def check(run, params, losses):
 
 def distance(one, other):
     """The largest difference of a parameter."""
-    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), one, other)))
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.max(np.abs(np.subtract(x, y)))), one, other)))
 
 
 # The comparisons.

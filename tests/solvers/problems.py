@@ -1,7 +1,6 @@
 """Random Gramians of every kind that is hard, and what a float64 judge needs of them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 SIZES = (1, 2, 3, 5, 8, 11, 20, 40)
@@ -63,7 +62,7 @@ def padded(matrices, vectors, size):
 
 def in_float64(solve, *args):
     with jax.enable_x64(True):
-        return np.asarray(solve(*(jnp.asarray(x, None if x.dtype == bool else "float64") for x in args)))
+        return np.asarray(solve(*(np.asarray(x, bool if x.dtype == bool else float) for x in args)))
 
 
 def norms_and_cosines(gramian):

@@ -1,7 +1,6 @@
 """Priority-constrained descent: judged in float64 by optimality conditions."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import nnls
@@ -116,24 +115,23 @@ def test_as_near_as_quadprog(solved, tau):
 
 def test_one_violated_constraint_in_closed_form():
     # Without conflict nothing changes; else the least multiple that reaches tau.
-    np.testing.assert_array_equal(SOLVE(jnp.array([[1.0, 1.0], [1.0, 4.0]]), 0.02), [1.0, 0.0])
-    np.testing.assert_allclose(SOLVE(jnp.array([[1.0, -1.0], [-1.0, 4.0]]), 0.02), [1.0, 0.27], rtol=1e-6)
-    np.testing.assert_allclose(SOLVE(jnp.array([[0.0, 0.0], [0.0, 4.0]]), 0.5), [1.0, 0.5], rtol=1e-6)
+    np.testing.assert_array_equal(SOLVE(np.array([[1.0, 1.0], [1.0, 4.0]]), 0.02), [1.0, 0.0])
+    np.testing.assert_allclose(SOLVE(np.array([[1.0, -1.0], [-1.0, 4.0]]), 0.02), [1.0, 0.27], rtol=1e-6)
+    np.testing.assert_allclose(SOLVE(np.array([[0.0, 0.0], [0.0, 4.0]]), 0.5), [1.0, 0.5], rtol=1e-6)
 
 
 def test_each_task_may_have_its_share():
-    weights = SOLVE(jnp.diag(jnp.array([1.0, 4.0, 9.0])), jnp.array([0.1, 0.3]))
+    weights = SOLVE(np.diag([1.0, 4.0, 9.0]), np.array([0.1, 0.3]))
     np.testing.assert_allclose(weights, [1.0, 0.1, 0.3], rtol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [1e-20, 1.0, 1e20])
 def test_contradicting_constraints_are_dropped(factor):
     rows = np.array([[1.0, 0, 0], [0, 2, 1], [0, -2, -1]])
-    matrix = jnp.asarray(factor * rows @ rows.T, jnp.float32)
-    np.testing.assert_array_equal(SOLVE(matrix, 0.02), [1.0, 0.0, 0.0])
+    np.testing.assert_array_equal(SOLVE(factor * rows @ rows.T, 0.02), [1.0, 0.0, 0.0])
     # Zero shares do not contradict.
     rows[0] = [0, 1, 1]
-    weights = np.asarray(SOLVE(jnp.asarray(factor * rows @ rows.T, jnp.float32), 0.0), float)
+    weights = np.asarray(SOLVE(factor * rows @ rows.T, 0.0), float)
     np.testing.assert_allclose(rows[1:] @ (weights @ rows), [0, 0], atol=1e-5)
 
 
@@ -141,7 +139,7 @@ def test_contradicting_constraints_are_dropped(factor):
 def test_opposite_gradients_without_shares_leave_the_others_theirs(pair):
     """Two opposite gradients: what is left for the third is across them. With a share for either all are dropped."""
     rows = np.array([[1.0, 2.0, -1.0], [3.0, 0.0, 0.0], [-0.5, 0.0, 0.0], [1.0, 0.0, 2.0]])
-    weights = np.asarray(SOLVE(jnp.asarray(rows @ rows.T, jnp.float32), jnp.array([*pair, 0.4])), float)
+    weights = np.asarray(SOLVE(rows @ rows.T, np.array([*pair, 0.4])), float)
     # Across the pair the third is (0, 0, 2): its progress of 0.4 * 5 needs d = (0, 2, 1).
     expected = rows[0] if any(pair) else [0.0, 2.0, 1.0]
     np.testing.assert_allclose(weights @ rows, expected, atol=1e-5)
@@ -152,20 +150,21 @@ def test_shares_of_absent_tasks_and_of_zero_gradients_demand_nothing():
     # Gradients so nearly opposite that the solver stops before their multipliers are long enough.
     rows[:, 2] = 1e-4 * rows[:, 2] - rows[:, 1]
     rows[:, 4] = 0
-    matrices = jnp.asarray(rows @ rows.swapaxes(1, 2), jnp.float32)
-    mask = jnp.ones((60, 5), bool).at[:, 3].set(False)
-    of_others = BATCH(matrices, jnp.array([0.0, 0.0, 0.7, 0.7]), mask)
-    np.testing.assert_array_equal(of_others, BATCH(matrices, jnp.zeros(4), mask))
-    assert jnp.all(jnp.isfinite(of_others))
+    matrices = rows @ rows.swapaxes(1, 2)
+    mask = np.ones((60, 5), bool)
+    mask[:, 3] = False
+    of_others = BATCH(matrices, np.array([0.0, 0.0, 0.7, 0.7]), mask)
+    np.testing.assert_array_equal(of_others, BATCH(matrices, np.zeros(4), mask))
+    assert np.all(np.isfinite(of_others))
 
 
 def test_one_task_and_none():
-    np.testing.assert_array_equal(SOLVE(jnp.full((1, 1), 4.0), 0.02), [1.0])
-    np.testing.assert_array_equal(SOLVE(jnp.zeros((3, 3)), 0.02), [1.0, 0.0, 0.0])
-    np.testing.assert_array_equal(SOLVE(jnp.eye(2), 0.02, jnp.array([False, False])), [0.0, 0.0])
+    np.testing.assert_array_equal(SOLVE(np.full((1, 1), 4.0), 0.02), [1.0])
+    np.testing.assert_array_equal(SOLVE(np.zeros((3, 3)), 0.02), [1.0, 0.0, 0.0])
+    np.testing.assert_array_equal(SOLVE(np.eye(2), 0.02, np.array([False, False])), [0.0, 0.0])
 
 
 def test_the_first_task_present_is_the_primary_one():
-    matrix = jnp.array([[9.0, 2.0, 3.0], [2.0, 1.0, -1.0], [3.0, -1.0, 4.0]])
-    weights = SOLVE(matrix, 0.02, jnp.array([False, True, True]))
+    matrix = np.array([[9.0, 2.0, 3.0], [2.0, 1.0, -1.0], [3.0, -1.0, 4.0]])
+    weights = SOLVE(matrix, 0.02, np.array([False, True, True]))
     np.testing.assert_allclose(weights, [0, *SOLVE(matrix[1:, 1:], 0.02)], rtol=1e-6)

@@ -9,6 +9,7 @@ from scipy.optimize import linprog
 from mtlbalance.solvers import simplex_lp
 from tests.solvers import problems
 
+SOLVE = jax.jit(simplex_lp)
 BATCH = jax.jit(jax.vmap(simplex_lp))
 # Where the rows leave more than a point: else rounding decides what satisfies them.
 KINDS = ("generic", "norms over 1e3", "zero rows")
@@ -66,7 +67,7 @@ def test_value_and_what_is_missed(size):
 
 def test_float64():
     given = programs(8, "float64")
-    weights, feasible = (np.asarray(x) for x in problems.in_float64(lambda *given: jnp.stack(both(*given)), *given))
+    weights, feasible = (np.asarray(x) for x in problems.in_float64(both, *given))
     assert weights.dtype == np.float64
     assert np.all(feasible == 1)
     for objective, matrix, lower, found in zip(*given, weights, strict=True):
@@ -74,33 +75,34 @@ def test_float64():
         assert objective @ (highs - found) <= 1e-8 * np.abs(objective) @ (highs + found)
 
 
+@jax.jit
 def both(*given):
-    weights, feasible = BATCH(*given)
-    return weights, jnp.broadcast_to(feasible[:, None], weights.shape).astype(weights.dtype)
+    weights, feasible = jax.vmap(simplex_lp)(*given)
+    return jnp.stack([weights, jnp.broadcast_to(feasible[:, None], weights.shape).astype(weights.dtype)])
 
 
 def test_what_no_weights_satisfy_is_told():
     """Of two opposite gradients one loss rises; of the rows that can be met none is missed."""
-    matrix = jnp.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    weights, feasible = simplex_lp(jnp.ones(3), matrix, jnp.array([0.1, 0.1, -jnp.inf]))
+    matrix = np.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    weights, feasible = SOLVE(np.ones(3), matrix, np.array([0.1, 0.1, -np.inf]))
     assert not feasible
     np.testing.assert_allclose(np.sum(weights), 1, rtol=1e-6)
-    weights, feasible = simplex_lp(jnp.ones(3), matrix, jnp.array([-0.1, -0.1, 0.5]))
+    weights, feasible = SOLVE(np.ones(3), matrix, np.array([-0.1, -0.1, 0.5]))
     assert feasible
     assert np.all(matrix @ weights >= np.array([-0.1, -0.1, 0.5]) - 1e-6)
 
 
 def test_without_rows_the_largest_entry_takes_all():
-    weights, feasible = simplex_lp(jnp.array([1.0, 3.0, 2.0]), jnp.eye(3), jnp.full(3, -jnp.inf))
+    weights, feasible = SOLVE(np.array([1.0, 3.0, 2.0]), np.eye(3), np.full(3, -np.inf))
     np.testing.assert_array_equal(weights, [0, 1, 0])
     assert feasible
-    weights, _ = simplex_lp(jnp.zeros(3), jnp.zeros((3, 3)), jnp.zeros(3), jnp.array([False, True, True]))
+    weights, _ = SOLVE(np.zeros(3), np.zeros((3, 3)), np.zeros(3), np.array([False, True, True]))
     np.testing.assert_array_equal(weights, [0, 1, 0])
 
 
 def test_more_rows_than_weights():
     """The first must have half, the second a third; the rest goes where it counts."""
-    rows = jnp.concatenate([jnp.eye(2), jnp.ones((1, 2))])
-    weights, feasible = simplex_lp(jnp.array([0.0, 1.0]), rows, jnp.array([0.5, 1 / 3, 0.9]))
+    rows = np.concatenate([np.eye(2), np.ones((1, 2))])
+    weights, feasible = SOLVE(np.array([0.0, 1.0]), rows, np.array([0.5, 1 / 3, 0.9]))
     np.testing.assert_allclose(weights, [0.5, 0.5], rtol=1e-6)
     assert feasible
