@@ -18,7 +18,8 @@ pytestmark = pytest.mark.unoptimized
 
 M, N = 4, 6
 LOSSES = np.float32([2.0, 0.5, 1.0, 4.0])
-JACOBIANS = np.float32(np.random.default_rng(0).normal(size=(8, M, N)) * np.array([[[1.0], [10.0], [0.3], [3.0]]]))
+NORMAL = jax.jit(lambda: jax.random.normal(jax.random.key(0), (8, M, N)))
+JACOBIANS = np.asarray(NORMAL()) * np.float32([[[1.0], [10.0], [0.3], [3.0]]])
 METHODS = {
     "db_mtl": aggregation.db_mtl(beta=0.9),
     "moco": aggregation.moco(lr=0.01),
