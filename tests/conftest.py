@@ -14,6 +14,9 @@ import platform
 import re
 from pathlib import Path
 
+# The matrices here are so small that threads wait for each other: an `eigh` of 40 rows takes thirty times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import jax
 import jaxlib
@@ -27,9 +30,10 @@ if EMITTERS not in os.environ.get("XLA_FLAGS", "") and jaxlib.version.__version_
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 
 # Tracing makes many short-lived objects: looking for cycles, and noting for each operation which line made it, are a
-# sixth of the suite's time.
+# sixth of the suite's time. To leave its own lines out of an error JAX looks up the file of each, a thousand at times.
 gc.set_threshold(50_000, 10, 10)
 jax.config.update("jax_traceback_in_locations_limit", 0)
+jax.config.update("jax_traceback_filtering", "off")
 
 # JAX before 0.12 makes an MLIR context for each program, which is half the time of a small one that is compiled already
 # (3.8 of 7.4 ms). One serves for all.
