@@ -87,7 +87,7 @@ def read_shape(shape: Any, *others: Any) -> tuple[tuple[int, ...], chex.ArrayDTy
         check_losses("shape", shape)
         single = leaves and jax.tree_util.treedef_is_leaf(treedef)
         dims = _shape(leaves[0]) if single else (sum(math.prod(_shape(leaf)) for leaf in leaves),)
-        dtype = jnp.result_type(jnp.float32, *map(_dtype, leaves))
+        dtype = _widest(map(_dtype, leaves))
     if any(dim < 1 for dim in dims):
         reject("shape", "at least one task", f"{shape!r}")
     return tuple(int(dim) for dim in dims), dtype
@@ -120,7 +120,7 @@ def read_pair(tasks: Any, *others: Any, needs_params: bool) -> tuple[int, chex.A
     params = split_params(params)
     leaves = jax.tree.leaves(params)
     floating = [_dtype(leaf) for leaf in leaves if jnp.issubdtype(_dtype(leaf), jnp.floating)]
-    return int(m), params, jnp.result_type(*([jnp.float32, *floating] if leaves else [float]))
+    return int(m), params, _widest(floating) if leaves else jnp.result_type(float)
 
 
 # What `apply` is given.
@@ -340,6 +340,11 @@ def wide(dtype: chex.ArrayDType) -> chex.ArrayDType:
 def _check_floating(name, leaf, kind=jnp.floating):
     if is_int(leaf) or not jnp.issubdtype(_dtype(leaf), kind):
         reject(name, "floating point numbers", f"dtype {_dtype(leaf)}", TypeError)
+
+
+def _widest(dtypes):
+    """Float32 or wider. NumPy's float64 is what JAX makes of such an array: float32, unless 64 bits are enabled."""
+    return jnp.result_type(jnp.float32, *map(jax.dtypes.canonicalize_dtype, dtypes))
 
 
 def _dtype(leaf):

@@ -223,6 +223,15 @@ def test_float64_mode(built, made_for):
 
 
 @pytest.mark.one_of_a_kind("boundary")
+@pytest.mark.filterwarnings("error")
+def test_float64_of_numpy_is_float32_without_a_warning(built):
+    """As in JAX, where 64 bits are not enabled."""
+    params = jax.tree.map(lambda p: np.zeros(p.shape), PARAMS)
+    state = built.method.init(np.zeros(3)) if built.is_scalarizer else built.init(params=params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, built.init())
+
+
+@pytest.mark.one_of_a_kind("boundary")
 def test_exports_for_cpu_cuda_and_tpu_without_callbacks(built):
     args = jax.eval_shape(lambda: (built.init(), built.sample(0)))
     exported = jax.export.export(jax.jit(built.step), platforms=["cpu", "cuda", "tpu"])(*args)
