@@ -49,8 +49,8 @@ def gramian(jacobian: ArrayTree, other: ArrayTree | None = None, *, axis_name: H
       The Gramian, shape ``[m, m]``, in ``result_type(float32, leaves)`` whatever the leaves' dtype.
 
     Raises:
-      ValueError: if the tree has no leaves, if they disagree on the number of tasks, if ``other`` has not the
-        same structure or shapes, or if it cannot be told what is split over ``axis_name``.
+      ValueError: if the tree has no leaves, if they have no row or disagree on the number of tasks, if ``other`` has
+        not the same structure or shapes, or if it cannot be told what is split over ``axis_name``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,9 +61,9 @@ def gramian(jacobian: ArrayTree, other: ArrayTree | None = None, *, axis_name: H
     """
     jacobian = jax.tree.map(_rows_of_leaf, split(jacobian))
     leaves = jax.tree.leaves(jacobian)
-    if len({leaf.shape[:1] for leaf in leaves}) != 1 or leaves[0].ndim == 0:
+    if len({leaf.shape[:1] for leaf in leaves}) != 1 or leaves[0].ndim == 0 or leaves[0].shape[0] == 0:
         shapes = [leaf.shape for leaf in leaves]
-        reject("jacobian", "leaves that share a leading task axis", f"shapes {shapes}")
+        reject("jacobian", "leaves that share a leading task axis, of one task at least", f"shapes {shapes}")
     if other is None:
         other = jacobian
     else:

@@ -98,7 +98,8 @@ def test_tasks_on_several_devices_of_an_explicit_mesh():
 
 
 def test_without_leaves_or_with_other_lengths_raises():
-    for wrong in {}, {"a": np.ones((2, 3), np.float32), "b": np.ones((3, 3), np.float32)}, np.float32(1.0):
+    other_lengths = {"a": np.ones((2, 3), np.float32), "b": np.ones((3, 3), np.float32)}
+    for wrong in {}, other_lengths, np.float32(1.0), np.ones((0, 3), np.float32):
         with pytest.raises(ValueError, match="jacobian: expected leaves that share a leading task axis"):
             gramian(wrong)
     with pytest.raises(ValueError, match=r"jacobian: expected leaves with a leading axis of \(2,\)"):
