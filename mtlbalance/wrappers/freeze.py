@@ -72,7 +72,8 @@ def freeze(
         if isinstance(method, base.Scalarizer):
             reject("losses", "the losses, for which the method gives its weights", "none")
         reject("method", "an aggregator that keeps its weights, as mtl.amortize(method)", "one that does not")
-    return _constant_by_position(jax.lax.stop_gradient(jnp.copy(method.last_weights(state))))  # the state may be donated
+    last = jnp.copy(method.last_weights(state))  # the state may be donated
+    return _constant_by_position(jax.lax.stop_gradient(last))
 
 
 def _constant_by_position(weights):
