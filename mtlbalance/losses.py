@@ -114,8 +114,7 @@ def read_pair(tasks: Any, *others: Any, needs_params: bool) -> tuple[int, chex.A
         check_int("number of parameters", params, 0)
         params = jax.ShapeDtypeStruct((int(params),), jnp.result_type(float))
     check_trainable("params", params)
-    leaves = jax.tree.leaves(params)
-    for leaf in filter(is_int, leaves):
+    for leaf in filter(is_int, jax.tree.leaves(params)):
         reject("params", "arrays (or one int: the columns of a matrix)", f"the int {leaf} in a tree", TypeError)
     params = split_params(params)
     leaves = jax.tree.leaves(params)
@@ -347,9 +346,5 @@ def _widest(dtypes):
     return jnp.result_type(jnp.float32, *map(jax.dtypes.canonicalize_dtype, dtypes))
 
 
-def _dtype(leaf):
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-
-
-def _shape(leaf):
-    return leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
+_dtype = lambda leaf: leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+_shape = lambda leaf: leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
