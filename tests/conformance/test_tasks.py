@@ -173,13 +173,13 @@ def test_counted_and_masked_values_reach_an_aggregator(aggregator):
     by_name = aggregator.method_for({"b": np.arange(2), "c": 2})
 
     @jax.jit
-    def all_forms(values, counted, named):
+    def all_forms(state, x, values, counted, named):
         masked = aggregator.method.apply(state, x, values=values, mask=SOME)
         return masked, aggregator.method.apply(state, x, values=counted), by_name.apply(state, x, values=named)
 
     counted = mtl.Counted(np.array([1.0, np.nan, 15.0]), np.array([2, 0, 5], np.int32))
     named = {"b": mtl.Counted(np.array([1.0, np.nan]), np.array([2, 0], np.int32)), "c": np.array(3.0)}
-    masked, *others = all_forms(np.array([0.5, 9.0, 3.0]), counted, named)
+    masked, *others = all_forms(state, x, np.array([0.5, 9.0, 3.0]), counted, named)
     for other in others:
         chex.assert_trees_all_close(other, masked, **SAME)
 
