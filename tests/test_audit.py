@@ -149,12 +149,8 @@ def test_absent_tasks_and_losses_that_are_not_finite():
 
 
 def test_losses_without_names_and_one_task():
-    found = mtl.audit(
-        lambda params, x: (jnp.sum(params) * jnp.ones(2), x),
-        ones(3),
-        np.float32([0, 1, 2]),
-        has_aux=True,
-    )
+    with_aux = lambda params, x: (jnp.sum(params) * jnp.ones(2), x)
+    found = mtl.audit(with_aux, ones(3), np.float32([0, 1, 2]), has_aux=True)
     assert list(found.loss) == ["0", "1"] and found.weights == [1, 1]
     found = mtl.audit(lambda params, x: {"only": x * jnp.sum(params)}, ones(3), np.float32([1, 2, 3]))
     assert is_empty(found) and "Cosines between" not in str(found) and "scalarization.sum()" in str(found)

@@ -77,8 +77,8 @@ def test_the_same_tasks_have_the_same_state_and_fewer_that_of_the_others(name):
         if not two_will_do(built):
             return same, None, None
         fewer = carry_over(built.method_for(np.arange(2)), old, OLD, ("c", "a"))
-        more, at_once = ((fewer, ["a", "c"]), (old, OLD))
-        return same, *(carry_over(built.method_for(np.arange(4)), *given, NEW) for given in (more, at_once))
+        to_new = partial(carry_over, built.method_for(np.arange(4)))
+        return same, to_new(fewer, ["a", "c"], NEW), to_new(old, OLD, NEW)
 
     same, more, at_once = carried_over(old)
     chex.assert_trees_all_equal(same, old)

@@ -299,6 +299,14 @@ LOSSES = {"a": np.float32(1.0), "b": np.ones(2, np.float32)}
 same = partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)  # thousands of products, added up in another order
 
 
+def test_bare_calls_give_what_compiled_ones_do():
+    """As somebody makes them in a notebook: all other numbers here come from one program."""
+    losses, mask = {"c": 2.0, "a": 0.5, "b": 1.0}, np.array([True, False, True])
+    given = ROWS, UPDATE, losses, mask
+    chex.assert_trees_all_close(everything(*given), numbers(*given), rtol=1e-6)
+    close(diagnostics.alignment(gramian(ROWS), losses, mask=mask), alignment(ROWS, losses, mask))
+
+
 @pytest.mark.slow
 def test_jit_scan_and_vmap_are_the_plain_call():
     rows = jax.tree.map(lambda x: np.stack([x, -2 * x, x[::-1]]), TREE)

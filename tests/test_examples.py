@@ -96,7 +96,6 @@ def run_here(name, arguments, monkeypatch, capsys):
 
 
 @pytest.mark.unoptimized
-@pytest.mark.filterwarnings("error")
 @pytest.mark.usefixtures("users_broadcast")
 @pytest.mark.by_default("own_method")
 @pytest.mark.parametrize("name", TINY)
@@ -114,7 +113,6 @@ def test_example_runs(name, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.unoptimized
-@pytest.mark.filterwarnings("error")
 @pytest.mark.usefixtures("users_broadcast")
 def test_the_minimal_example_runs(monkeypatch, capsys):
     """It has no arguments: of its steps the first ten."""
@@ -124,8 +122,12 @@ def test_the_minimal_example_runs(monkeypatch, capsys):
 
 
 def test_every_example_is_a_script():
+    """And calls ``main`` without arguments, as nothing here does."""
     for name in TINY:
-        assert (EXAMPLES / f"{name}.py").read_text().endswith('if __name__ == "__main__":\n    main()\n')
+        script = (EXAMPLES / f"{name}.py").read_text()
+        assert script.endswith('if __name__ == "__main__":\n    main()\n'), name
+        (main,) = (x for x in ast.parse(script).body if isinstance(x, ast.FunctionDef) and x.name == "main")
+        assert len(main.args.args) == len(main.args.defaults), name
 
 
 @pytest.mark.slow

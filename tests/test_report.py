@@ -113,24 +113,12 @@ def test_the_output_of_a_scan_with_absent_tasks_and_steps_without_new_weights():
     [
         (lambda: mtl.report(LOSSES, {"left": 1.0}), r"weights: .*\['left', 'right'\], found \['left'\]"),
         (lambda: mtl.report(LOSSES, {"left": 1.0, "rihgt": 1.0}), r"weights: .*\['left', 'right'\], found .*rihgt"),
-        (
-            lambda: mtl.report(LOSSES, ones(2)),
-            r"weights: .*\['left', 'right'\], found 2 numbers without names",
-        ),
-        (
-            lambda: mtl.report(ones(2), ones(3)),
-            r"weights: .*\['0', '1'\], found 3 numbers",
-        ),
+        (lambda: mtl.report(LOSSES, ones(2)), r"weights: .*\['left', 'right'\], found 2 numbers without names"),
+        (lambda: mtl.report(ones(2), ones(3)), r"weights: .*\['0', '1'\], found 3 numbers"),
         (lambda: mtl.report(LOSSES, change={"a": 1.0, "b": 1.0}), r"change: .*\['left', 'right'\]"),
         (lambda: mtl.report(LOSSES, mask={"left": True}), "mask: .*'left'.*'right'"),
-        (
-            lambda: mtl.report(LOSSES, jacobian=ones((3, 2))),
-            r"jacobian: .*\['left', 'right'\], found 3 rows",
-        ),
-        (
-            lambda: mtl.report(LOSSES, gramian=ones((3, 3))),
-            r"gramian: .*\['left', 'right'\], found 3 rows",
-        ),
+        (lambda: mtl.report(LOSSES, jacobian=ones((3, 2))), r"jacobian: .*\['left', 'right'\], found 3 rows"),
+        (lambda: mtl.report(LOSSES, gramian=ones((3, 3))), r"gramian: .*\['left', 'right'\], found 3 rows"),
         (lambda: mtl.report(LOSSES, jacobian=ROWS, gramian=ROWS), "gramian: expected either"),
         (lambda: mtl.report(LOSSES, weight=WEIGHTS), "weight: .*'weights'"),
         (lambda: mtl.report({"a": {"b": 1.0}, "a.b": 2.0}), "losses: .*'present/a.b' twice"),

@@ -264,7 +264,7 @@ def test_leak_is_one_number_or_one_per_task_also_by_name():
 
 
 def test_wrong_arguments_raise():
-    for leak in -0.1, 1.5, np.array([0.5, 2.0]), np.nan:
+    for leak in -0.1, 1.5, np.array([0.5, 2.0]), jnp.array([0.5, 2.0]), np.nan:
         with pytest.raises(ValueError, match="leak: expected a number from 0 to 1"):
             aggregation.graddrop(leak=leak).init((2, 3))
     with pytest.raises(ValueError, match=r"leak: expected a scalar or one number per task, shape \(2,\)"):

@@ -259,7 +259,7 @@ def test_cr_mogm_is_a_running_average():
         (lambda: aggregation.pcd(beta=1.0), "beta: expected a number of at least 0 and below 1"),
         (lambda: aggregation.pcd(eps=-1e-8), "eps: expected a finite number of at least 0"),
         (lambda: aggregation.pcd(tau=1.5).init((3, 4)), "tau: expected a number from 0 to 1"),
-        (lambda: aggregation.pcd(tau=np.array([0.1, -0.1])).init((3, 4)), "tau: expected a number from 0 to 1"),
+        (lambda: aggregation.pcd(tau=jnp.array([0.1, -0.1])).init((3, 4)), "tau: expected a number from 0 to 1"),
         (lambda: aggregation.pcd(tau=np.ones(3)).init((3, 4)), "tau: expected a scalar or one number per"),
     ],
 )

@@ -30,6 +30,10 @@ def counted(params, batch):
     return {name: mtl.Counted(n * x, jnp.int32(n)) for name, x in zip("abc", losses, strict=True)}
 
 
+def counted_and_aux(params, batch):
+    return counted(params, batch), jnp.sum(batch[1], axis=0)
+
+
 def trunk(params, batch):
     return jnp.tanh(batch[0] @ params["w"] + params["b"][None])
 
@@ -51,7 +55,7 @@ WAYS = {
     "two_pass": (rectified, upgrad, {"rows": "two_pass"}, {}),
     "stream": (rectified, excess_mtl, {"rows": "stream"}, {"mask": MASK}),
     "visits": (rectified, aggregation.m_config(), {}, {}),
-    "microbatches": (counted, upgrad, {"microbatches": 2}, {}),
+    "microbatches": (counted_and_aux, upgrad, {"microbatches": 2, "has_aux": True}, {}),
     "task_axis rows=2": (squared_error, upgrad, {"task_axis": 0, "rows": 2}, {}),
     "anew": (rectified, mtl.amortize(excess_mtl), {"rows": "stream"}, ANEW),
     "again": (rectified, mtl.amortize(upgrad), {}, AGAIN),
@@ -96,7 +100,7 @@ def test_a_step(way):
     batch = OWN_BATCHES if "task_axis" in keywords else BATCH
     grad_fn = mtl.value_and_grad(losses_fn, method, **keywords)
     compiled = jax.jit(grad_fn)
-    (_, state), _ = compiled(params, jax.jit(grad_fn.init)(params, batch), batch)
+    (_, state, *_), _ = compiled(params, jax.jit(grad_fn.init)(params, batch), batch)
     assert_second_call_compiles_nothing(grad_fn, compiled, params, state, batch, **given)
 
 

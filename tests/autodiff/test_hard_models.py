@@ -261,6 +261,7 @@ def _assert_same_gramian(found, expected, tolerance=1e-5):
 def _assert_same_gradient(found, expected, tolerance=1e-5):
     """Relative to the expected gradient's norm."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, expected)
     trees = jax.device_get((found, expected))
     found, expected = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in trees)
     assert 0 <= np.linalg.norm(found - expected) < tolerance * np.linalg.norm(expected)

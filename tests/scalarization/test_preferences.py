@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -101,7 +102,7 @@ def test_pbi_on_the_ray_and_beside_it():
         ),
         (lambda: scalarization.pbi(-1.0, np.ones(2)), "theta: expected a finite number of at least 0, found -1.0"),
         (
-            lambda: scalarization.pbi(1.0, np.zeros(2)).init(2),
+            lambda: scalarization.pbi(1.0, jnp.zeros(2)).init(2),
             "weights: expected a number of at least 0, not all",
         ),
         (
