@@ -14,7 +14,7 @@ import platform
 import re
 from pathlib import Path
 
-# The matrices here are so small that threads wait for each other: an `eigh` of 40 rows takes thirty times as long.
+# The matrices here are so small that threads wait for each other: NumPy's `eigh` of 40 rows takes thirty times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis

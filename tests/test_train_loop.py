@@ -395,8 +395,8 @@ def train_by_hand(rule, params, digits, args):
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_loop_does_what_one_by_hand_does(name):
-    args = argparse.Namespace(method=name, set=[], epochs=4, steps=2, seed=5, checkpoints=None)
-    args.learning_rate = LEARNING_RATE
+    given = {"epochs": 4, "steps": 2, "learning_rate": LEARNING_RATE, "seed": 5, "checkpoints": None}
+    args = argparse.Namespace(method=name, set=[], **given)
     digits, _ = load_data()
     start = init_params(jax.random.key(3))
     expected, expected_history = train_by_hand(RULES[name](), start, digits, args)

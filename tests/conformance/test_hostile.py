@@ -168,7 +168,7 @@ def test_a_row_that_is_not_finite_shows(aggregator):
     at = int(method.rowwise.visits(state)[0]) if method.rowwise and method.rowwise.visits else 1
 
     def gradients(x, entry):
-        """With an entry of one row."""
+        """By every path, with this entry in one row."""
         x = jax.tree.map(np.array, x)
         x["dense"]["w"][at, 2, 3] = entry
         return {path: jax.device_get(found) for path, found in gradients_by_every_path(method, state, x, values)}

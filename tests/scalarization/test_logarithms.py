@@ -15,12 +15,12 @@ pytestmark = pytest.mark.unoptimized
 
 
 @partial(jax.jit, static_argnums=0)
-def found(method, losses):
+def first_step(method, losses):
     return jax.value_and_grad(method.apply, argnums=1, has_aux=True)(method.init(losses), losses)
 
 
 def value_and_weights(method, losses):
-    (scalar, _), weights = jax.device_get(found(method, np.float32(losses)))
+    (scalar, _), weights = jax.device_get(first_step(method, np.float32(losses)))
     return scalar, weights
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import mtlbalance as mtl
 from mtlbalance import aggregation, scalarization
+from tests.aggregation.problems import with_new
 
 pytestmark = pytest.mark.unoptimized
 
@@ -116,13 +117,6 @@ def test_what_is_not_one_array_of_times_is_refused(make, message):
 
 
 # A fixed pool.
-
-
-def with_new(x, places, new):
-    """What ``x.at[places].set(new)`` is, without a program."""
-    x = x.copy()
-    x[places] = new
-    return x
 
 
 @pytest.mark.parametrize("name", OF_A_POOL)

@@ -28,7 +28,7 @@ def value_and_weights(method, losses=LOSSES):
 
 
 @partial(jax.jit, static_argnums=0)
-def found(build, *hyperparameters, losses=LOSSES):
+def traced(build, *hyperparameters, losses=LOSSES):
     """Compiled once for all hyperparameters: they are traced."""
     return value_and_weights(build(*hyperparameters), losses)
 
@@ -49,7 +49,7 @@ def test_named_preferences_and_wrong_ones(build):
     names = {"b": 0.25, "a": 0.75}
     method, losses = build(names), {"a": np.float32(0.3), "b": np.float32(2.0)}
     scalar, _ = method.apply(method.init(losses), losses)
-    np.testing.assert_allclose(scalar, found(build, np.float32([0.75, 0.25]))[0], rtol=1e-6)
+    np.testing.assert_allclose(scalar, traced(build, np.float32([0.75, 0.25]))[0], rtol=1e-6)
     for wrong in np.ones(3), 1.0:
         with pytest.raises(ValueError, match=r"weights: expected one number per task, shape \(2,\), found shape"):
             build(wrong).init(2)
@@ -58,7 +58,7 @@ def test_named_preferences_and_wrong_ones(build):
 def test_stch_tends_to_the_weighted_maximum():
     preference, reference = np.float32([0.25, 0.75]), np.float32([-1.0, 0.5])
     maximum = np.max(preference * (LOSSES - reference))
-    gaps = [np.asarray(found(scalarization.stch, mu, preference, reference)[0]) - maximum for mu in (1.0, 0.1, 1e-3)]
+    gaps = [np.asarray(traced(scalarization.stch, mu, preference, reference)[0]) - maximum for mu in (1.0, 0.1, 1e-3)]
     assert gaps[0] > gaps[1] > gaps[2] >= 0
     assert gaps[2] < 1e-6
     for mu, gap in zip((1.0, 0.1, 1e-3), gaps, strict=True):
@@ -69,7 +69,7 @@ def test_cosmos_rewards_the_direction_at_any_scale():
     preference = np.float32([0.6, 0.8])
     for scale in 1e-30, 1.0, 1e30:
         losses = np.float32(scale) * LOSSES
-        linear, scalar = (found(scalarization.cosmos, x, preference, losses=losses)[0] for x in (0.0, 1.0))
+        linear, scalar = (traced(scalarization.cosmos, x, preference, losses=losses)[0] for x in (0.0, 1.0))
         np.testing.assert_allclose(linear, scale * (preference @ LOSSES), rtol=1e-6)
         if scale <= 1:  # the cosine is lost in the digits of the huge sum
             expected = np.asarray(linear) - preference @ LOSSES / np.linalg.norm(LOSSES)
@@ -79,11 +79,11 @@ def test_cosmos_rewards_the_direction_at_any_scale():
 def test_pbi_on_the_ray_and_beside_it():
     preference = np.float32([3.0, 4.0])
     for length in 1e-30, 1.0, 1e30:
-        scalar, weights = found(scalarization.pbi, 5.0, preference, losses=np.float32(length) * preference / 5)
+        scalar, weights = traced(scalarization.pbi, 5.0, preference, losses=np.float32(length) * preference / 5)
         # The rounding of the losses puts them beside the ray by a few 1e-8 of their length.
         np.testing.assert_allclose(scalar, length, rtol=1e-5, atol=5e-6)
         assert np.all(np.isfinite(weights))
-    scalar, _ = found(scalarization.pbi, 5.0, preference, 1.0, losses=np.float32([1.0 - 0.8, 1.0 + 0.6]))
+    scalar, _ = traced(scalarization.pbi, 5.0, preference, 1.0, losses=np.float32([1.0 - 0.8, 1.0 + 0.6]))
     np.testing.assert_allclose(scalar, 5.0, rtol=1e-6)  # at distance 1, at right angles
 
 
@@ -119,6 +119,6 @@ def test_bounds(build, message):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_stch_shows_a_loss_that_is_not_finite(bad):
-    scalar, weights = found(scalarization.stch, 1.0, losses=np.float32([1.0, bad]))
+    scalar, weights = traced(scalarization.stch, 1.0, losses=np.float32([1.0, bad]))
     assert not np.isfinite(scalar)
     assert not np.all(np.isfinite(weights))

@@ -56,6 +56,12 @@ def test_every_gain_is_1_without_cancellation(size):
         np.testing.assert_allclose(gain, 1, atol=1e-6 * size)
 
 
+def test_every_gain_of_forty_is_1_without_a_mask():
+    (matrix,) = problems.gramians(40, seed=3, count=1, kinds=("generic",))
+    gain, _ = gains(matrix, np.asarray(SOLVE(matrix)))
+    np.testing.assert_allclose(gain, 1, atol=4e-5)
+
+
 def test_as_cvxpy_finds_it():
     cvxpy = pytest.importorskip("cvxpy")
     for size in 2, 3, 5, 11:
