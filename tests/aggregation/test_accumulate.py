@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import mtlbalance as mtl
 from mtlbalance import aggregation
 from mtlbalance.strides import keep, kept_shape
-from tests.autodiff.models import layers, normal_batch, squared_errors
+from tests.autodiff.models import normal_batch, normal_layers, squared_errors
 
 pytestmark = pytest.mark.unoptimized
 
@@ -206,7 +206,7 @@ def test_under_shard_map_each_device_keeps_its_part():
 
 def model(sizes, n_examples):
     """Parameters and a batch."""
-    return layers(jax.random.key(0), sizes), normal_batch(1, n_examples, n_in=sizes[0], n_out=sizes[-1])
+    return normal_layers(0, sizes), normal_batch(1, n_examples, n_in=sizes[0], n_out=sizes[-1])
 
 
 # The guard goes over each row once more, and keeps a part of that: half a gradient at most.
